@@ -1,0 +1,25 @@
+"""exnorm: learning to normalize. Importing it imports no torch; `convert`, `audit` and `load` do when they are used.
+
+model = exnorm.convert(timm.create_model("resnet18"), norm="en")
+print(exnorm.audit(model))
+model = exnorm.load(RUN_DIR)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exnorm.engine.checkpoint import load
+    from exnorm.surgery import audit, convert
+
+__version__ = "0.1.0"
+__all__ = ["audit", "convert", "load"]
+
+ROOMS = {"audit": "exnorm.surgery", "convert": "exnorm.surgery", "load": "exnorm.engine.checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public function when it is first asked for."""
+    if name not in ROOMS:
+        raise AttributeError(f"module 'exnorm' has no attribute '{name}': it has {', '.join(__all__)}")
+    return getattr(import_module(ROOMS[name]), name)

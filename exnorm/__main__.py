@@ -1,0 +1,5 @@
+"""`python -m exnorm` is the command `exnorm`."""
+
+from exnorm.cli import main
+
+main()

@@ -1,0 +1,29 @@
+"""Normalizers: one file each, all the same affine map with other coefficients (`exnorm.norms.base`)."""
+
+from exnorm.norms.base import Norm
+from exnorm.norms.batch_norm import BatchNorm
+from exnorm.norms.batch_scope import (
+    BatchScopeNorm,
+    commit_running_stats,
+    configure_scope,
+)
+from exnorm.norms.exemplar_norm import ExemplarNorm
+from exnorm.norms.group_norm import GroupNorm
+from exnorm.norms.instance_norm import InstanceNorm
+from exnorm.norms.layer_norm import LayerNorm
+from exnorm.norms.statistics import Moments
+from exnorm.norms.switch_norm import SwitchNorm
+
+__all__ = [
+    "BatchNorm",
+    "BatchScopeNorm",
+    "ExemplarNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "Moments",
+    "Norm",
+    "SwitchNorm",
+    "commit_running_stats",
+    "configure_scope",
+]

@@ -1,0 +1,189 @@
+"""What every normalizer shares: from an input to its moments, and from coefficients to an output.
+
+A normalizer is a subclass of `Norm` with `coefficients(moments) -> (scale, shift)`, both (N, C); one that mixes
+others also has `ratios(moments) -> dict[str, Tensor]`. Legend: N batch, C channels, L positions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exnorm import ops
+from exnorm.norms.statistics import Moments
+
+
+class Norm(nn.Module):
+    """y = act(scale * x + shift) with (N, C) coefficients that depend on x only through its moments.
+
+    Args:
+        num_features: C.
+        eps: added to a variance before its square root.
+        affine: whether `weight` and `bias` are learned; without them they are 1 and 0.
+        act: an activation fused into the affine pass (None, "relu").
+        channel_dim: 1 for (N, C, *spatial), -1 for (N, *spatial, C).
+        device, dtype: of the parameters.
+
+    Shape: inputs of 2 to 5 dimensions; the output has the input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: an input of other dimensions or channels, or without elements.
+    """
+
+    replicas: int = 1
+    group: Any = None
+    replaced: str | None = None  # the type of the layer in whose place surgery put this one
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        act: str | None = None,
+        channel_dim: int = 1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(
+            type(self).__name__,
+            num_features=num_features,
+            eps=eps,
+            act=act,
+            channel_dim=channel_dim,
+        )
+        self.num_features = num_features
+        self.eps = eps
+        self.channel_dim = channel_dim
+        self.fused_act = act
+        # What a norm-act layer does behind its norm; set by surgery where it is not fused.
+        self.drop: nn.Module | None = None
+        self.act: nn.Module | None = None
+        shape = self.affine_shape()
+        factory = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.ones(shape, **factory)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(shape, **factory)) if affine else None
+
+    def affine_shape(self) -> tuple[int, ...]:
+        """The shape of `weight` and `bias`."""
+        return (self.num_features,)
+
+    def reset_parameters(self) -> None:
+        """weight 1, bias 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """scale_NC and shift_NC of the affine map, in the moments' dtype."""
+        raise NotImplementedError
+
+    def needs_moments(self) -> bool:
+        """Whether the coefficients depend on the input at all."""
+        return True
+
+    def moments(self, x: Tensor) -> Moments:
+        """The moments of an input, for `ratios`; looking at them moves no running statistics."""
+        self._check_input(x)
+        mean_NC, var_NC, _ = ops.moments(x, channel_dim=self.channel_dim)
+        return self._scoped(mean_NC, var_NC, x)._replace(record=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        # Autocast knows no meta device and raises there.
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                y = self._normalize(x)
+        else:
+            y = self._normalize(x)
+        if self.drop is not None:
+            y = self.drop(y)
+        return y if self.act is None else self.act(y)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        channel_dim, act = self.channel_dim, self.fused_act
+        if not self.needs_moments():
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            empty_NC = torch.zeros((), dtype=dtype, device=x.device).expand(x.shape[0], self.num_features)
+            scale_NC, shift_NC = self.coefficients(Moments(empty_NC, empty_NC, 0))
+            return ops.affine(x, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+        mean_NC, var_NC, streamed = ops.moments(x, channel_dim=channel_dim, act=act)
+        scale_NC, shift_NC = self.coefficients(self._scoped(mean_NC, var_NC, x))
+        return ops.affine(streamed, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+
+    def _scoped(self, mean_NC: Tensor, var_NC: Tensor, x: Tensor) -> Moments:
+        return Moments(mean_NC, var_NC, ops.length(x, self.channel_dim), self.replicas, self.group)
+
+    def _check_input(self, x: Tensor) -> None:
+        if not 2 <= x.ndim <= 5:
+            raise ValueError(f"{type(self).__name__} takes 2 to 5 dimensions, (N, C, *spatial), not {tuple(x.shape)}")
+        if x.shape[self.channel_dim] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}({self.num_features}) got {x.shape[self.channel_dim]} channels in dimension "
+                f"{self.channel_dim} of {tuple(x.shape)}; channel_dim=1 is (N, C, *spatial), -1 is (N, *spatial, C)"
+            )
+        if x.numel() == 0:
+            raise ValueError(f"{type(self).__name__} got an input without elements, {tuple(x.shape)}")
+
+    def affine_parameters(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """weight and bias in the dtype of `like`; 1 and 0 where there is none."""
+        shape, dtype = self.affine_shape(), like.dtype
+        weight = like.new_ones(shape) if self.weight is None else self.weight.to(dtype)
+        bias = like.new_zeros(shape) if self.bias is None else self.bias.to(dtype)
+        return weight, bias
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_features}, eps={self.eps}"
+        text += "" if self.weight is not None else ", affine=False"
+        text += "" if self.fused_act is None else f", act={self.fused_act!r}"
+        return text + ("" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}")
+
+
+def fold(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x - mean) / sqrt(var + eps) * weight + bias as scale * x + shift."""
+    scale = weight * torch.rsqrt(var + eps)
+    return scale, bias - scale * mean
+
+
+def check_options(owner: str, **options: Any) -> None:
+    """Refuse impossible values of the options that all normalizers share.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    rules = {
+        "num_features": (lambda v: isinstance(v, int) and v > 0, "a positive integer"),
+        "eps": (
+            lambda v: isinstance(v, int | float) and v >= 0,
+            "a number from 0 up, such as 1e-5",
+        ),
+        "act": (
+            lambda v: v is None or v in ops.ACTIVATIONS,
+            f"None, {', '.join(ops.ACTIVATIONS)}",
+        ),
+        "channel_dim": (
+            lambda v: v in (1, -1),
+            "1 for (N, C, *spatial) or -1 for (N, *spatial, C)",
+        ),
+        "momentum": (
+            lambda v: v is None or (isinstance(v, int | float) and 0 <= v <= 1),
+            "0 to 1, or None",
+        ),
+    }
+    for name, value in options.items():
+        accepts, allowed = rules[name]
+        if not accepts(value):
+            raise ValueError(f"{owner}: {name}={value!r} is not possible; allowed: {allowed}")
+
+
+def largest_divisor(number: int, limit: int, option: str) -> int:
+    """The largest divisor of `number` that is at most `limit`.
+
+    Raises:
+        ValueError: a limit that is no positive integer, under the name `option`.
+    """
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ValueError(f"{option}={limit!r} is not possible; allowed: an integer from 1 up")
+    return next(divisor for divisor in range(min(limit, number), 0, -1) if number % divisor == 0)

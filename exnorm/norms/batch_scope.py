@@ -1,0 +1,191 @@
+"""Normalizers that use BN's scope: batch statistics per replica, running statistics, and their bookkeeping.
+
+Outside the engine such a layer behaves as `torch.nn.BatchNorm2d` does: each training forward moves the running
+statistics. After `configure_scope` a forward only adds to a pending sum, and `commit_running_stats`, called once per
+optimizer step, moves them by the plain mean over replicas, passes and processes of each replica's statistics.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from exnorm.norms.base import Norm, check_options
+from exnorm.norms.statistics import (
+    Moments,
+    Statistics,
+    replica_statistics,
+    replica_to_sample,
+    scope_count,
+)
+
+
+class BatchScopeNorm(Norm):
+    """A norm with running statistics of BN's scope.
+
+    Args (beyond `Norm`'s):
+        momentum: running = (1 - momentum) * running + momentum * batch, torch's sense; None for the cumulative mean.
+        sync: widen BN's scope to the whole batch, over all replicas and processes.
+        track_running_stats: without, batch statistics are used in evaluation too.
+
+    Buffers: running_mean, running_var (C,), num_batches_tracked; the pending sums are not saved.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    pending_mean: Tensor
+    pending_var: Tensor
+    pending_count: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        momentum: float | None = 0.1,
+        sync: bool = False,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, device=device, dtype=dtype, **options)
+        check_options(type(self).__name__, momentum=momentum)
+        self.momentum = momentum
+        self.sync = sync
+        self.deferred = False
+        # Statistics stay in float32 where the parameters are in half precision.
+        factory: dict[str, Any] = {
+            "device": device,
+            "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
+        }
+        buffers = {
+            "running_mean": torch.zeros(num_features, **factory),
+            "running_var": torch.ones(num_features, **factory),
+            "num_batches_tracked": torch.zeros((), dtype=torch.long, device=device),
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value if track_running_stats else None)
+        if track_running_stats:
+            self.register_buffer("pending_mean", torch.zeros(num_features, **factory), persistent=False)
+            self.register_buffer("pending_var", torch.zeros(num_features, **factory), persistent=False)
+            self.register_buffer("pending_count", torch.zeros((), **factory), persistent=False)
+
+    def reset_running_stats(self) -> None:
+        """running_mean 0, running_var 1, num_batches_tracked 0."""
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def uses_batch_statistics(self) -> bool:
+        """Whether BN's scope is the current batch, rather than the running statistics."""
+        return self.training or self.running_mean is None
+
+    def stored_variance(self, var_RC: Tensor, moments: Moments) -> Tensor:
+        """The variance that goes into `running_var`: here the biased one."""
+        return var_RC
+
+    def batch_statistics(self, moments: Moments) -> Statistics:
+        """BN's mean and variance for each sample, (N, C) or (1, C); records them in training.
+
+        Raises:
+            ValueError: one value per channel in the scope, in training.
+        """
+        if self.running_mean is not None and self.running_var is not None and not self.training:
+            like = moments.mean_NC
+            return Statistics(
+                self.running_mean.to(like.dtype)[None],
+                self.running_var.to(like.dtype)[None],
+            )
+        self._check_scope(moments)
+        mean_RC, var_RC = replica_statistics(moments)
+        if self.training and moments.record and self.running_mean is not None:
+            self._record(
+                mean_RC.detach().mean(0),
+                self.stored_variance(var_RC.detach(), moments).mean(0),
+            )
+        return Statistics(replica_to_sample(mean_RC, moments), replica_to_sample(var_RC, moments))
+
+    def _check_scope(self, moments: Moments) -> None:
+        samples = moments.mean_NC.shape[0]
+        if samples % moments.replicas:
+            raise ValueError(f"{samples} samples do not split into {moments.replicas} replicas; give a multiple of it")
+        if self.training and scope_count(moments) == 1:
+            raise ValueError(
+                f"{type(self).__name__} in training needs more than 1 value per channel in BN's scope, which is "
+                "1 sample of 1 position here; use a larger batch or image, norm.sync=true, or normalizers=[in,ln]"
+            )
+
+    def _record(self, mean_C: Tensor, var_C: Tensor) -> None:
+        if self.deferred:
+            self.pending_mean += mean_C
+            self.pending_var += var_C
+            self.pending_count += 1
+        else:
+            self.update_running_stats(mean_C, var_C)
+
+    @torch.no_grad()
+    def update_running_stats(self, mean_C: Tensor, var_C: Tensor) -> None:
+        """Move the running statistics by one step towards the given ones."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked += 1
+        if self.momentum is None:
+            weight = 1 / self.num_batches_tracked.to(self.running_mean.dtype)
+        else:
+            weight = self.momentum
+        self.running_mean += weight * (mean_C.to(self.running_mean.dtype) - self.running_mean)
+        self.running_var += weight * (var_C.to(self.running_var.dtype) - self.running_var)
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, momentum={self.momentum}"
+        return text + (", sync=True" if self.sync else "")
+
+
+def batch_scope_norms(model: nn.Module) -> list[BatchScopeNorm]:
+    """The layers of a model that use BN's scope, in the order of `modules()`."""
+    return [module for module in model.modules() if isinstance(module, BatchScopeNorm)]
+
+
+def configure_scope(model: nn.Module, *, replicas: int = 1, group: Any = None) -> None:
+    """Set BN's scope of every layer and defer running statistics to `commit_running_stats`.
+
+    Args:
+        replicas: replicas in one forward of this device, N / replicas consecutive samples each.
+        group: the process group that one replica spans; None if it lies on this device.
+
+    Layers with `sync` take the whole batch of all processes, whatever is given.
+    """
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+    for module in batch_scope_norms(model):
+        module.deferred = module.running_mean is not None
+        module.replicas, module.group = (1, world) if module.sync else (replicas, group)
+
+
+def take_pending(module: BatchScopeNorm) -> tuple[Tensor, Tensor]:
+    """The mean of a layer's pending statistics, which are cleared; the running ones if it did not run."""
+    assert module.running_mean is not None and module.running_var is not None
+    count = module.pending_count.clamp(min=1)
+    ran = module.pending_count > 0
+    mean_C = torch.where(ran, module.pending_mean / count, module.running_mean)
+    var_C = torch.where(ran, module.pending_var / count, module.running_var)
+    for pending in (module.pending_mean, module.pending_var, module.pending_count):
+        pending.zero_()
+    return mean_C, var_C
+
+
+@torch.no_grad()
+def commit_running_stats(model: nn.Module) -> None:
+    """Move the running statistics once, by the mean over replicas, passes and processes. After each optimizer step."""
+    modules = [module for module in batch_scope_norms(model) if module.deferred]
+    if not modules:
+        return
+    flat = torch.cat([statistic_C for module in modules for statistic_C in take_pending(module)])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+    statistics = iter(flat.split([module.num_features for module in modules for _ in range(2)]))
+    for module in modules:
+        module.update_running_stats(next(statistics), next(statistics))

@@ -1,0 +1,157 @@
+"""Exemplar Normalization (EN).
+
+R. Zhang, Z. Peng, L. Wu, Z. Li, P. Luo, "Exemplar Normalization for Learning Deep Representation", CVPR 2020. No code
+was released.
+
+    y_n = sum_k lam_nk * (weight_k * (x_n - mu_k) / sqrt(var_k + eps) + bias_k),   sum_k lam_nk = 1
+
+over the normalizers k of IN, LN and BN, each with its own affine map. The ratios are per sample, also at inference:
+
+    x_n   : (C,)       average pooling over the positions, which is IN's mean
+    xh_nk : (K, C)     (x_n - mu_k) / sqrt(var_k + eps)
+    z_n   : (K, C/r)   1-D convolution C -> C/r in C/r groups, shared by the K rows
+    v_n   : (K, K)     z_n z_n^T
+    lam_n : (K,)       softmax(fc2 tanh(fc1 vec(v_n)))
+
+Where SN combines the statistics with one set of ratios for all samples, EN combines the normalized maps.
+
+Not in the paper's text at hand, and chosen here: r = 16 (where it does not divide C, the largest divisor of C that is
+at most r); a bias after the convolution; `fc2` zero, so that all ratios start at 1/K; the rest as torch initialises
+`nn.Linear`; eps 1e-5; momentum 0.1; the biased running variance.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exnorm.norms.base import largest_divisor
+from exnorm.norms.batch_scope import BatchScopeNorm
+from exnorm.norms.mixture import (
+    NORMALIZERS,
+    check_normalizers,
+    initial_logits,
+    mixed_statistics,
+)
+from exnorm.norms.statistics import Moments
+
+HIDDEN_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+class ExemplarNorm(BatchScopeNorm):
+    """y_n = sum_k lam_nk * (weight_k * (x_n - mu_k) / sqrt(var_k + eps) + bias_k).
+
+    Parameters: weight, bias (K, C), or (C,) with `shared_affine`; conv_weight (C/r, r), conv_bias (C/r,);
+    fc1_weight (pi K, K K), fc1_bias; fc2_weight (K, pi K), fc2_bias.
+
+    Args (beyond `BatchScopeNorm`'s):
+        normalizers: which of in, ln, bn are mixed, K of them; without bn there are no running statistics.
+        reduction: r, the channels that one output of the convolution reads.
+        pi: the hidden layer has pi * K units.
+        conv: without, the correlations are taken over all C channels.
+        conv_bias: a bias after the convolution.
+        hidden_act: tanh or relu.
+        shared_affine: one weight and bias for all normalizers.
+        initial: the normalizer that has nearly all weight at first; None for equal ratios.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        normalizers: Sequence[str] = NORMALIZERS,
+        reduction: int = 16,
+        pi: int = 50,
+        conv: bool = True,
+        conv_bias: bool = True,
+        hidden_act: str = "tanh",
+        shared_affine: bool = False,
+        initial: str | None = None,
+        track_running_stats: bool = True,
+        **options: Any,
+    ) -> None:
+        self.normalizers = check_normalizers("ExemplarNorm", normalizers, initial)
+        self.shared_affine = shared_affine
+        track = track_running_stats and "bn" in self.normalizers
+        super().__init__(num_features, track_running_stats=track, **options)
+        if hidden_act not in HIDDEN_ACTIVATIONS:
+            raise ValueError(
+                f"ExemplarNorm: hidden_act={hidden_act!r} is not possible; allowed: {', '.join(HIDDEN_ACTIVATIONS)}"
+            )
+        if not isinstance(pi, int) or isinstance(pi, bool) or pi < 1:
+            raise ValueError(f"ExemplarNorm: pi={pi!r} is not possible; allowed: an integer from 1 up (the paper: 50)")
+        self.reduction = largest_divisor(num_features, reduction, "ExemplarNorm: reduction")
+        self.pi, self.hidden_act, self.initial = pi, hidden_act, initial
+        count = len(self.normalizers)
+        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
+        outputs = num_features // self.reduction
+        self.conv_weight = nn.Parameter(torch.empty(outputs, self.reduction, **factory)) if conv else None
+        self.conv_bias = nn.Parameter(torch.empty(outputs, **factory)) if conv and conv_bias else None
+        self.fc1_weight = nn.Parameter(torch.empty(pi * count, count * count, **factory))
+        self.fc1_bias = nn.Parameter(torch.empty(pi * count, **factory))
+        self.fc2_weight = nn.Parameter(torch.empty(count, pi * count, **factory))
+        self.fc2_bias = nn.Parameter(torch.empty(count, **factory))
+        self.reset_ratios()
+
+    def affine_shape(self) -> tuple[int, ...]:
+        return (self.num_features,) if self.shared_affine else (len(self.normalizers), self.num_features)
+
+    @torch.no_grad()
+    def reset_ratios(self) -> None:
+        """Ratio branch as at construction: equal ratios, or nearly all weight on `initial`."""
+        for weight, bias in (
+            (self.conv_weight, self.conv_bias),
+            (self.fc1_weight, self.fc1_bias),
+        ):
+            if weight is not None:
+                bound = 1 / math.sqrt(weight.shape[1])
+                nn.init.uniform_(weight, -bound, bound)
+                if bias is not None:
+                    nn.init.uniform_(bias, -bound, bound)
+        nn.init.zeros_(self.fc2_weight)
+        self.fc2_bias.copy_(initial_logits(self.normalizers, self.initial, 0.0))
+
+    def ratios(self, moments: Moments) -> dict[str, Tensor]:
+        """lambda, (N, K), in the order of `normalizers`."""
+        mean_NKC, rstd_NKC = self._stacked_statistics(moments)
+        return {"lambda": self._ratios(moments.mean_NC, mean_NKC, rstd_NKC)}
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        mean_NKC, rstd_NKC = self._stacked_statistics(moments)
+        ratio_NK = self._ratios(moments.mean_NC, mean_NKC, rstd_NKC)
+        weight, bias = self.affine_parameters(moments.mean_NC)
+        scale_NKC = weight * rstd_NKC
+        shift_NKC = bias - scale_NKC * mean_NKC
+        return torch.einsum("nk,nkc->nc", ratio_NK, scale_NKC), torch.einsum("nk,nkc->nc", ratio_NK, shift_NKC)
+
+    def _stacked_statistics(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / sqrt(var + eps) of every normalizer, (N, K, C)."""
+        statistics = mixed_statistics(self, self.normalizers, moments)
+        mean_NKC = torch.stack([s.mean.expand_as(moments.mean_NC) for s in statistics], 1)
+        var_NKC = torch.stack([s.var.expand_as(moments.mean_NC) for s in statistics], 1)
+        return mean_NKC, torch.rsqrt(var_NKC + self.eps)
+
+    def _ratios(self, pooled_NC: Tensor, mean_NKC: Tensor, rstd_NKC: Tensor) -> Tensor:
+        features_NKC = (pooled_NC[:, None] - mean_NKC) * rstd_NKC
+        dtype = features_NKC.dtype
+        if self.conv_weight is not None:
+            grouped = features_NKC.unflatten(2, tuple(self.conv_weight.shape))
+            features_NKC = (grouped * self.conv_weight.to(dtype)).sum(3)
+            if self.conv_bias is not None:
+                features_NKC = features_NKC + self.conv_bias.to(dtype)
+        correlations = torch.bmm(features_NKC, features_NKC.transpose(1, 2)).flatten(1)
+        hidden = nn.functional.linear(correlations, self.fc1_weight.to(dtype), self.fc1_bias.to(dtype))
+        hidden = HIDDEN_ACTIVATIONS[self.hidden_act](hidden)
+        return torch.softmax(
+            nn.functional.linear(hidden, self.fc2_weight.to(dtype), self.fc2_bias.to(dtype)),
+            1,
+        )
+
+    def extra_repr(self) -> str:
+        conv = f"reduction={self.reduction}" if self.conv_weight is not None else "conv=False"
+        return f"{super().extra_repr()}, normalizers={self.normalizers}, {conv}, pi={self.pi}, {self.hidden_act}"

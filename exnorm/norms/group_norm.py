@@ -1,0 +1,45 @@
+"""Group Normalization (GN).
+
+Y. Wu, K. He, "Group Normalization", ECCV 2018.
+
+    y = weight * (x - mu) / sqrt(var + eps) + bias,   mu, var over the positions and the channels of one group
+
+Equals `torch.nn.GroupNorm` where `num_groups` divides the channels. Where it does not, torch refuses; here the
+largest divisor of C that is at most `num_groups` is taken, so that one setting fits every layer of a backbone.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from exnorm.norms.base import Norm, fold, largest_divisor
+from exnorm.norms.statistics import Moments, group_statistics
+
+
+class GroupNorm(Norm):
+    """y = weight * (x - mu_GN) / sqrt(var_GN + eps) + bias.
+
+    Parameters: weight, bias (C,).
+
+    Args (beyond `Norm`'s):
+        num_groups: the largest number of groups; lowered to a divisor of C.
+
+    Raises:
+        ValueError: one value per group, of which only `bias` would be left.
+    """
+
+    def __init__(self, num_features: int, *, num_groups: int = 32, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.num_groups = largest_divisor(num_features, num_groups, "GroupNorm: num_groups")
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        if moments.length * self.num_features == self.num_groups:
+            raise ValueError(
+                f"GroupNorm needs more than 1 value per group: {self.num_features} channels in {self.num_groups} "
+                "groups of 1 position leave nothing; use fewer groups (norm.num_groups) or larger images"
+            )
+        weight_C, bias_C = self.affine_parameters(moments.mean_NC)
+        return fold(*group_statistics(moments, self.num_groups), weight_C, bias_C, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_groups={self.num_groups}"

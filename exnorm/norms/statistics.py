@@ -1,0 +1,112 @@
+"""Statistics of every scope from the per-(sample, channel) moments, by the law of total variance in centred form.
+
+    IN: m, v      LN: mu = mean_c m, var = mean_c v + mean_c (m - mu)^2      GN: the same within a group
+    BN: the same over the samples of one replica
+
+No E[x^2] - E[x]^2 anywhere: it cancels where the mean is large.
+Legend: N batch, C channels, L positions, G groups, R replicas on this device, P processes of one replica.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Moments(NamedTuple):
+    """The moments of one batch and BN's scope in it.
+
+    Attributes:
+        mean_NC, var_NC: mean and biased variance of each (sample, channel).
+        length: L, the number of positions behind each moment.
+        replicas: how many replicas this batch holds, of N / replicas consecutive samples each.
+        group: the process group that one replica spans, or None if it lies on this device.
+        record: whether batch statistics taken from them in training move the running ones.
+    """
+
+    mean_NC: Tensor
+    var_NC: Tensor
+    length: int
+    replicas: int = 1
+    group: Any = None
+    record: bool = True
+
+
+class Statistics(NamedTuple):
+    """A mean and a biased variance, each broadcastable to (N, C)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def _total(mean: Tensor, var: Tensor, dim: int) -> Statistics:
+    """Mean and variance of the union of equally large sets, given along `dim`, which is kept."""
+    mean_all = mean.mean(dim, keepdim=True)
+    var_all = var.mean(dim, keepdim=True) + (mean - mean_all).square().mean(dim, keepdim=True)
+    return Statistics(mean_all, var_all)
+
+
+def instance_statistics(moments: Moments) -> Statistics:
+    """IN: over the positions of one sample and channel, (N, C)."""
+    return Statistics(moments.mean_NC, moments.var_NC)
+
+
+def layer_statistics(moments: Moments) -> Statistics:
+    """LN: over the channels and positions of one sample, (N, 1)."""
+    return _total(moments.mean_NC, moments.var_NC, 1)
+
+
+def group_statistics(moments: Moments, num_groups: int) -> Statistics:
+    """GN: over the channels of one group and the positions of one sample, expanded to (N, C)."""
+    samples, channels = moments.mean_NC.shape
+    shape = (samples, num_groups, channels // num_groups)
+    mean, var = _total(moments.mean_NC.reshape(shape), moments.var_NC.reshape(shape), 2)
+    return Statistics(
+        mean.expand(shape).reshape(samples, channels),
+        var.expand(shape).reshape(samples, channels),
+    )
+
+
+def replica_statistics(moments: Moments) -> Statistics:
+    """BN: over the samples and positions of each replica, (R, C)."""
+    samples, channels = moments.mean_NC.shape
+    shape = (moments.replicas, samples // moments.replicas, channels)
+    mean, var = _total(moments.mean_NC.reshape(shape), moments.var_NC.reshape(shape), 1)
+    if moments.group is not None:
+        mean, var = _GatherOverGroup.apply(torch.stack((mean, var)), moments.group).unbind(1)
+        mean, var = _total(mean, var, 0)
+    return Statistics(mean.reshape(-1, channels), var.reshape(-1, channels))
+
+
+def replica_to_sample(statistic_RC: Tensor, moments: Moments) -> Tensor:
+    """Each sample's value of a per-replica statistic: (N, C), or (1, C) for one replica."""
+    if moments.replicas == 1:
+        return statistic_RC
+    return statistic_RC.repeat_interleave(moments.mean_NC.shape[0] // moments.replicas, 0)
+
+
+def scope_count(moments: Moments) -> int:
+    """How many values of one channel lie in BN's scope."""
+    count = moments.mean_NC.shape[0] // moments.replicas * moments.length
+    return count if moments.group is None else count * dist.get_world_size(moments.group)
+
+
+class _GatherOverGroup(torch.autograd.Function):
+    """Stacks a tensor of every process of a group along a new first dimension; one all-reduce each way."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.rank = group, dist.get_rank(group)
+        gathered = local.new_zeros((dist.get_world_size(group), *local.shape))
+        gathered[ctx.rank] = local
+        dist.all_reduce(gathered, group=group)
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[ctx.rank], None

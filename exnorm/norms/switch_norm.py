@@ -1,0 +1,125 @@
+"""Switchable Normalization (SN).
+
+P. Luo, R. Zhang, J. Ren, Z. Peng, J. Li, "Switchable Normalization for Learning-to-Normalize Deep Representation",
+TPAMI 2019 (ICLR 2019). Official code: github switchablenorms/Switchable-Normalization.
+
+    mu = sum_k w_k mu_k,  var = sum_k w'_k var_k,  y = weight * (x - mu) / sqrt(var + eps) + bias
+
+over the normalizers k of IN, LN and BN; w and w' are softmaxes of K scalars each.
+
+Differences from the official code: IN's variance is the biased one, as in the paper's formula (`unbiased=True` gives
+the code's, from which LN's and BN's are built too); the running variance starts at 1, not 0; momentum is torch's (0.1
+here is 0.9 there); activations are saved once instead of three times. The official state dicts load: shapes (1, C, 1,
+1) and (1, C, 1), no `num_batches_tracked`.
+
+The authors' advice: start the ratios uniformly; a small dropout after SN or before the classifier helps on ImageNet;
+pretrain and finetune with comparable batch sizes; no SN after global pooling; where BN's ratio is above about 0.3,
+evaluate with batch averages (`trainer.inference=batch_average`).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exnorm.norms.base import fold
+from exnorm.norms.batch_scope import BatchScopeNorm
+from exnorm.norms.mixture import (
+    NORMALIZERS,
+    check_normalizers,
+    initial_logits,
+    mixed_statistics,
+)
+from exnorm.norms.statistics import Moments
+
+
+class SwitchNorm(BatchScopeNorm):
+    """y = weight * (x - sum_k w_k mu_k) / sqrt(sum_k w'_k var_k + eps) + bias.
+
+    Parameters: weight, bias (C,); mean_weight, var_weight (K,), initialised to 1, in the order of `normalizers`.
+
+    Args (beyond `BatchScopeNorm`'s):
+        normalizers: which of in, ln, bn are mixed; without bn there are no running statistics.
+        unbiased: IN's variance divides by L - 1, as in the official code.
+        initial: the normalizer that has nearly all weight at first; None for equal ratios.
+
+    Raises:
+        ValueError: unknown normalizers; `unbiased` with one position per sample and channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        normalizers: Sequence[str] = NORMALIZERS,
+        unbiased: bool = False,
+        initial: str | None = None,
+        track_running_stats: bool = True,
+        **options: Any,
+    ) -> None:
+        self.normalizers = check_normalizers("SwitchNorm", normalizers, initial)
+        track = track_running_stats and "bn" in self.normalizers
+        super().__init__(num_features, track_running_stats=track, **options)
+        self.unbiased = unbiased
+        self.initial = initial
+        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
+        self.mean_weight = nn.Parameter(torch.empty(len(self.normalizers), **factory))
+        self.var_weight = nn.Parameter(torch.empty(len(self.normalizers), **factory))
+        self.reset_ratios()
+
+    @torch.no_grad()
+    def reset_ratios(self) -> None:
+        """Ratios as at construction."""
+        logits = initial_logits(self.normalizers, self.initial, 1.0)
+        self.mean_weight.copy_(logits)
+        self.var_weight.copy_(logits)
+
+    def ratios(self, moments: Moments) -> dict[str, Tensor]:
+        """The weights of the means and of the variances, (K,) each, in the order of `normalizers`."""
+        like = moments.mean_NC
+        return {
+            "mean": torch.softmax(self.mean_weight.to(like.dtype), 0),
+            "var": torch.softmax(self.var_weight.to(like.dtype), 0),
+        }
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        ratios = self.ratios(moments)
+        statistics = mixed_statistics(self, self.normalizers, self._with_in_variance(moments))
+        mean = _weighted_sum(ratios["mean"], [s.mean for s in statistics])
+        var = _weighted_sum(ratios["var"], [s.var for s in statistics])
+        scale, shift = fold(mean, var, *self.affine_parameters(moments.mean_NC), self.eps)
+        return scale.expand_as(moments.mean_NC), shift.expand_as(moments.mean_NC)
+
+    def _with_in_variance(self, moments: Moments) -> Moments:
+        if not self.unbiased:
+            return moments
+        if moments.length == 1:
+            raise ValueError(
+                "SwitchNorm: unbiased=True needs more than 1 position per sample and channel (the published code gives "
+                "NaN there); use norm.unbiased=false or larger images"
+            )
+        return moments._replace(var_NC=moments.var_NC * (moments.length / (moments.length - 1)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            value = state_dict.get(prefix + name)
+            if value is not None and value.ndim > 1:
+                state_dict[prefix + name] = value.reshape(self.num_features)
+        if self.num_batches_tracked is not None:
+            state_dict.setdefault(
+                prefix + "num_batches_tracked",
+                torch.zeros_like(self.num_batches_tracked),
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, normalizers={self.normalizers}"
+        return text + (", unbiased=True" if self.unbiased else "")
+
+
+def _weighted_sum(ratio_K: Tensor, statistics: Sequence[Tensor]) -> Tensor:
+    """sum_k ratio_k * statistic_k, where the statistics broadcast to (N, C)."""
+    terms = [ratio * statistic for ratio, statistic in zip(ratio_K.unbind(), statistics, strict=True)]
+    return functools.reduce(torch.add, terms)

@@ -1,0 +1,26 @@
+"""The streaming primitives below every normalizer: per-(sample, channel) moments and one affine map.
+
+    x : (N, C, *spatial) or (N, *spatial, C)
+    m, v = moments(x)                 mean and biased variance over the L positions, (N, C)
+    y = act(a * x + b)                a, b : (N, C), any differentiable function of m and v
+
+Four passes over the big tensor in all (two forward, two backward) and one saved tensor, `x`, however many
+normalizers are mixed. See `exnorm.ops.streaming` for the gradient.
+"""
+
+from exnorm.ops.activations import ACTIVATIONS
+from exnorm.ops.backend import BACKENDS, get_backend, set_backend
+from exnorm.ops.layout import expand_coefficients, length, spatial_dims
+from exnorm.ops.streaming import affine, moments
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "affine",
+    "expand_coefficients",
+    "get_backend",
+    "length",
+    "moments",
+    "set_backend",
+    "spatial_dims",
+]

@@ -1,0 +1,27 @@
+"""Activations that the affine pass applies itself; their gradient is recomputed from `a * x + b`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Activation(NamedTuple):
+    """An elementwise function of u = a * x + b.
+
+    Attributes:
+        apply_: overwrites u with act(u).
+        backward_: (u, g) -> g * act'(u); may overwrite u.
+    """
+
+    apply_: Callable[[Tensor], Tensor]
+    backward_: Callable[[Tensor, Tensor], Tensor]
+
+
+def _relu_backward(u: Tensor, grad: Tensor) -> Tensor:
+    # The kernel behind autograd's ReLU: zero where u <= 0, NaN where the gradient is NaN.
+    return torch.ops.aten.threshold_backward(grad, u, 0)
+
+
+ACTIVATIONS: dict[str, Activation] = {"relu": Activation(torch.relu_, _relu_backward)}

@@ -1,0 +1,142 @@
+"""Moments and affine map as two autograd functions with ordinary autograd between them.
+
+    m, v, x', ca, cb = Moments(x)        a, b = f(m, v; parameters)        y = act(a * x' + b)
+
+With `g` the gradient at a * x + b:
+
+    da = sum_L g * x,   db = sum_L g     (Affine)
+    dm, dv                               (autograd on the (N, C) tensors in between)
+    dx = a * g + p * x + q,   p = 2 dv / L,   q = dm / L - p * m     (Moments)
+
+`x'` aliases `x`, and `ca`, `cb` are zero (N, C) carriers: `Affine.backward` returns the untouched gradient of `y`
+for `x'` and the *values* of a and b as the carriers' "gradients", so that `Moments.backward` holds all that it
+needs to write dx in one pass. Only `x` is saved. First order only.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from exnorm.ops.activations import ACTIVATIONS
+from exnorm.ops.backend import implementation
+from exnorm.ops.layout import length
+
+
+class Streamed(NamedTuple):
+    """What `moments` hands to `affine`: the input with its gradient path, and the carriers."""
+
+    x: Tensor
+    scale_carrier_NC: Tensor
+    shift_carrier_NC: Tensor
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channel_dim: int, act: str | None) -> tuple[Tensor, ...]:
+        mean_NC, var_NC = implementation().moments(x, channel_dim)
+        ctx.save_for_backward(x, mean_NC)
+        ctx.channel_dim, ctx.act = channel_dim, act
+        return (
+            mean_NC,
+            var_NC,
+            x.view_as(x),
+            torch.zeros_like(mean_NC),
+            torch.zeros_like(mean_NC),
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dmean_NC, dvar_NC, grad, scale_NC, shift_NC = grads
+        x, mean_NC = ctx.saved_tensors
+        positions = length(x, ctx.channel_dim)
+        slope_NC = dvar_NC * (2 / positions)
+        offset_NC = dmean_NC / positions - slope_NC * mean_NC
+        dx = implementation().input_gradient(grad, x, scale_NC, shift_NC, slope_NC, offset_NC, ctx.channel_dim, ctx.act)
+        return dx, None, None
+
+
+class _Affine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale_NC: Tensor,
+        shift_NC: Tensor,
+        scale_carrier_NC: Tensor | None,
+        shift_carrier_NC: Tensor | None,
+        channel_dim: int,
+        act: str | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale_NC, shift_NC)
+        ctx.channel_dim, ctx.act, ctx.carried = (
+            channel_dim,
+            act,
+            scale_carrier_NC is not None,
+        )
+        return implementation().affine(x, scale_NC, shift_NC, channel_dim, act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale_NC, shift_NC = ctx.saved_tensors
+        dx = dscale_NC = dshift_NC = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dscale_NC, dshift_NC = implementation().affine_sums(grad, x, scale_NC, shift_NC, ctx.channel_dim, ctx.act)
+        if ctx.carried:
+            return grad, dscale_NC, dshift_NC, scale_NC, shift_NC, None, None
+        if ctx.needs_input_grad[0]:
+            dx = implementation().input_gradient(grad, x, scale_NC, shift_NC, None, None, ctx.channel_dim, ctx.act)
+        return dx, dscale_NC, dshift_NC, None, None, None, None
+
+
+def moments(x: Tensor, *, channel_dim: int = 1, act: str | None = None) -> tuple[Tensor, Tensor, Streamed]:
+    """Mean and biased variance of each (sample, channel) over its positions.
+
+    Args:
+        x: (N, C, *spatial), or (N, *spatial, C) with `channel_dim=-1`.
+        act: the activation that the following `affine` will apply: its mask is part of the gradient of `x`.
+
+    Returns:
+        mean_NC, var_NC in float32 (float64 for float64 input), and what `affine` takes in place of `x`. The gradient
+        of `x` is right only if `affine` is called exactly once with it.
+    """
+    _check_activation(act)
+    mean_NC, var_NC, alias, scale_carrier_NC, shift_carrier_NC = _Moments.apply(x, channel_dim, act)
+    return mean_NC, var_NC, Streamed(alias, scale_carrier_NC, shift_carrier_NC)
+
+
+def affine(
+    x: Tensor | Streamed,
+    scale_NC: Tensor,
+    shift_NC: Tensor,
+    *,
+    channel_dim: int = 1,
+    act: str | None = None,
+) -> Tensor:
+    """act(scale * x + shift), one pass, in the dtype of `x`.
+
+    Args:
+        x: what `moments` returned, or a plain tensor where scale and shift do not depend on its moments.
+        scale_NC, shift_NC: (N, C), in the moments' dtype.
+        act: None or a key of `ACTIVATIONS`; the same that `moments` was given.
+    """
+    _check_activation(act)
+    if isinstance(x, Streamed):
+        return _Affine.apply(
+            x.x,
+            scale_NC,
+            shift_NC,
+            x.scale_carrier_NC,
+            x.shift_carrier_NC,
+            channel_dim,
+            act,
+        )
+    return _Affine.apply(x, scale_NC, shift_NC, None, None, channel_dim, act)
+
+
+def _check_activation(act: str | None) -> None:
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {act!r} to fuse; allowed: None, {', '.join(ACTIVATIONS)}")
