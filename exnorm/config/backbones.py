@@ -1,0 +1,84 @@
+"""The names of timm's models, without importing timm: it would bring torch into the controlling process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from exnorm.config.errors import UserError
+from exnorm.config.groups import group_options, register_model_names, unknown_option
+
+LIST_MODELS = "import timm; print('\\n'.join(timm.list_models()))"
+
+
+def timm_names() -> list[str]:
+    """Return the names of timm's architectures; read once per version of timm in a process of its own, then cached."""
+    try:
+        version = metadata.version("timm")
+    except metadata.PackageNotFoundError:
+        raise UserError("timm is not installed: type pip install timm, or take a model of conf/model") from None
+    cache = cache_dir() / f"timm-{version}.txt"
+    if cache.is_file():
+        return cache.read_text(encoding="utf-8").split()
+    done = subprocess.run([sys.executable, "-c", LIST_MODELS], capture_output=True, text=True, check=False)
+    names = done.stdout.split()
+    if done.returncode or not names:
+        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise UserError(f"timm {version} does not list its models: {reason}; try python -c 'import timm'")
+    write_cache(cache, "\n".join(names) + "\n")
+    return names
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be computed again: $XDG_CACHE_HOME/exnorm or ~/.cache/exnorm."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "exnorm"
+
+
+def write_cache(path: Path, text: str) -> None:
+    """Write a cache file in one step; a folder that cannot be written is no reason to stop."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as problem:
+        print(f"exnorm: warning: the list of models is not cached: {problem}", file=sys.stderr)
+
+
+def register_requested(overrides: Iterable[str]) -> None:
+    """Let `model=NAME` and sweeps over it name any model of timm; raise UserError with the nearest names."""
+    known = group_options("model")
+    wanted = [name for name in requested(overrides) if name not in known]
+    if not wanted:
+        return
+    architectures = set(timm_names())
+    for name in wanted:
+        if name.partition(".")[0] not in architectures:  # what follows the dot is the name of pretrained weights
+            raise UserError(unknown_option("model", name, sorted(architectures | set(known))))
+    register_model_names(wanted)
+
+
+def requested(overrides: Iterable[str]) -> list[str]:
+    """Return the names in `model=a` and `model=a,b`; what Hydra cannot parse is left for Hydra to report."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    names: list[str] = []
+    for text in overrides:
+        if not text.startswith("model="):
+            continue
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            continue
+        value = override.value()
+        if override.is_sweep_override():
+            names += [] if isinstance(value, Glob) else override.sweep_string_iterator()
+        elif isinstance(value, str) and value:
+            names.append(value)
+    return names

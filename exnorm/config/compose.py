@@ -1,0 +1,99 @@
+"""Composition: `conf/` and overrides in, a checked configuration out; every mistake is one line (UserError).
+
+`exnorm train` itself goes through `hydra.main`; tests and the other commands compose here.
+"""
+
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from exnorm.config.backbones import register_requested
+from exnorm.config.errors import UserError
+from exnorm.config.explain import check_keys, explain, is_user_error
+from exnorm.config.groups import (
+    conf_dir,
+    group_options,
+    option_values,
+    register_model_names,
+    register_option,
+    register_schemas,
+)
+from exnorm.config.norm import check_norm_types, split_norm
+from exnorm.config.schema import TrainConfig
+
+__all__ = [
+    "check_norm_types",
+    "check_train",
+    "compose_eval",
+    "compose_train",
+    "conf_dir",
+    "default_values",
+    "explain",
+    "group_options",
+    "register_model_names",
+    "register_schemas",
+    "split_norm",
+]
+
+
+def compose_train(overrides: list[str]) -> DictConfig:
+    """Compose and check the configuration of a training run; raise UserError for what does not fit."""
+    register_requested(overrides)
+    config = composed("train", overrides)
+    check_train(config)
+    return config
+
+
+def compose_eval(run_data: dict[str, Any], overrides: list[str]) -> DictConfig:
+    """Compose the configuration of an evaluation of a run whose own `data` is `run_data`.
+
+    `data.root=X` alone changes the run's data, `data=imagefolder data.root=X` replaces it.
+    """
+    register_option("data", "run", run_data)
+    config = composed("eval", overrides)
+    check_keys(resolved(config, "eval"), "eval")
+    return config
+
+
+def check_train(config: DictConfig) -> None:
+    """Raise UserError for an unknown key, an unresolvable value or an option of the norm that has the wrong type."""
+    values = resolved(config, "train")
+    check_keys(values, "train")
+    check_norm_types(values.get("norm", {}))
+
+
+def default_values(norm_name: str) -> dict[str, Any]:
+    """Return the schema's defaults with those of the norm's yaml: what a run's hash leaves out.
+
+    The norm's name has no default, so it always counts.
+    """
+    values = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
+    assert isinstance(values, dict)
+    norm = option_values("norm", norm_name)
+    del norm["name"]
+    return {**{str(key): value for key, value in values.items()}, "norm": norm}
+
+
+def composed(config_name: str, overrides: list[str]) -> DictConfig:
+    """Run Hydra's composition with the schemas in place; its exceptions become UserError."""
+    register_schemas()
+    try:
+        with initialize_config_dir(str(conf_dir()), job_name=config_name, version_base="1.3"):
+            return compose(config_name, overrides)
+    except Exception as exc:
+        if not is_user_error(exc):
+            raise
+        raise UserError(explain(exc, config_name)) from exc
+
+
+def resolved(config: DictConfig, config_name: str) -> dict[str, Any]:
+    """Return plain values with every interpolation resolved."""
+    try:
+        values = OmegaConf.to_container(config, resolve=True)
+    except Exception as exc:
+        if not is_user_error(exc):
+            raise
+        raise UserError(explain(exc, config_name)) from exc
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}

@@ -1,0 +1,31 @@
+"""The error of a user, in one line, and the nearest right word."""
+
+import difflib
+from collections.abc import Iterable
+
+SHOWN = 16  # words listed before the rest is only counted
+
+
+class UserError(ValueError):
+    """A mistake of the user: what was wrong, what is allowed and what to type, in one line."""
+
+
+def nearest(word: str, allowed: Iterable[str], *, count: int = 1) -> list[str]:
+    """Return up to `count` of the allowed words that look like `word`, the nearest first."""
+    return difflib.get_close_matches(word, list(allowed), n=count)
+
+
+def suggest(word: str, allowed: Iterable[str], *, count: int = 1) -> str:
+    """Return "did you mean 'x'?" for the nearest of `allowed`, or else "allowed: a, b, ..."."""
+    words = list(allowed)
+    near = nearest(word, words, count=count)
+    if near:
+        return "did you mean " + " or ".join(f"'{other}'" for other in near) + "?"
+    return f"allowed: {shorten(words)}"
+
+
+def shorten(words: Iterable[str]) -> str:
+    """Join words with commas, and count those beyond the first `SHOWN`."""
+    listed = list(words)
+    rest = len(listed) - SHOWN
+    return ", ".join(listed[:SHOWN]) + (f", ... ({rest} more)" if rest > 0 else "")

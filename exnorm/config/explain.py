@@ -1,0 +1,122 @@
+"""Hydra's and OmegaConf's exceptions in one line: what was wrong, and what to type instead.
+
+The patterns are those of Hydra 1.3's messages; a message that matches none is shortened to its first line.
+"""
+
+import re
+from typing import Any
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from exnorm.config.errors import UserError, nearest, suggest
+from exnorm.config.groups import group_options, groups, option_values, unknown_option
+from exnorm.config.norm import written
+from exnorm.config.schema import EvalConfig, TrainConfig
+
+NOUNS = {
+    r"converted to Integer": "an integer",
+    r"converted to Float": "a number",
+    r"not a valid bool": "true or false",
+    r"not a ListConfig": "a list",
+    r"to string": "a word",
+}
+
+
+def is_user_error(exc: BaseException) -> bool:
+    """Whether an exception is shown as one line: ours and ValueError by convention, Hydra's and OmegaConf's."""
+    return isinstance(exc, ValueError | HydraException | OmegaConfBaseException)
+
+
+def explain(exc: BaseException, config_name: str = "train") -> str:
+    """Return one line for an exception; `config_name` ("train" or "eval") names the keys that are allowed."""
+    text = str(exc)
+    if isinstance(exc, OverrideParseException):
+        return f"cannot read '{exc.override}': write KEY=VALUE, such as batch=8x32 or 'data.scale=[0.2,1]'"
+    if found := re.search(r"Could not find '([^']*)/([^'/]*)'", text):
+        return missing_option(found[1], found[2], text)
+    if found := re.search(r"Could not override '([^'=]*)", text):
+        return unknown_key(found[1], config_name)
+    if found := re.search(r"Error merging override (.*)", text):
+        return wrong_type(found[1], str(exc.__cause__), config_name)
+    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        key, _, value = found[1].partition("=")
+        a_list = (
+            f", or for a list type '{key}=[{value}]'" if isinstance(known_values(config_name).get(key), list) else ""
+        )
+        return f"{found[1]}: several values; add -m to run one after the other{a_list}"
+    if "Config group override must be a string" in text:
+        return "a group takes the name of one of its options, such as norm=en, not a number, null or nothing"
+    return first_line(exc)
+
+
+def missing_option(group: str, name: str, text: str) -> str:
+    """Explain an option that a group lacks; Hydra's message lists those that it has."""
+    listed = re.findall(r"^\t(?!provider)(\S+)$", text, flags=re.MULTILINE)
+    return unknown_option(group, name, listed)
+
+
+def unknown_key(key: str, config_name: str = "train") -> str:
+    """Explain a key that does not exist: the same last word elsewhere, or else the nearest key."""
+    group, _, option = key.partition(".")
+    if key.startswith("model.options"):
+        return f"unknown key '{key}': a further argument of the model takes a plus, such as +model.options.width=2"
+    having = [name for name in group_options("norm") if option in option_values("norm", name)]
+    if group == "norm" and having and config_name == "train":
+        return f"unknown key '{key}' for this norm: {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
+    known = list(known_values(config_name))
+    same = [other for other in known if other.split(".")[-1] == key]
+    if same:
+        return f"unknown key '{key}': did you mean " + " or ".join(f"'{other}'" for other in same) + "?"
+    tops = sorted({other.split(".")[0] for other in known} | set(groups() if config_name == "train" else ()))
+    near = nearest(key, [other for other in known if other.startswith(f"{group}.")] or known + tops)
+    return f"unknown key '{key}': {suggest(near[0] if near else key, near or tops)}"
+
+
+def wrong_type(override: str, reason: str, config_name: str) -> str:
+    """Explain a value of the wrong type, with the schema's default as the example."""
+    key, _, value = override.partition("=")
+    default = known_values(config_name).get(key)
+    example = f", such as {key}={written(default)}" if default not in (None, "???", value) else ""
+    if "is not Optional" in reason:
+        return f"{override}: null is not allowed{example}"
+    noun = next((noun for pattern, noun in NOUNS.items() if re.search(pattern, reason)), None)
+    return f"{override}: not {noun}{example}" if noun else f"{override}: {reason.splitlines()[0]}{example}"
+
+
+def first_line(exc: BaseException) -> str:
+    """Shorten a message to its first line, with the key that OmegaConf names further down."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
+    key = getattr(exc, "full_key", None)
+    return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def known_values(config_name: str) -> dict[str, Any]:
+    """Return every dotted key that a command knows, with its default."""
+    schema = OmegaConf.structured({"train": TrainConfig, "eval": EvalConfig}[config_name])
+    known = dotted(OmegaConf.to_container(schema, throw_on_missing=False))
+    if config_name == "train":
+        del known["norm"]
+        for name in group_options("norm"):
+            known |= {f"norm.{key}": value for key, value in option_values("norm", name).items()}
+    return known
+
+
+def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys; lists and empty mappings are values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def check_keys(values: dict[str, Any], config_name: str) -> None:
+    """Raise UserError for a key that no schema has, which Hydra's `+key=value` would let in."""
+    known = known_values(config_name)
+    for key in dotted(values):
+        if key not in known and key != "norm" and not key.startswith(("norm.", "model.options")):
+            raise UserError(unknown_key(key, config_name))

@@ -1,0 +1,88 @@
+"""The folder `conf/` and what lies in it: the groups, their options, and the schema that types them.
+
+`conf/<group>/*.yaml` is the list of what a group offers; nothing is registered by hand.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from exnorm.config.errors import SHOWN, UserError, nearest, shorten, suggest
+from exnorm.config.schema import EvalConfig, TrainConfig
+
+
+def conf_dir() -> Path:
+    """Return the folder of the configuration: inside the package (wheel), else next to it (checkout)."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"no conf/train.yaml in or next to {package}: reinstall exnorm, its configuration is missing")
+
+
+def groups() -> list[str]:
+    """Return the names of the groups that have an option."""
+    return sorted({file.parent.name for file in conf_dir().glob("*/*.yaml")})
+
+
+def group_options(group: str) -> list[str]:
+    """Return the names of the yaml files of a group, sorted."""
+    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+
+
+def option_file(group: str, name: str) -> Path:
+    """Return the yaml file of an option; raise UserError with the nearest name if there is none."""
+    options = group_options(group)
+    if name not in options:
+        raise UserError(unknown_option(group, name, options))
+    return conf_dir() / group / f"{name}.yaml"
+
+
+def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
+    """Say that a group has no such option: the nearest one, and all of them, or of a long list the three nearest."""
+    listed = list(options)
+    if len(listed) > SHOWN:
+        return f"unknown {group} '{name}': {suggest(name, listed, count=3)}"
+    allowed = f"allowed: {shorten(listed)}" if listed else f"the group {group} has no options"
+    hint = f"{suggest(name, listed)} " if nearest(name, listed) else ""
+    return f"unknown {group} '{name}': {hint}{allowed}"
+
+
+def option_values(group: str, name: str) -> dict[str, Any]:
+    """Return the values written in the yaml of an option."""
+    values = OmegaConf.to_container(OmegaConf.load(option_file(group, name)))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def describe(group: str, name: str) -> str:
+    """Return the first comment of an option's yaml that is a sentence."""
+    lines = option_file(group, name).read_text(encoding="utf-8").splitlines()
+    comments = (line[1:].strip() for line in lines if line.startswith("#"))
+    return next((text for text in comments if not text.startswith("@package")), "")
+
+
+def register_schemas() -> None:
+    """Store the two schemas under the names that `train.yaml` and `eval.yaml` begin with."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="eval_schema", node=EvalConfig)
+
+
+def register_option(group: str, name: str, values: dict[str, Any]) -> None:
+    """Add an option to a group, as if it were a yaml file."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(group=group, name=name, node=values)
+
+
+def register_model_names(names: Iterable[str]) -> None:
+    """Make `model=NAME` work for names that have no yaml; a name with one is left to its yaml."""
+    known = set(group_options("model"))
+    for name in names:
+        if name not in known:
+            register_option("model", name, {"name": name})

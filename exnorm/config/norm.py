@@ -1,0 +1,65 @@
+"""The one part of the configuration without a schema: `norm`, typed by the defaults in `conf/norm/<name>.yaml`."""
+
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from exnorm.config.errors import UserError, suggest
+from exnorm.config.groups import option_values
+
+
+def split_norm(norm: DictConfig | dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Split `norm` into its short name, the path of its class and the options for the class's constructor."""
+    values = OmegaConf.to_container(norm, resolve=True) if isinstance(norm, DictConfig) else dict(norm)
+    assert isinstance(values, dict)
+    options = {str(key): value for key, value in values.items()}
+    return options.pop("name"), options.pop("_target_"), options
+
+
+def check_norm_types(norm: DictConfig | dict[str, Any]) -> None:
+    """Compare the options of `norm` with the defaults of its yaml; raise UserError for the first that does not fit.
+
+    A float takes an integer, a default of null takes anything.
+    """
+    values = OmegaConf.to_container(norm, resolve=True) if isinstance(norm, DictConfig) else norm
+    if not isinstance(values, dict) or "name" not in values:
+        raise UserError("no norm is chosen: type for example norm=en (exnorm list norms)")
+    name = str(values["name"])
+    defaults = option_values("norm", name)
+    for key, value in values.items():
+        if key not in defaults:
+            raise UserError(f"unknown key 'norm.{key}' for norm {name}: {suggest(str(key), defaults)}")
+        if not fits(value, defaults[key]):
+            raise UserError(f"norm.{key}={written(value)}: expected {expected(defaults[key])}")
+
+
+def fits(value: Any, default: Any) -> bool:
+    """Whether a value has the type of a default; a list is compared by its first element."""
+    if default is None:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    if isinstance(default, list):
+        return isinstance(value, list) and all(fits(item, default[0]) for item in value if default)
+    return isinstance(value, type(default))
+
+
+def expected(default: Any) -> str:
+    """Name the type of a default, with the default as the example."""
+    if isinstance(default, bool):
+        return "true or false"
+    nouns = {int: "an integer", float: "a number", list: "a list", str: "a word"}
+    return f"{nouns.get(type(default), 'a value')} such as {written(default)}"
+
+
+def written(value: Any) -> str:
+    """Write a value as one types it on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple | ListConfig):
+        return "[" + ",".join(written(item) for item in value) + "]"
+    return str(value)

@@ -1,0 +1,130 @@
+"""The typed schema of a run: every key a user can set except `norm`, whose constructor checks it.
+
+A default here never changes its meaning: the hash of a run (`exnorm.runs.identity`) leaves out values that equal
+their default, so that adding an option does not orphan the runs made before it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """A backbone, by its name in timm or torchvision."""
+
+    name: str = MISSING
+    drop_rate: float = 0.0  # dropout before the classifier; SN's released code uses 0.5
+    pretrained: bool = False  # weights from timm's hub
+    init_from: str | None = None  # a run folder or a checkpoint file
+    replace: list[str] = field(default_factory=lambda: ["batch"])  # kinds of layers the norm replaces
+    options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the model's constructor
+
+
+@dataclass
+class DataConfig:
+    """A data set and how its images are cropped; the crop rules are the papers'."""
+
+    name: str = MISSING
+    root: str | None = None
+    image_size: int = 224  # px, the side of a training crop and of the centre crop in validation
+    resize: int = 256  # px, the shorter side before the centre crop
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # area of a random resized crop
+    hflip: float = 0.5  # probability of a horizontal flip
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    epochs: int = 100  # the length of training that goes with this data set
+    workers: int = 4  # loader processes per device
+
+
+@dataclass
+class OptimConfig:
+    """SGD as in the papers; `lr` null means `lr_per_256` x total batch / 256."""
+
+    name: str = "sgd"
+    lr: float | None = None
+    lr_per_256: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4  # on all parameters, those of the norms included
+    schedule: str = "step"  # step | cosine
+    milestones: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9])  # fractions of the epochs
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0  # linear, from 0
+
+
+@dataclass
+class TrainerConfig:
+    """How long, where and how exactly to train."""
+
+    epochs: int = 100
+    device: str = "auto"  # auto | cpu | cuda
+    devices: int | None = None  # processes, one per device; null: as many as there are and as fit the batch
+    passes: int = 1  # forward-backward passes per optimizer step and device (gradient accumulation)
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    channels_last: bool = True
+    compile: bool = False  # whole-model torch.compile
+    deterministic: bool = False  # deterministic algorithms on a GPU
+    checkpoint_every: int = 1  # epochs
+    checkpoint_every_steps: int | None = None  # further checkpoints inside an epoch
+    inference: str = "moving_average"  # moving_average | batch_average: the statistics of BN's scope at test time
+    calibration_batches: int = 200  # batches of training images for batch_average
+    eval_batch_size: int = 64  # per device
+
+
+@dataclass
+class TaskConfig:
+    """What a run learns."""
+
+    name: str = "classification"
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides `metrics.jsonl`."""
+
+    csv: bool = True
+    wandb: str = "offline"  # off | offline | online
+    project: str = "exnorm"
+    probe_images: int = 64  # validation images on which the ratios of every layer are measured
+
+
+@dataclass
+class OpsConfig:
+    """The back end of the streaming primitives."""
+
+    backend: str = "auto"  # auto | eager
+
+
+@dataclass
+class TrainConfig:
+    """A training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    norm: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
+    batch: str = "1x32"  # replicas x samples per replica
+    seed: int = 0
+    runs: str = "runs"  # the folder in which run folders are made
+    fresh: bool = False  # start over instead of resuming
+
+
+@dataclass
+class EvalConfig:
+    """An evaluation of a finished or running run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: str = "last"  # last | best | a file
+    inference: str = "moving_average"
+    calibration_batches: int = 200
+    batch_size: int = 64  # per device
+    device: str = "auto"
+    devices: int | None = 1
+    precision: str = "fp32"

@@ -1,0 +1,124 @@
+"""Backbones: any model of timm by its name, torchvision's ShuffleNet v2, each with its normalization replaced."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from exnorm.config.errors import UserError, suggest
+from exnorm.norms import Norm
+from exnorm.surgery import convert
+
+TORCHVISION_PREFIX = "shufflenet_v2_"  # timm has none
+
+
+def build_model(model_config: Any, norm_config: Mapping[str, Any], *, num_classes: int) -> nn.Module:
+    """The backbone with `num_classes` outputs, converted to the normalizer.
+
+    Raises:
+        UserError: an unknown name, an option that the constructor refuses, or nothing to convert.
+    """
+    try:
+        model = _backbone(model_config, num_classes)
+        target = hydra.utils.get_class(norm_config["_target_"])
+        options = {key: value for key, value in norm_config.items() if key not in ("name", "_target_")}
+        return convert(model, target, replace=tuple(model_config.replace), **options)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise UserError(f"model={model_config.name} norm={norm_config['name']}: {problem}") from problem
+
+
+def _backbone(config: Any, num_classes: int) -> nn.Module:
+    options = dict(config.options)
+    if config.name.startswith(TORCHVISION_PREFIX):
+        return _torchvision(config, num_classes, options)
+    if not timm.is_model(config.name):
+        raise ValueError(f"unknown model; {suggest(config.name, timm.list_models())}")
+    return timm.create_model(
+        config.name,
+        pretrained=config.pretrained,
+        num_classes=num_classes,
+        drop_rate=config.drop_rate,
+        **options,
+    )
+
+
+def _torchvision(config: Any, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    if config.drop_rate:
+        raise ValueError("torchvision's ShuffleNet v2 has no dropout; leave model.drop_rate at 0")
+    if not config.pretrained:
+        return torchvision.models.get_model(config.name, num_classes=num_classes, **options)
+    model = torchvision.models.get_model(config.name, weights="DEFAULT", **options)
+    assert isinstance(model.fc, nn.Linear)
+    if num_classes != model.fc.out_features:
+        model.fc = nn.Linear(model.fc.in_features, num_classes)
+    return model
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> list[str]:
+    """Load a state dict into a model, also across norms and heads; return a line for each thing that was left.
+
+    A (C,) affine parameter is copied to each normalizer of a (K, C) one. Left at their initial values: the ratio
+    branch where the source has none, and a classifier of another number of classes.
+
+    Raises:
+        UserError: the weights are of another architecture.
+    """
+    own = model.state_dict()
+    given = dict(state)
+    for key, value in own.items():
+        other = given.get(key)
+        if other is not None and value.ndim == 2 and other.ndim == 1 and value.shape[1] == other.shape[0]:
+            given[key] = other.expand_as(value)
+    resized = [key for key, value in given.items() if key in own and own[key].shape != value.shape]
+    head = {key for key in resized if key.rpartition(".")[0] == _classifier(model)}
+    ratios = {
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        if isinstance(module, Norm)
+        for key in [
+            *dict(module.named_parameters(recurse=False)),
+            *dict(module.named_buffers(recurse=False)),
+        ]
+    }
+    missing = set(own) - set(given)
+    unexpected = {key for key in set(given) - set(own) if key.rpartition(".")[0] not in _norm_names(model)}
+    wrong = sorted((set(resized) - head) | (missing - ratios) | unexpected)
+    if wrong:
+        raise UserError(f"{source} holds the weights of another architecture: {wrong[0]} ({len(wrong)} in all) differs")
+    model.load_state_dict({k: v for k, v in given.items() if k in own and k not in head}, strict=False)
+    notes = [f"classifier {key} has another shape and starts anew" for key in sorted(head)]
+    return notes + ([f"{len(missing)} parameters and buffers of the norms start anew"] if missing else [])
+
+
+def _norm_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, Norm)}
+
+
+def _classifier(model: nn.Module) -> str | None:
+    """The name of the last linear layer."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of learned values."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def gflops_per_image(model: nn.Module, image_size: int) -> float:
+    """Multiply-adds of one forward of one image, in 1e9 and counted once, as the papers count."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameter = next(model.parameters())
+    image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    was_training = model.training
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.eval()(image)
+    model.train(was_training)
+    return counter.get_total_flops() / 2 / 1e9

@@ -1,0 +1,74 @@
+"""The optimizer and the learning rate at each step.
+
+The papers' protocol: SGD, momentum 0.9, no Nesterov, weight decay 1e-4 on all parameters, lr 0.1 x (total batch / 256),
+x 0.1 at 0.3, 0.6 and 0.9 of the epochs. The rate is a function of the step alone, so a resumed run needs no state.
+"""
+
+import math
+from typing import Any
+
+import timm.optim
+import torch
+from torch import nn
+
+from exnorm.config.errors import UserError, suggest
+
+SCHEDULES = ("step", "cosine")
+
+
+def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch.optim.Optimizer:
+    """SGD over all parameters in one group, or any optimizer of timm by its name.
+
+    Raises:
+        UserError: an unknown optimizer or schedule.
+    """
+    if config.schedule not in SCHEDULES:
+        raise UserError(f"optim.schedule={config.schedule} is unknown; allowed: {', '.join(SCHEDULES)}")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    lr = peak_lr(config, total_batch=total_batch)
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+    names = [str(name) for name in timm.optim.list_optimizers()]
+    if config.name not in names:
+        raise UserError(f"optim.name={config.name} is unknown; {suggest(config.name, names)} sgd is the papers'")
+    return timm.optim.create_optimizer_v2(
+        parameters,
+        opt=config.name,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+    )
+
+
+def peak_lr(config: Any, *, total_batch: int) -> float:
+    """`lr`, or `lr_per_256` scaled with the batch of the gradient."""
+    return config.lr if config.lr is not None else config.lr_per_256 * total_batch / 256
+
+
+def learning_rate(config: Any, *, step: int, steps_per_epoch: int, epochs: int, total_batch: int) -> float:
+    """The rate of optimizer step `step`, counted from 0.
+
+    step: peak x gamma^(milestones passed), changed at whole epochs. cosine: peak x (1 + cos(pi t)) / 2 with t from 0 to
+    1 over the steps after the warm-up. Warm-up: linear from 0 over `warmup_epochs`.
+    """
+    peak = peak_lr(config, total_batch=total_batch)
+    warmup_steps = config.warmup_epochs * steps_per_epoch
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - warmup_steps) / max(1.0, epochs * steps_per_epoch - warmup_steps)
+        return peak * (1 + math.cos(math.pi * progress)) / 2
+    epoch = step // steps_per_epoch
+    return peak * config.gamma ** sum(epoch >= round(fraction * epochs) for fraction in config.milestones)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the rate of a step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

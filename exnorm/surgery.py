@@ -1,0 +1,254 @@
+"""Put a normalizer into any model: replace its normalization layers, and say what was replaced.
+
+Types are matched exactly: a swap by `isinstance(m, nn.BatchNorm2d)` would delete the activations that timm's
+`BatchNormAct2d` carries.
+"""
+
+import importlib
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import timm.layers
+import torch
+from torch import nn
+
+from exnorm.config.groups import group_options, option_values
+from exnorm.norms import BatchScopeNorm, Norm
+
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "batch": (
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        nn.SyncBatchNorm,
+        timm.layers.BatchNormAct2d,
+        timm.layers.SyncBatchNormAct,
+    ),
+    "group": (
+        nn.GroupNorm,
+        timm.layers.GroupNorm,
+        timm.layers.GroupNorm1,
+        timm.layers.GroupNormAct,
+        timm.layers.GroupNorm1Act,
+    ),
+    "layer2d": (timm.layers.LayerNorm2d, timm.layers.LayerNormAct2d),
+    "layer": (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormAct),
+    "rms": (nn.RMSNorm, timm.layers.RmsNorm, timm.layers.RmsNorm2d),
+}
+_KIND_OF = {cls: kind for kind, classes in KINDS.items() for cls in classes}
+_SYNCHRONIZED = (nn.SyncBatchNorm, timm.layers.SyncBatchNormAct)
+_CHANNELS_LAST_KINDS = (
+    nn.LayerNorm,
+    timm.layers.LayerNorm,
+    timm.layers.LayerNormAct,
+    nn.RMSNorm,
+    timm.layers.RmsNorm,
+)
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+)
+
+
+class AuditRow(NamedTuple):
+    """One normalization layer of a model: what it was, what it is now (None if left), and why."""
+
+    name: str
+    original: str
+    replacement: str | None
+    reason: str
+
+
+def norm_class(norm: str | type[Norm]) -> type[Norm]:
+    """The class of a normalizer's short name, a file name in `conf/norm`; a class is returned as it is.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(norm, str):
+        return norm
+    names = group_options("norm")
+    if norm not in names:
+        raise ValueError(f"unknown norm {norm!r}; allowed: {', '.join(names)}")
+    target: str = option_values("norm", norm)["_target_"]
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def convert(
+    model: nn.Module,
+    norm: str | type[Norm] = "en",
+    *,
+    replace: Sequence[str] = ("batch",),
+    fuse: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Replace a model's normalization layers in place and return the model. Before the optimizer is built.
+
+    Affine and running values, zero-initialised weights, device, dtype, mode, `requires_grad`, and the activation and
+    drop of norm-act layers are kept; a layer with two parents stays one layer. With `norm="bn"` the model's function
+    does not change. With `initial="bn"` (SN, EN) a pretrained network with BN starts as that network, up to the weight
+    of 1e-4 that each layer leaves to the other normalizers.
+
+    Args:
+        norm: a short name (see `exnorm list norms`) or a subclass of `Norm`.
+        replace: the kinds to replace, of batch, group, layer2d, layer, rms. `layer` and `rms` normalize each token on
+            its own, which is no scope of ours: replacing them changes the function.
+        fuse: apply the ReLU of norm-act layers inside the affine pass.
+        options: of the normalizer's constructor.
+
+    Raises:
+        ValueError: an unknown norm, kind or option, a wrapped model, or nothing to replace.
+    """
+    cls = norm_class(norm)
+    _check_request(model, cls, replace, options)
+    places = [place for place in _normalization_layers(model) if _KIND_OF[type(place[2])] in replace]
+    # All are built before the first is put in, so that an error leaves the model as it was.
+    built: dict[int, nn.Module] = {}
+    for _, _, child in places:
+        if id(child) not in built:
+            built[id(child)] = _replacement(child, cls, fuse, options)
+    for parent, name, child in places:
+        if parent is None:
+            return built[id(child)]
+        parent._modules[name] = built[id(child)]
+    if not built:
+        present = Counter(_KIND_OF[type(child)] for _, _, child in _normalization_layers(model))
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in present.items()) or "none"
+        raise ValueError(f"nothing to replace: no layer of kind {'/'.join(replace)}; this model's kinds: {kinds}")
+    return model
+
+
+def audit(model: nn.Module) -> list[AuditRow]:
+    """Every normalization layer of a model: what `convert` replaced, what it left, and why."""
+    rows = []
+    for name, module in model.named_modules():
+        kind = _KIND_OF.get(type(module))
+        original = f"{type(module).__module__}.{type(module).__qualname__}"
+        if isinstance(module, Norm):
+            note = module.replaced
+            new = f"{type(module).__name__}({module.extra_repr()})"
+            rows.append(AuditRow(name, note or original, new, "replaced" if note else "built"))
+        elif kind is not None:
+            rows.append(
+                AuditRow(
+                    name,
+                    original,
+                    None,
+                    f"kind {kind!r} was not asked for (replace=({kind!r},))",
+                )
+            )
+        elif "norm" in type(module).__name__.lower() and _is_layer(module):
+            rows.append(AuditRow(name, original, None, "no known normalization layer"))
+    return rows
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is no mere container: it has no children, or values of its own (a norm-act layer has both)."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return bool(own) or next(module.children(), None) is None
+
+
+def _check_request(model: nn.Module, cls: type[Norm], replace: Sequence[str], options: dict[str, Any]) -> None:
+    for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            where = f"the submodule {name!r}" if name else "the model"
+            raise ValueError(
+                f"{where} is wrapped in {type(module).__name__}; convert the bare model first (model.module), then wrap"
+            )
+    if isinstance(replace, str) or not set(replace) <= set(KINDS):
+        raise ValueError(f"replace={replace!r} is not possible; allowed: a tuple of {', '.join(KINDS)}")
+    allowed = constructor_options(cls)
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+
+
+def constructor_options(cls: type[Norm]) -> dict[str, Any]:
+    """The keyword options of a normalizer's constructor with their defaults, those of its bases included."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if base is nn.Module:
+            break
+        for name, parameter in inspect.signature(base.__init__).parameters.items():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                found.setdefault(name, parameter.default)
+    return found
+
+
+def _normalization_layers(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Module | None, str, nn.Module]]:
+    """Each place of a known normalization layer as (parent, name, layer); a shared layer once per place."""
+    if type(model) in _KIND_OF:
+        yield None, "", model
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and type(child) in _KIND_OF:
+                yield parent, name, child
+
+
+def _num_features(layer: nn.Module) -> int:
+    for attribute in ("num_features", "num_channels", "normalized_shape"):
+        value = getattr(layer, attribute, None)
+        if value is not None:
+            if isinstance(value, int):
+                return value
+            if len(value) == 1:
+                return int(value[0])
+            raise ValueError(
+                f"{type(layer).__name__} over the last {len(value)} dimensions has no channels to normalize"
+            )
+    assert isinstance(layer.weight, torch.Tensor)
+    return layer.weight.shape[0]
+
+
+def _replacement(layer: nn.Module, cls: type[Norm], fuse: bool, options: dict[str, Any]) -> Norm:
+    weight, running_mean = (
+        getattr(layer, "weight", None),
+        getattr(layer, "running_mean", None),
+    )
+    like = weight if weight is not None else running_mean
+    inherited: dict[str, Any] = {
+        "eps": layer.eps if layer.eps is not None else 1e-5,
+        "affine": weight is not None,
+    }
+    inherited["channel_dim"] = -1 if type(layer) in _CHANNELS_LAST_KINDS else 1
+    if like is not None:
+        inherited |= {"device": like.device, "dtype": like.dtype}
+    if issubclass(cls, BatchScopeNorm) and _KIND_OF[type(layer)] == "batch":
+        inherited["momentum"] = layer.momentum
+        inherited["track_running_stats"] = running_mean is not None
+        inherited["sync"] = type(layer) in _SYNCHRONIZED
+    fused = fuse and type(getattr(layer, "act", None)) is nn.ReLU and isinstance(layer.drop, nn.Identity)
+    new = cls(
+        _num_features(layer),
+        **{**inherited, **options, **({"act": "relu"} if fused else {})},
+    )
+    if not fused:
+        for name in ("drop", "act"):
+            post = getattr(layer, name, None)
+            setattr(new, name, None if isinstance(post, nn.Identity) else post)
+    _carry_over(layer, new)
+    new.replaced = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    return new.train(layer.training)
+
+
+@torch.no_grad()
+def _carry_over(old: nn.Module, new: Norm) -> None:
+    """Copy affine and running values; a (C,) weight goes to every normalizer of a (K, C) one."""
+    for name in ("weight", "bias"):
+        source, target = getattr(old, name, None), getattr(new, name)
+        if source is None:
+            setattr(new, name, None)
+        elif target is not None:
+            target.copy_(source)
+            target.requires_grad_(source.requires_grad)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        source, target = getattr(old, name, None), getattr(new, name, None)
+        if source is not None and target is not None:
+            target.copy_(source)
