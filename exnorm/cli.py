@@ -1,0 +1,173 @@
+"""The command line: each verb is a few lines and imports its room when it runs, so that --help is instant.
+
+`exnorm train` hands its arguments to `hydra.main`: sweeps (-m), --cfg job, --help and launchers are Hydra's own.
+A mistake of the user is one line on stderr and exit code 2; EXNORM_TRACEBACK=1 shows where it came from.
+"""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+app = typer.Typer(
+    name="exnorm",
+    help="Learning to normalize: train, evaluate and compare normalization layers in any backbone.",
+    epilog="A first run, with nothing to download: exnorm train model=resnet18 norm=en",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+TO_HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+class Kind(StrEnum):
+    """What `exnorm list` lists."""
+
+    norms = "norms"
+    models = "models"
+    data = "data"
+
+
+class Item(StrEnum):
+    """What `exnorm show` shows."""
+
+    norm = "norm"
+    model = "model"
+    data = "data"
+
+
+def main() -> None:
+    """Run the command line; the entry point of the package."""
+    try:
+        app()
+    except Exception as exc:
+        if not explained(exc):
+            raise
+        sys.exit(2)
+
+
+def explained(exc: Exception) -> bool:
+    """Print a mistake of the user as one line; False for any other exception, which keeps its traceback."""
+    from exnorm.config.explain import explain, is_user_error
+
+    if os.environ.get("EXNORM_TRACEBACK") or not is_user_error(exc):
+        return False
+    print(f"exnorm: error: {explain(exc)}", file=sys.stderr)
+    return True
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and stop, if it was asked for."""
+    if wanted:
+        from exnorm import __version__
+
+        print(f"exnorm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Learning to normalize: train, evaluate and compare normalization layers in any backbone."""
+
+
+@app.command(context_settings=TO_HYDRA, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a model, resume it, or print its result if it is finished."""
+    import hydra
+
+    from exnorm.config.backbones import register_requested
+    from exnorm.config.groups import conf_dir, register_schemas
+
+    register_schemas()
+    register_requested(context.args)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and main() writes the one line
+    run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(train_task)
+    ordered = sorted(context.args, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants flags first
+    arguments, sys.argv = sys.argv, ["exnorm train", *ordered]
+    try:
+        run()
+    finally:
+        sys.argv = arguments
+
+
+def train_task(config: "DictConfig") -> None:
+    """Check what Hydra composed and launch the run; a module-level function, since launchers pickle it.
+
+    In a sweep an exception goes to Hydra, which finishes the other jobs and names the one that failed.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from exnorm.config.compose import check_train
+    from exnorm.engine.launch import run
+
+    try:
+        check_train(config)
+        run(config)
+    except Exception as exc:
+        if HydraConfig.get().mode is RunMode.MULTIRUN or not explained(exc):
+            raise
+        sys.exit(2)
+
+
+@app.command("eval")
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, such as data.root=DIR")] = None,
+) -> None:
+    """Evaluate a run: checkpoint=last|best|FILE, inference=moving_average|batch_average, data.root=DIR, ..."""
+    from exnorm.engine.launch import evaluate_run
+
+    evaluate_run(run_dir, overrides or [])
+
+
+@app.command("list")
+def list_group(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    pattern: Annotated[str, typer.Option("--filter", metavar="PATTERN", help="Names such as 'resnet*'.")] = "*",
+) -> None:
+    """List the norms, models or data sets that norm=, model= and data= take."""
+    from exnorm.config.catalog import catalog
+
+    rows = catalog(kind.value.removesuffix("s"), pattern)
+    width = max((len(name) for name, text in rows if text), default=0)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}".rstrip())
+
+
+@app.command()
+def show(
+    item: Annotated[Item, typer.Argument(help="What NAME is.")],
+    name: Annotated[str, typer.Argument(help="A name from exnorm list.")],
+) -> None:
+    """Show the card and the options of a norm, or the options of a model or a data set."""
+    from exnorm.config.catalog import card
+
+    print(card(item.value, name))
+
+
+@app.command()
+def doctor() -> None:
+    """Check that this installation and this machine can run exnorm."""
+    from exnorm.diagnostics.doctor import run
+
+    raise typer.Exit(run())
+
+
+@app.command()
+def runs(root: Annotated[Path, typer.Argument(help="The folder with the runs.")] = Path("runs")) -> None:
+    """List the runs in a folder with their state and accuracy."""
+    from exnorm.runs.listing import list_runs
+    from exnorm.runs.table import print_runs
+
+    print_runs(list_runs(root))

@@ -1,0 +1,57 @@
+"""UCI handwritten digits: 1,797 real scans of 8 x 8 pixels in 10 classes, shipped inside scikit-learn.
+
+E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998. A random
+fifth, the same for every seed of a run, is held out for validation.
+"""
+
+import hashlib
+import importlib.util
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from exnorm.config.errors import UserError
+from exnorm.data.splits import Images, Splits
+
+HELD_OUT = 5  # one in five
+SPLIT_SEED = 0
+MAX_VALUE = 16  # of a pixel in the scans
+
+
+def fingerprint(config: Any) -> str:
+    """The hash of the file inside scikit-learn."""
+    if config.root is not None:
+        raise UserError(f"data.root={config.root}: digits come with scikit-learn and take no folder; leave it out")
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise UserError("data=digits needs scikit-learn: pip install scikit-learn")
+    scans = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    return hashlib.sha256(scans.read_bytes()).hexdigest()
+
+
+def load(config: Any) -> Splits:
+    """The scans, split into four fifths and one."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    scans = (pixels.reshape(-1, 8, 8) * (255 / MAX_VALUE)).round().astype("uint8")
+    order = list(range(len(labels)))
+    random.Random(SPLIT_SEED).shuffle(order)
+    cut = len(order) // HELD_OUT
+    val, train = sorted(order[:cut]), sorted(order[cut:])
+    return Splits(
+        _subset(scans, labels, train),
+        _subset(scans, labels, val),
+        [str(digit) for digit in range(10)],
+    )
+
+
+def _subset(scans: Any, labels: Any, indices: list[int]) -> Images:
+    return Images([int(label) for label in labels[indices]], partial(_open, scans[indices]))
+
+
+def _open(scans: Any, index: int) -> Image.Image:
+    return Image.fromarray(scans[index]).convert("RGB")

@@ -1,0 +1,97 @@
+"""Loaders whose every sample depends on (seed, epoch, index) alone: not on workers, ranks, or where a run resumed."""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from exnorm.data.splits import Images
+from exnorm.data.transforms import Transform
+
+Key = tuple[int, int]  # epoch, index
+
+
+def mixed_seed(*parts: int) -> int:
+    """A 63-bit seed from some integers; other integers give an unrelated one."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class SeededImages(Dataset[tuple[Tensor, int]]):
+    """Transformed images, addressed by (epoch, index)."""
+
+    def __init__(self, images: Images, transform: Transform, *, seed: int) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, index = key
+        seed = mixed_seed(self.seed, epoch, index)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        return self.transform(self.images.open_image(index)), self.images.labels[index]
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """One rank's share of each global batch of an epoch, from any step on; the last, incomplete batch is dropped.
+
+    Sample i of the global batch belongs to replica i // samples, and the ranks hold consecutive shares.
+    """
+
+    def __init__(self, count: int, *, total: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        self.count, self.total, self.seed = count, total, seed
+        self.share = total // ranks
+        self.offset = rank * self.share
+        self.epoch = 0
+        self.first_step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch."""
+        return self.count // self.total
+
+    def start(self, epoch: int, first_step: int) -> None:
+        """Where the next iteration begins: a step inside an epoch."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch - self.first_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator).tolist()
+        for step in range(self.first_step, self.steps_per_epoch):
+            first = step * self.total + self.offset
+            yield [(self.epoch, index) for index in order[first : first + self.share]]
+
+
+def fixed_batches(indices: Sequence[int], size: int, *, epoch: int = 0) -> list[list[Key]]:
+    """Indices in batches of `size`, the last one smaller."""
+    return [[(epoch, index) for index in indices[i : i + size]] for i in range(0, len(indices), size)]
+
+
+def make_loader(
+    dataset: SeededImages,
+    batches: Sampler[list[Key]] | list[list[Key]],
+    *,
+    workers: int,
+    pin_memory: bool,
+) -> DataLoader[Any]:
+    """A loader over given batches; its workers stay alive between epochs."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+    )

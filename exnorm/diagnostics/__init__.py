@@ -1,0 +1,1 @@
+"""What a person runs to see whether an installation is sound."""

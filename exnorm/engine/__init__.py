@@ -1,0 +1,1 @@
+"""Training and evaluation: one controller decides, one worker per device obeys."""

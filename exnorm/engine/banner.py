@@ -1,0 +1,103 @@
+"""What a run says before its first step: device, precision, back end, cost, the batch, and how long it will take."""
+
+import math
+import platform
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from exnorm.engine.distributed import World
+from exnorm.engine.evaluate import autocast
+from exnorm.models import count_parameters, gflops_per_image
+from exnorm.norms.batch_scope import BatchScopeNorm, take_pending
+from exnorm.runs.provenance import cpu_model
+
+if TYPE_CHECKING:
+    from exnorm.engine.train import Learner
+
+TRIAL_STEPS = 2  # the first one warms up
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The lines to print, and the same facts for the record."""
+
+    text: str
+    record: dict[str, Any]
+
+
+def describe_run(
+    learner: "Learner",
+    config: Any,
+    *,
+    backend: str,
+    steps: int,
+    step_s: float,
+    resumed: bool,
+    world: World,
+) -> Facts:
+    """Everything a reader needs to know about what is about to run."""
+    device = device_name(world.device)
+    parameters = count_parameters(learner.model)
+    gflops = gflops_per_image(learner.model, config.data.image_size)
+    left = steps - learner.step
+    processes = f"{world.size} process{'es' if world.size > 1 else ''}"
+    compiled = ", compiled" if config.trainer.compile else ""
+    resume = f"resumed after step {learner.step}, " if resumed else ""
+    size = config.data.image_size
+    lines = [
+        f"{config.model.name} with {config.norm.name} on {config.data.name}, seed {config.seed}",
+        f"device {device}, {processes}; precision {learner.precision}; back end {backend}{compiled}",
+        f"{parameters / 1e6:.3f} M parameters, {gflops:.3f} GFLOPs per {size} px image (multiply-adds counted once)",
+        learner.plan.describe(),
+        f"{steps} steps in {config.trainer.epochs} epochs; {resume}about {duration(left * step_s)} plus validation",
+    ]
+    record = {
+        "device": device,
+        "backend": backend,
+        "parameters": parameters,
+        "gflops_per_image": gflops,
+    }
+    return Facts("\n".join(lines), record | {"precision": learner.precision})
+
+
+def seconds_per_step(learner: "Learner", image_size: int) -> float:
+    """The time of a forward and backward of one optimizer step, tried on noise; the model is left as it was."""
+    model, plan, device = learner.model, learner.plan, learner.world.device
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    share = plan.total // plan.devices // plan.passes
+    images = torch.randn(share, 3, image_size, image_size, device=device)
+    elapsed = 0.0
+    model.train()
+    for _ in range(TRIAL_STEPS):
+        start = time.monotonic()
+        with autocast(device, learner.precision):
+            logits = model(images)
+        logits.float().square().mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed = (time.monotonic() - start) * plan.passes
+    model.zero_grad(set_to_none=True)
+    for module in model.modules():
+        if isinstance(module, BatchScopeNorm) and module.deferred:
+            take_pending(module)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return elapsed
+
+
+def device_name(device: torch.device) -> str:
+    """The name a person knows the device by."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({cpu_model() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `45 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{max(1, math.ceil(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

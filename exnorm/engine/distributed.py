@@ -1,0 +1,75 @@
+"""Who this process is among the workers, and how they agree."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """A worker's place: its rank among `size` processes and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes files and prints."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all workers, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, *values: int) -> list[int]:
+        """The maximum of each value over all workers, exchanged on the CPU."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.long)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def wait(self) -> None:
+        """Return when all workers have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(device_type: str) -> World:
+    """Join the workers that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+    rank, size = (
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    local_rank = int(os.environ.get("LOCAL_RANK", str(rank)))
+    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=size,
+        )
+    return World(rank, size, device)
+
+
+def leave() -> None:
+    """Take the process group down, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def replica_group(world: World, span: int) -> Any:
+    """The process group of this worker's replica, `span` consecutive ranks; None if a replica lies on one device."""
+    if span == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + span))) for first in range(0, world.size, span)]
+    return groups[world.rank // span]

@@ -1,0 +1,52 @@
+"""Exact evaluation: every image counts once, on any number of devices."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from exnorm.data.loader import SeededImages, fixed_batches, make_loader
+from exnorm.engine.distributed import World
+from exnorm.tasks.classification import SUMS, Classification, summarize
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The autocast context of a precision (fp32, bf16, fp16)."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def eval_loader(dataset: SeededImages, *, batch_size: int, workers: int, world: World) -> DataLoader[Any]:
+    """This worker's share of a set: every world.size-th image, none twice."""
+    indices = range(world.rank, len(dataset), world.size)
+    batches = fixed_batches(indices, batch_size)
+    return make_loader(dataset, batches, workers=workers, pin_memory=world.device.type == "cuda")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    task: Classification,
+    *,
+    precision: str,
+    world: World,
+) -> dict[str, float]:
+    """val/loss, val/top1 and val/top5 in percent over all workers' images; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
+    for images, labels in loader:
+        images, labels = (
+            images.to(world.device, non_blocking=True),
+            labels.to(world.device, non_blocking=True),
+        )
+        with autocast(world.device, precision):
+            logits = model(images)
+        sums += task.sums(logits, labels)
+    model.train(was_training)
+    return summarize(world.sum_(sums), "val")

@@ -1,0 +1,222 @@
+"""The controller: decides what a run is, where its folder lies, and starts one worker per device. Imports no torch.
+
+It composes nothing itself: Hydra has done that. It checks what can be checked before a folder is made, forwards
+signals, and turns the workers' exit codes into one line or an exit code of its own.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from exnorm.config.compose import compose_eval, default_values
+from exnorm.config.errors import UserError
+from exnorm.data import fingerprint
+from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
+from exnorm.engine.processes import run_workers, visible_gpus
+from exnorm.engine.summary import print_evaluation, print_result
+from exnorm.runs.folder import (
+    RunFolder,
+    RunLocked,
+    holder,
+    write_json_atomic,
+    write_text_atomic,
+)
+from exnorm.runs.identity import config_hash, run_dir
+from exnorm.runs.metrics import MetricsLog
+from exnorm.runs.provenance import collect, uncommitted_patch
+
+CHOICES = {
+    "trainer.device": ("auto", "cpu", "cuda"),
+    "trainer.precision": ("fp32", "bf16", "fp16"),
+    "trainer.inference": ("moving_average", "batch_average"),
+    "optim.schedule": ("step", "cosine"),
+    "logger.wandb": ("off", "offline", "online"),
+    "task.name": ("classification",),
+}
+POSITIVE = (
+    "trainer.epochs",
+    "trainer.checkpoint_every",
+    "trainer.passes",
+    "data.image_size",
+    "data.resize",
+)
+
+
+def run(config: DictConfig) -> None:
+    """Train, resume, or print the result of the run that a composed config describes.
+
+    Raises:
+        UserError: a setting that cannot work; nothing was made.
+        RunLocked: another process trains this run.
+        SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint written.
+    """
+    plan = check(config)
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    hash8 = identity(config, values)
+    folder = RunFolder(run_dir(values, hash8=hash8))
+    if folder.is_locked():
+        raise RunLocked(f"{folder.path} is in use by {holder(folder.lock_file)}; wait for it, or choose another seed")
+    if config.fresh and folder.path.exists():
+        shutil.rmtree(folder.path)
+    if folder.read_record() is not None:
+        print(f"{folder.path} has finished; fresh=true would start it over")
+        print_result(folder)
+        return
+    made = prepare(folder, values, hash8)
+    try:
+        run_workers([str(folder.path)], count=plan.devices, on_gpu=on_gpu(config.trainer.device))
+    except UserError as problem:
+        if made and not any(folder.checkpoints.glob("*.pt")) and not folder.metrics_file.is_file():
+            _remove(folder)
+        else:
+            write_text_atomic(folder.error_file, f"{problem}\n")
+        raise
+    print_result(folder)
+
+
+def evaluate_run(run_path: Path, overrides: list[str]) -> None:
+    """Evaluate a run's checkpoint as `exnorm eval` asks; prints the metrics and keeps them in the run folder.
+
+    Raises:
+        UserError: no run folder, no checkpoint, data that do not fit.
+    """
+    folder = RunFolder(run_path)
+    trained = folder.read_config()
+    config = compose_eval(trained["data"], overrides)
+    _check_choice(config.inference, "inference", CHOICES["trainer.inference"])
+    _check_choice(config.precision, "precision", CHOICES["trainer.precision"])
+    _check_choice(config.device, "device", CHOICES["trainer.device"])
+    if config.batch_size < 1:
+        raise UserError(f"batch_size={config.batch_size} is no number of images; give 1 or more")
+    fingerprint(config.data)
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    count = config.devices or max(1, visible_gpus())
+    run_workers(
+        [str(folder.path), json.dumps(values)],
+        count=count,
+        on_gpu=on_gpu(config.device),
+    )
+    print_evaluation(MetricsLog.read(folder.path / "evaluations.jsonl")[-1])
+
+
+def check(config: DictConfig) -> BatchPlan:
+    """Refuse settings that cannot work, before anything is made; return how the batch lies on the devices."""
+    for key, allowed in CHOICES.items():
+        _check_choice(OmegaConf.select(config, key), key, allowed)
+    for key in POSITIVE:
+        if OmegaConf.select(config, key) < 1:
+            raise UserError(f"{key}={OmegaConf.select(config, key)} is not possible; give 1 or more")
+    if config.data.resize < config.data.image_size:
+        raise UserError(
+            f"data.resize={config.data.resize} is smaller than data.image_size={config.data.image_size}; validation "
+            f"resizes first and crops then, so give data.resize={config.data.image_size} or more"
+        )
+    if config.trainer.precision == "fp16" and not on_gpu(config.trainer.device):
+        raise UserError("trainer.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+    sync = bool(config.norm.get("sync", False))
+    return plan_batch(config.batch, devices=_devices(config), passes=config.trainer.passes, sync=sync)
+
+
+def identity(config: DictConfig, values: dict[str, Any]) -> str:
+    """The hash of everything that changes the result: values, data, and the content of initial weights."""
+    if values["model"]["init_from"] is not None:
+        values = {
+            **values,
+            "model": {
+                **values["model"],
+                "init_from": _content_id(values["model"]["init_from"]),
+            },
+        }
+    defaults = default_values(values["norm"]["name"])
+    return config_hash(values, defaults=defaults, fingerprint=fingerprint(config.data))
+
+
+def prepare(folder: RunFolder, values: dict[str, Any], hash8: str) -> bool:
+    """Make the run folder, or check that the one there is this run's; write config and provenance.
+
+    Returns:
+        Whether this call made it.
+    """
+    made = not folder.path.exists()
+    if not made and folder.config_file.is_file():
+        _check_same_run(folder, hash8)
+    folder.create(OmegaConf.to_yaml(OmegaConf.create(values)))
+    folder.error_file.unlink(missing_ok=True)
+    if not folder.provenance_file.is_file():
+        write_json_atomic(
+            folder.provenance_file,
+            {**collect(["exnorm", *sys.argv[1:]]), "config_hash": hash8},
+        )
+        patch = uncommitted_patch()
+        if patch:
+            write_text_atomic(folder.path / "uncommitted.patch", patch)
+    return made
+
+
+def on_gpu(device: str) -> bool:
+    """Whether workers will run on GPUs.
+
+    Raises:
+        UserError: a GPU is asked for and none is there.
+    """
+    if device == "cuda" and visible_gpus() == 0:
+        raise UserError(
+            "trainer.device=cuda, and no GPU is visible; use trainer.device=cpu (exnorm doctor looks closer)"
+        )
+    return device != "cpu" and visible_gpus() > 0
+
+
+def _devices(config: DictConfig) -> int:
+    """The number of workers: as asked, or as many GPUs as fit the batch, or one on a CPU."""
+    wanted = config.trainer.devices
+    gpus = visible_gpus() if on_gpu(config.trainer.device) else 0
+    if wanted is None:
+        replicas, samples = parse_batch(config.batch)
+        return max(fitting_devices(replicas, samples, limit=max(1, gpus)))
+    if gpus and wanted > gpus:
+        raise UserError(f"trainer.devices={wanted}, and {gpus} GPUs are visible; use at most {gpus}")
+    return wanted
+
+
+def _remove(folder: RunFolder) -> None:
+    """Take a half-made run folder away, with the folders around it that are empty then."""
+    shutil.rmtree(folder.path)
+    with suppress(OSError):
+        folder.path.parent.rmdir()
+        folder.path.parent.parent.rmdir()
+
+
+def _check_same_run(folder: RunFolder, hash8: str) -> None:
+    """A folder's name holds its hash, so another config in it was put there by hand."""
+    there = OmegaConf.create(folder.read_config())
+    try:
+        other = identity(there, folder.read_config())
+    except UserError:  # its data have moved: nothing to compare with
+        return
+    if other != hash8:
+        raise UserError(f"{folder.path} was made by another config ({other}); move it away, or use runs=DIR")
+
+
+def _check_choice(value: Any, key: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
+
+
+def _content_id(source: str) -> str:
+    """The hash of initial weights: of the last checkpoint of a run folder, or of a file."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        checkpoints = sorted((path / "checkpoints").glob("step-*.pt"))
+        if not checkpoints:
+            raise UserError(f"model.init_from={source} is a folder without checkpoints; give a run folder or a file")
+        path = checkpoints[-1]
+    if not path.is_file():
+        raise UserError(f"model.init_from={source}: there is no such run folder or file")
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

@@ -1,0 +1,146 @@
+"""Starting workers, passing signals on, and learning how they ended. Imports no torch."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from exnorm.config.errors import UserError
+from exnorm.engine.worker import CONTROLLED, ERROR_FILE
+
+POLL_S = 0.1
+GRACE_S = 30.0  # after one worker failed, until the others are killed
+
+
+def run_workers(arguments: list[str], *, count: int, on_gpu: bool) -> None:
+    """Run `count` workers to their end. They die with this process, however it dies.
+
+    Raises:
+        UserError: a worker refused its settings, or failed.
+        SystemExit: 128 + n, after the workers ended because of signal n.
+    """
+    with tempfile.TemporaryDirectory(prefix="exnorm-") as scratch:
+        port = _free_port()
+        workers = [_start(arguments, rank, count, port, Path(scratch), on_gpu) for rank in range(count)]
+        try:
+            with _forwarding(workers):
+                _wait(workers)
+        finally:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+                worker.wait()
+                assert worker.stdin is not None
+                worker.stdin.close()
+        _judge([worker.returncode for worker in workers], Path(scratch))
+
+
+def visible_gpus() -> int:
+    """How many NVIDIA GPUs workers will see."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def _start(
+    arguments: list[str], rank: int, count: int, port: int, scratch: Path, on_gpu: bool
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        CONTROLLED: "1",
+        ERROR_FILE: str(scratch / f"{rank:04d}"),
+    }
+    if not on_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "exnorm.engine.worker", *arguments]
+    # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for all; when one has failed, give the others a moment and leave."""
+    waited = threading.Event()
+    failed_for = 0.0
+    while any(worker.poll() is None for worker in workers):
+        waited.wait(POLL_S)
+        if any(worker.returncode not in (None, 0) for worker in workers):
+            failed_for += POLL_S
+        crashed = any(worker.returncode not in (None, 0, 130, 143) for worker in workers)
+        if failed_for > GRACE_S or (crashed and failed_for > 1.0):
+            return
+
+
+@contextmanager
+def _forwarding(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on to the workers; the second one kills them."""
+    received: list[int] = []
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(signum if len(received) == 1 else signal.SIGKILL)
+        if len(received) == 1:
+            print(
+                f"\nexnorm: {signal.Signals(signum).name}: saving a checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    if threading.current_thread() is not threading.main_thread():  # some launchers; signals are theirs then
+        yield
+        return
+    before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if received and any(worker.returncode != 0 for worker in workers):
+        print(
+            "exnorm: stopped; the same command goes on from the checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(128 + received[0])
+
+
+def _judge(codes: list[int], scratch: Path) -> None:
+    """Turn exit codes into nothing, one line, or an exit."""
+    if all(code == 0 for code in codes):
+        return
+    lines = [file.read_text(encoding="utf-8") for file in sorted(scratch.iterdir())]
+    if lines:
+        raise UserError(lines[0])
+    stopped = next((code for code in codes if code in (130, 143)), None)
+    if stopped is not None:
+        raise SystemExit(stopped)
+    rank, code = next(
+        (rank, code) for rank, code in enumerate(codes) if code not in (0, -signal.SIGKILL) or len(codes) == 1
+    )
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    raise UserError(f"worker {rank} {how} (its own message is above); the same command resumes the run")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,62 @@
+"""What a person sees of a run: a bar on a terminal, a line per epoch, and the same lines in `log.txt`."""
+
+import sys
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+BAR_EVERY_S = 0.5
+
+
+class Progress:
+    """Prints the run of one worker; the others stay silent."""
+
+    def __init__(self, log_file: Path, *, steps: int, epochs: int, active: bool) -> None:
+        self.log_file, self.steps, self.epochs, self.active = (
+            log_file,
+            steps,
+            epochs,
+            active,
+        )
+        self.on_terminal = active and sys.stderr.isatty()
+        self.last_shown = 0.0
+        self.first: tuple[int, float] | None = None
+
+    def say(self, text: str) -> None:
+        """Print lines and keep them in the log."""
+        if self.active:
+            self._clear()
+            print(text, flush=True)
+            with open(self.log_file, "a", encoding="utf-8") as stream:
+                stream.write(text + "\n")
+
+    def step(self, step: int, epoch: int, batch_sums: Tensor) -> None:
+        """Move the bar, at most twice a second."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (step, now)
+        if not self.on_terminal or now - self.last_shown < BAR_EVERY_S:
+            return
+        self.last_shown = now
+        done, since = self.first
+        rate = (step - done) / (now - since) if now > since else 0.0
+        left = f"{(self.steps - step) / rate:.0f} s left" if rate else ""
+        loss, _, _, count = batch_sums.tolist()
+        filled = 24 * step // self.steps
+        bar = "#" * filled + "." * (24 - filled)
+        line = f"[{bar}] epoch {epoch + 1}/{self.epochs} step {step}/{self.steps} loss {loss / count:.3f} {left}"
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def epoch(self, epoch: int, row: dict[str, float], ratios: dict[str, float]) -> None:
+        """One line with an epoch's metrics and mean ratios."""
+        shares = " / ".join(f"{name} {share:.2f}" for name, share in ratios.items())
+        self.say(
+            f"epoch {epoch + 1}/{self.epochs}: train loss {row['train/loss']:.3f}, top-1 {row['train/top1']:.1f}; "
+            f"val loss {row['val/loss']:.3f}, top-1 {row['val/top1']:.2f}, top-5 {row['val/top5']:.2f}"
+            + (f"; ratios {shares}" if shares else "")
+        )
+
+    def _clear(self) -> None:
+        if self.on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

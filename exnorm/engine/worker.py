@@ -1,0 +1,114 @@
+"""One worker: `python -m exnorm.engine.worker RUN_DIR` trains the run of a folder, on one device.
+
+The controller starts one per device and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; so does the
+user's `torchrun` over several nodes. A worker of the controller ends when its standard input closes, which happens
+when the controller dies, however it dies. Exit codes: 0 done, 2 the user's mistake, 128 + n after signal n.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
+ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
+EXIT_USER_ERROR = 2
+
+
+def main(arguments: list[str]) -> int:
+    """Run a worker; return its exit code."""
+    if os.environ.get(CONTROLLED):
+        threading.Thread(target=_end_with_controller, daemon=True).start()
+    received = _listen()
+    folder_name, *request = arguments
+
+    import torch
+
+    from exnorm.engine import checkpoint, distributed, train
+    from exnorm.runs.folder import RunFolder
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    folder = RunFolder(folder_name)
+    try:
+        config = checkpoint.read_config(folder)
+        if request:
+            _evaluate(folder, config, json.loads(request[0]))
+        else:
+            _train(folder, config, lambda: received[0] if received else 0)
+    except train.Stopped as stopped:
+        return 128 + stopped.signum
+    except ValueError as problem:  # UserError, RunLocked, and what the norms refuse at the first forward
+        return _report(problem)
+    finally:
+        distributed.leave()
+    return 0
+
+
+def device_type(wanted: str) -> str:
+    """`cuda` or `cpu`; auto takes a GPU if there is one."""
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def _train(folder: Any, config: Any, stop_signal: Any) -> None:
+    from exnorm.engine import distributed
+    from exnorm.engine.train import train
+
+    lock = folder.lock() if os.environ.get("RANK", "0") == "0" else None
+    world = distributed.join(device_type(config.trainer.device))
+    train(folder, config, world, stop_signal)
+    world.wait()
+    if lock is not None:
+        lock.release()
+
+
+def _evaluate(folder: Any, config: Any, request: dict[str, Any]) -> None:
+    from exnorm.engine import distributed
+    from exnorm.engine.evaluate_run import evaluate_run
+
+    world = distributed.join(device_type(request["device"]))
+    evaluate_run(folder, config, request, world)
+
+
+def _listen() -> list[int]:
+    """Collect the signals that ask for an end; the training looks at them between steps."""
+    received: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+    return received
+
+
+def _end_with_controller() -> None:
+    # The descriptor, not sys.stdin: loader processes are forked, and a buffer's lock held here would be held there.
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def _report(problem: ValueError) -> int:
+    error_file = os.environ.get(ERROR_FILE)
+    if os.environ.get("EXNORM_TRACEBACK"):
+        raise problem
+    line = " ".join(str(problem).split())
+    if error_file:
+        Path(error_file).write_text(line, encoding="utf-8")
+    else:
+        print(f"exnorm: error: {line}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,154 @@
+"""The folder of a run: its files, the lock on it, and the list of all runs.
+
+config.yaml  provenance.json  metrics.jsonl (the truth)  record.json (final numbers, written last)
+metrics.csv  wandb/  checkpoints/  log.txt  error.txt (one line, while the last attempt failed)  .lock
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+LOCK_TRIES = 5  # somebody who lists the runs holds a shared lock for an instant
+LOCK_PAUSE_S = 0.05
+
+
+class RunLocked(ValueError):
+    """Another process is writing into the run folder; the message says which and since when."""
+
+
+class RunFolder:
+    """The files of one run, by name. Nothing is created before `create` or `lock`."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.provenance_file = self.path / "provenance.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.record_file = self.path / "record.json"
+        self.error_file = self.path / "error.txt"
+        self.checkpoints = self.path / "checkpoints"
+        self.csv_file = self.path / "metrics.csv"
+        self.wandb_dir = self.path / "wandb"
+        self.log_file = self.path / "log.txt"
+        self.lock_file = self.path / ".lock"
+
+    def create(self, config_yaml: str) -> None:
+        """Make the folder and write its `config.yaml`."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self.config_file, config_yaml)
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the resolved configuration; raise ValueError if the folder is none of a run."""
+        from omegaconf import OmegaConf
+
+        if not self.config_file.is_file():
+            raise ValueError(f"{self.path} is no run folder: it has no config.yaml; exnorm runs lists the run folders")
+        config = OmegaConf.load(self.config_file)
+        if not OmegaConf.is_dict(config):
+            raise ValueError(f"{self.config_file} is damaged, it holds no mapping: remove the folder and train again")
+        values = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(values, dict)
+        return {str(key): value for key, value in values.items()}
+
+    def read_record(self) -> dict[str, Any] | None:
+        """Return the final numbers, or None while the run has not finished."""
+        return read_json(self.record_file)
+
+    def lock(self) -> "RunLock":
+        """Take the folder for this process until `release` or the end of a `with`; raise RunLocked if it is taken."""
+        return RunLock(self.lock_file)
+
+    def is_locked(self) -> bool:
+        """Whether a process holds the lock now."""
+        try:
+            handle = os.open(self.lock_file, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+
+class RunLock:
+    """An exclusive lock on `.lock`, held from construction to `release`; the kernel frees it when the process dies."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(LOCK_PAUSE_S)
+        else:
+            os.close(self._handle)
+            raise RunLocked(f"{path.parent} is in use by {holder(path)}; wait for it, stop it, or choose another seed")
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, json.dumps(who).encode(), 0)
+
+    def release(self) -> None:
+        """Give the folder back; a second call is an error of the caller."""
+        os.ftruncate(self._handle, 0)
+        os.close(self._handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def holder(lock_file: Path) -> str:
+    """Say who holds a lock: process, machine and since when."""
+    who = read_json(lock_file)
+    if who is None:
+        return "another process"
+    return f"process {who.get('pid')} on {who.get('host')} since {who.get('started')}"
+
+
+def utc_now() -> str:
+    """Return the time as `2026-01-31T12:00:00Z`."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object, or None if the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json_atomic(path: Path, obj: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, also after a power cut."""
+    write_text_atomic(path, json.dumps(obj, indent=2, allow_nan=False) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write text to a neighbour, sync it, rename it into place and sync the folder."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8", newline="") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,88 @@
+"""All runs below a folder, one summary each, robust against folders that are damaged."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from exnorm.runs.folder import RunFolder, read_json
+from exnorm.runs.metrics import MetricsLog
+
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, YAMLError, OmegaConfBaseException)
+MARKS = frozenset({"config.yaml", "metrics.jsonl", "record.json", "provenance.json"})
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line about a run; `state` is running, finished, failed, interrupted or unreadable."""
+
+    path: Path
+    state: str
+    epoch: int | None = None  # the last one measured
+    epochs: int | None = None  # those asked for
+    top1: float | None = None  # as the record or else the last measurement has it
+    norm: str = ""
+    model: str = ""
+    batch: str = ""
+    data: str = ""
+    seed: int | None = None
+    started: str = ""
+
+
+def list_runs(root: Path | str) -> list[RunSummary]:
+    """Return the runs below a folder, sorted by path; raise ValueError if there is no such folder."""
+    if not Path(root).is_dir():
+        raise ValueError(f"no folder {root}: type exnorm runs FOLDER with the folder that your runs are in")
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        if MARKS.intersection(files):
+            subfolders.clear()
+            found.append(summary(RunFolder(folder)))
+        else:
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    return sorted(found, key=lambda run: run.path)
+
+
+def summary(folder: RunFolder) -> RunSummary:
+    """Summarize one run folder; what cannot be read makes it `unreadable`, whatever the damage is."""
+    try:
+        config = folder.read_config()
+        rows = MetricsLog.read(folder.metrics_file)
+        return RunSummary(
+            path=folder.path,
+            state=state(folder),
+            epoch=last(rows, "epoch"),
+            epochs=config["trainer"]["epochs"],
+            top1=top1(folder, rows),
+            norm=config["norm"]["name"],
+            model=config["model"]["name"],
+            batch=config["batch"],
+            data=config["data"]["name"],
+            seed=config["seed"],
+            started=(read_json(folder.provenance_file) or {}).get("time", ""),
+        )
+    except DAMAGE:
+        return RunSummary(path=folder.path, state="unreadable")
+
+
+def state(folder: RunFolder) -> str:
+    """Return the state of a readable run: only the lock says that it is running."""
+    if folder.is_locked():
+        return "running"
+    if folder.read_record() is not None:
+        return "finished"
+    return "failed" if folder.error_file.is_file() else "interrupted"
+
+
+def top1(folder: RunFolder, rows: list[dict[str, Any]]) -> float | None:
+    """Return the final accuracy, or the last one measured."""
+    record = folder.read_record() or {}
+    return record.get("val/top1", last(rows, "val/top1"))
+
+
+def last(rows: list[dict[str, Any]], key: str) -> Any:
+    """Return the last value of a metric, or None."""
+    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)

@@ -1,0 +1,77 @@
+"""`metrics.jsonl`: one JSON object per line, with "step" first. The truth that every other sink copies."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from exnorm.runs.folder import write_text_atomic
+
+
+class MetricsLog:
+    """Appends rows to a file. A line that a kill cut short is dropped when the file is opened again."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if self.path.is_file():
+            drop_torn_line(self.path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row, whole, to the file; it needs "step" (optimizer steps done). NaN and infinity become null."""
+        if "step" not in row:
+            raise ValueError(f"a row of metrics needs the key 'step', got {sorted(row)}: add step=...")
+        append_text(self.path, to_line({"step": row["step"], **row}))
+
+    def cut_back(self, step: int) -> None:
+        """Keep the rows up to a step: those of the checkpoint that a run resumes from."""
+        rows = [row for row in self.read(self.path) if row["step"] <= step]
+        write_text_atomic(self.path, "".join(to_line(row) for row in rows))
+
+    @staticmethod
+    def read(path: Path | str) -> list[dict[str, Any]]:
+        """Return all rows, without a torn last line; a missing file has none. Raise ValueError for other damage."""
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            return []
+        rows = []
+        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as problem:
+                raise ValueError(f"{path}, line {number} is damaged ({problem}): remove that line") from None
+        return rows
+
+
+def to_line(row: dict[str, Any]) -> str:
+    """Return a row as one line of JSON."""
+    return json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Return a value that JSON has: other numbers as floats, NaN and infinity as None."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append in one write."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, text.encode())
+    finally:
+        os.close(handle)
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut a file after its last line end."""
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)

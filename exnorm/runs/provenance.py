@@ -1,0 +1,87 @@
+"""Where a result came from: code, versions, machine. Names of users and of machines are not collected."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from exnorm.runs.folder import utc_now
+
+PACKAGES = (
+    "exnorm",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+)
+PATCH_BYTES = 1_000_000  # of uncommitted changes; more is data rather than code
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def collect(command: list[str]) -> dict[str, Any]:
+    """Return time (UTC), command, interpreter, platform, processor, versions, and the commit of a checkout."""
+    return {
+        "time": utc_now(),
+        "command": command,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "versions": versions(),
+        "git": git_state(CHECKOUT),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on, as far as they are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_model() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def git_state(checkout: Path) -> dict[str, Any] | None:
+    """Return commit and dirtiness of a checkout; None if the folder is not the top of one (an installed wheel)."""
+    top = git(checkout, "rev-parse", "--show-toplevel")
+    commit = git(checkout, "rev-parse", "HEAD")
+    if top is None or commit is None or Path(top.strip()).resolve() != checkout.resolve():
+        return None
+    return {"commit": commit.strip(), "dirty": bool(git(checkout, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def uncommitted_patch() -> str | None:
+    """Return the uncommitted changes of the checkout as a patch, None if there are none; cut at a megabyte."""
+    if git_state(CHECKOUT) is None:
+        return None
+    patch = git(CHECKOUT, "diff", "HEAD") or ""
+    if len(patch.encode()) > PATCH_BYTES:
+        cut = patch.encode()[:PATCH_BYTES].decode(errors="ignore")
+        return f"{cut}\n# cut here: the uncommitted changes are larger than {PATCH_BYTES} bytes\n"
+    return patch or None
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints, or None where it fails or is not installed."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None

@@ -1,0 +1,31 @@
+"""The list of runs as a table on the terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from exnorm.runs.listing import RunSummary
+
+HEADERS = ("run", "state", "epoch", "top-1", "data", "model", "norm", "batch", "seed", "started")
+
+
+def print_runs(runs: Sequence[RunSummary]) -> None:
+    """Print one line per run; away from a terminal the table is as wide as its content."""
+    table = Table(*HEADERS, box=None, pad_edge=False)
+    for run in runs:
+        table.add_row(*row(run))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(
+            width=max(80, table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum)
+        )
+    console.print(table if runs else "no runs yet: type exnorm train")
+
+
+def row(run: RunSummary) -> list[str]:
+    """Return a run's cells; what is not known is empty."""
+    epoch = "" if run.epoch is None else f"{run.epoch}/{run.epochs}"
+    accuracy = "" if run.top1 is None else f"{run.top1:.2f}"
+    seed = "" if run.seed is None else str(run.seed)
+    return [run.path.name, run.state, epoch, accuracy, run.data, run.model, run.norm, run.batch, seed, run.started]

@@ -1,0 +1,49 @@
+"""Classification: cross-entropy, top-1 and top-5.
+
+Metrics are sums over samples, divided by their true number at the end; a mean of batch means is not the mean.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SUMS = ("loss", "top1", "top5", "count")
+
+
+class Classification:
+    """Criterion and metrics of a classification run.
+
+    With fewer than 5 classes top-5 is top-k over all of them, which is 100 %.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss over the samples, in float32."""
+        return self.criterion(logits.float(), labels)
+
+    @torch.no_grad()
+    def sums(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sums over the samples in float64: loss without smoothing, hits in top 1 and top 5, samples."""
+        logits = logits.float()
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        parts = (
+            loss,
+            ranked[:, 0].sum(),
+            ranked.any(1).sum(),
+            labels.new_tensor(len(labels)),
+        )
+        return torch.stack([part.double() for part in parts])
+
+
+def summarize(sums: Tensor, split: str) -> dict[str, float]:
+    """Sums as metrics: loss, top-1 and top-5 in percent, under `<split>/`."""
+    loss, top1, top5, count = sums.tolist()
+    return {
+        f"{split}/loss": loss / count,
+        f"{split}/top1": 100 * top1 / count,
+        f"{split}/top5": 100 * top5 / count,
+    }
