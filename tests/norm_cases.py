@@ -1,0 +1,123 @@
+"""What the tests of the normalizers share: every norm of `conf/norm`, its naive reference, and random cases."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from exnorm.config.compose import conf_dir, group_options
+from exnorm.norms import BatchScopeNorm, Norm, reference
+from exnorm.surgery import norm_class
+
+NORMS = group_options("norm")
+BATCH_NORMS = [name for name in NORMS if issubclass(norm_class(name), BatchScopeNorm)]
+# Norms of which nothing is left where a sample has one position per channel: they refuse it.
+REFUSES_ONE_POSITION = {"in"}
+# Options that fit six channels, on which most tests run.
+SMALL: dict[str, dict[str, Any]] = {
+    "gn": {"num_groups": 3},
+    "en": {"reduction": 3, "pi": 4},
+}
+SHAPES = {2: (4, 6), 3: (4, 6, 5), 4: (4, 6, 3, 5), 5: (3, 6, 2, 3, 2)}
+
+Parameters = Mapping[str, Tensor]
+Reference = Callable[[Tensor, Parameters, Any, "reference.Running | None"], Tensor]
+REFERENCES: dict[str, Reference] = {
+    "bn": lambda x, p, norm, running: reference.normalize(x, "bn", p, norm.eps, running),
+    "in": lambda x, p, norm, running: reference.normalize(x, "in", p, norm.eps, running),
+    "ln": lambda x, p, norm, running: reference.normalize(x, "ln", p, norm.eps, running),
+    "gn": lambda x, p, norm, running: reference.group_norm(x, p, norm.eps, norm.num_groups),
+    "sn": lambda x, p, norm, running: reference.switch_norm(x, p, norm.eps, norm.normalizers, running),
+    "en": lambda x, p, norm, running: reference.exemplar_norm(
+        x, p, norm.eps, norm.normalizers, running, norm.hidden_act
+    ),
+}
+
+
+def yaml_options(name: str) -> dict[str, Any]:
+    """The options in a norm's yaml, without its name and target."""
+    values = OmegaConf.to_container(OmegaConf.load(conf_dir() / "norm" / f"{name}.yaml"))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key not in ("name", "_target_")}
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, seed: int = 0) -> None:
+    """Random parameters near 1 (weights) or 0, and random running statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        leaf = name.rpartition(".")[2]
+        if leaf.startswith("pending") or not value.is_floating_point():
+            continue
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        if leaf == "running_var":
+            value.copy_(0.5 + noise.abs())
+        else:
+            value.copy_(0.4 * noise + (1.0 if leaf == "weight" else 0.0))
+
+
+def build(
+    name: str,
+    channels: int = 6,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Norm:
+    """A norm with random parameters and running statistics."""
+    norm = norm_class(name)(channels, dtype=dtype, **{**SMALL.get(name, {}), **options})
+    randomize(norm, seed)
+    return norm
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A random tensor with a mean and a scale of its own for every sample and channel."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    coefficients = (*shape[:2], *(1,) * (len(shape) - 2))
+    scale = 0.5 + torch.rand(coefficients, generator=generator, dtype=torch.float64)
+    shift = torch.randn(coefficients, generator=generator, dtype=torch.float64)
+    return (shift + scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def expected(name: str, norm: Norm, x: Tensor, parameters: Parameters | None = None) -> Tensor:
+    """The naive output of a norm for (N, C, *spatial), with its own parameters or with the given ones."""
+    assert name in REFERENCES, f"a new norm {name!r} needs a naive form in exnorm/norms/reference.py and REFERENCES"
+    running = None
+    if isinstance(norm, BatchScopeNorm) and norm.running_mean is not None and norm.running_var is not None:
+        running = None if norm.training else (norm.running_mean, norm.running_var)
+    return REFERENCES[name](
+        x,
+        dict(norm.named_parameters()) if parameters is None else parameters,
+        norm,
+        running,
+    )
+
+
+def gradients(y: Tensor, x: Tensor, norm: nn.Module, grad: Tensor) -> dict[str, Tensor]:
+    """The gradients of the input ("x") and of every parameter for a gradient of the output."""
+    named = dict(norm.named_parameters())
+    values = torch.autograd.grad(y, [x, *named.values()], grad, allow_unused=True)
+    zeros = [torch.zeros_like(t) for t in (x, *named.values())]
+    return {
+        name: zero if value is None else value for name, value, zero in zip(["x", *named], values, zeros, strict=True)
+    }
+
+
+def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor], *, rtol: float, atol: float) -> None:
+    """Equal names and close values, with the name in the message."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(
+            value,
+            right[name],
+            rtol=rtol,
+            atol=atol,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a state dict."""
+    return {name: value.clone() for name, value in module.state_dict().items()}

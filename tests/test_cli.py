@@ -1,0 +1,171 @@
+"""The command line: what it prints, where its mistakes go, and that it starts without torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from exnorm.config.compose import compose_train
+
+# `exnorm.engine.launch` is replaced: these tests are about what reaches it.
+COMMAND = """
+import sys, types
+launch = types.ModuleType("exnorm.engine.launch")
+def run(config):
+    if config.seed == 13:
+        raise ValueError("seed 13 is bad luck: type another")
+    if config.seed == 14:
+        raise RuntimeError("a bug")
+    print("RUN", config.norm.name, config.model.name, config.batch, config.seed, config.trainer.epochs)
+launch.run = run
+launch.evaluate_run = lambda run_dir, overrides: print("EVAL", run_dir.name, overrides)
+sys.modules["exnorm.engine.launch"] = launch
+from exnorm.cli import main
+try:
+    main()
+finally:
+    assert not {"torch", "torchvision", "timm"} & set(sys.modules), "the controller has imported torch"
+"""
+TIMM_CACHE = "regnety_008\nresnet18\nvgg11_bn\n"
+
+
+def exnorm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, with a cached list of timm's models."""
+    from importlib.metadata import version
+
+    cache = folder / "cache" / "exnorm" / f"timm-{version('timm')}.txt"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(TIMM_CACHE)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "100"}
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMMAND, *arguments],
+        cwd=work,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_train_hands_the_composed_run_over_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = exnorm(tmp_path, "train", "norm=sn", "model=regnety_008", "batch=8x32", "trainer.epochs=2")
+    assert done.stdout == "RUN sn regnety_008 8x32 0 2\n", done.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_sweep_runs_every_combination_wherever_the_flag_stands(tmp_path: Path) -> None:
+    done = exnorm(tmp_path, "train", "norm=bn,sn", "-m", "model=resnet18,vgg11_bn", "batch=8x32,8x2")
+    runs = [f"RUN {n} {m} {b} 0 8" for n in ("bn", "sn") for m in ("resnet18", "vgg11_bn") for b in ("8x32", "8x2")]
+    assert done.stdout.splitlines() == runs, done.stderr
+    assert [file.name for file in (tmp_path / "work").iterdir()] == ["runs"]
+    assert [file.name for file in (tmp_path / "work" / "runs").iterdir()] == [".multirun"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "norm=bnn"], "unknown norm 'bnn': did you mean 'bn'? allowed: bn, en, gn, in, ln, sn"),
+        (["train", "trainer.epoch=1"], "unknown key 'trainer.epoch': did you mean 'trainer.epochs'?"),
+        (["train", "trainer.epochs=abc"], "trainer.epochs=abc: not an integer, such as trainer.epochs=100"),
+        (["train", "norm.pi=abc"], "norm.pi=abc: expected an integer such as 50"),
+        (
+            ["train", "+foo.bar=abc"],
+            "unknown key 'foo.bar': allowed: batch, data, debug, fresh, logger, model, norm, ops, optim, runs, seed, task, "
+            "trainer",
+        ),
+        (["train", "norm=bn,sn"], "norm=bn,sn: several values; add -m to run one after the other"),
+        (["train", "-m", "norm=bn,xx"], "unknown norm 'xx': allowed: bn, en, gn, in, ln, sn"),
+        (["train", "seed=13"], "seed 13 is bad luck: type another"),
+        (["show", "norm", "enn"], "unknown norm 'enn': did you mean 'en'? allowed: bn, en, gn, in, ln, sn"),
+        (["list", "models", "--filter", "x*"], "no model matches 'x*': try a wider one such as --filter 'resnet*'"),
+        (["runs", "nowhere"], "no folder nowhere: type exnorm runs FOLDER with the folder that your runs are in"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(tmp_path: Path, arguments: list[str], line: str) -> None:
+    done = exnorm(tmp_path, *arguments)
+    assert (done.stderr, done.returncode, done.stdout) == (f"exnorm: error: {line}\n", 2, "")
+
+
+def test_a_failing_job_does_not_stop_the_others_of_its_sweep(tmp_path: Path) -> None:
+    done = exnorm(tmp_path, "train", "-m", "seed=13,1")
+    assert done.returncode == 2 and done.stdout == "RUN en resnet50 1x32 1 8\n"
+    assert "seed=13" in done.stderr and "exnorm: error: seed 13 is bad luck" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    done = exnorm(tmp_path, "train", "seed=14")
+    assert done.returncode == 1 and "RuntimeError: a bug" in done.stderr and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--help"], "train"),
+        (["train", "--help"], "norm: bn, en, gn, in, ln, sn"),
+        (["train", "--cfg", "job"], "precision: fp32"),
+        (["eval", "--help"], "data.root=DIR"),
+        (["list", "--help"], "--filter"),
+        (["show", "--help"], "norm"),
+        (["doctor", "--help"], "machine"),
+        (["runs", "--help"], "state"),
+        (["--version"], "exnorm 0.1.0"),
+    ],
+)
+def test_help_and_version_come_without_torch(tmp_path: Path, arguments: list[str], text: str) -> None:
+    done = exnorm(tmp_path, *arguments)
+    assert done.returncode == 0 and text in done.stdout, done.stderr
+
+
+def test_eval_passes_the_overrides_on(tmp_path: Path) -> None:
+    (tmp_path / "work" / "r").mkdir(parents=True)
+    done = exnorm(tmp_path, "eval", "r", "data.root=X", "checkpoint=best")
+    assert done.stdout == "EVAL r ['data.root=X', 'checkpoint=best']\n", done.stderr
+    assert exnorm(tmp_path, "eval", "nowhere").returncode == 2
+
+
+def test_list_prints_names_with_what_they_are(tmp_path: Path) -> None:
+    norms = exnorm(tmp_path, "list", "norms").stdout.splitlines()
+    assert [line.split()[0] for line in norms] == ["bn", "en", "gn", "in", "ln", "sn"]
+    assert norms[5].startswith("sn  Switchable Normalization")
+    assert "digits" in exnorm(tmp_path, "list", "data").stdout
+    models = exnorm(tmp_path, "list", "models").stdout.split("\n")
+    assert "vgg11_bn" in models and sum(line.startswith("resnet18") for line in models) == 1
+    assert exnorm(tmp_path, "list", "models", "--filter", "vgg*").stdout == "vgg11_bn\n"
+
+
+def test_show_prints_the_card_and_the_options(tmp_path: Path) -> None:
+    shown = exnorm(tmp_path, "show", "norm", "sn").stdout
+    assert "Switchable Normalization" in shown.splitlines()[0] and "normalizers: [in, ln, bn]" in shown
+    assert "image_size: 32" in exnorm(tmp_path, "show", "data", "digits").stdout
+    assert "name: resnet18" in exnorm(tmp_path, "show", "model", "resnet18").stdout
+
+
+def test_runs_lists_a_folder(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from exnorm.runs.folder import RunFolder
+
+    name = "resnet50-en-1x32-01234567-s0"
+    RunFolder(tmp_path / "work" / "runs" / "digits" / name).create(OmegaConf.to_yaml(compose_train([]), resolve=True))
+    done = exnorm(tmp_path, "runs")
+    assert any(line.split()[:2] == [name, "interrupted"] for line in done.stdout.splitlines()), done.stderr
+    (tmp_path / "work" / "empty").mkdir()
+    assert "no runs yet" in exnorm(tmp_path, "runs", "empty").stdout
+
+
+def test_the_package_offers_its_functions_without_importing_torch() -> None:
+    code = (
+        "import sys, exnorm\n"
+        "assert 'torch' not in sys.modules and set(exnorm.__all__) == {'convert', 'audit', 'load'}\n"
+        "try: exnorm.converts\n"
+        "except AttributeError as problem: assert 'convert' in str(problem)\n"
+        "else: raise SystemExit(1)\n"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

@@ -1,0 +1,228 @@
+"""What a run leaves on disk: identity, folder, lock, metrics, provenance."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from exnorm.config.compose import compose_train, default_values
+from exnorm.runs import provenance
+from exnorm.runs.folder import RunFolder, RunLocked, write_json_atomic, write_text_atomic
+from exnorm.runs.identity import config_hash, flatten, run_dir
+from exnorm.runs.listing import list_runs
+from exnorm.runs.metrics import MetricsLog
+
+
+def values(*overrides: str) -> dict[str, Any]:
+    config = OmegaConf.to_container(compose_train(list(overrides)), resolve=True)
+    assert isinstance(config, dict)
+    return config
+
+
+def hash8(*overrides: str, fingerprint: str = "f") -> str:
+    config = values(*overrides)
+    return config_hash(config, defaults=default_values(config["norm"]["name"]), fingerprint=fingerprint)
+
+
+def test_a_new_option_at_its_default_leaves_the_hash() -> None:
+    config, defaults = values(), default_values("en")
+    before = config_hash(config, defaults=defaults, fingerprint="f")
+    for part in (config, defaults):
+        part["trainer"]["new"] = 3
+        part["norm"]["new"] = None
+    assert config_hash(config, defaults=defaults, fingerprint="f") == before
+    config["trainer"]["new"] = 4
+    assert config_hash(config, defaults=defaults, fingerprint="f") != before
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["trainer.devices=2", "data.root=X", "data.workers=0", "logger=off", "ops.backend=eager", "runs=R", "fresh=true"]
+    + ["seed=3", "trainer.passes=2", "trainer.compile=true", "trainer.checkpoint_every_steps=5", "trainer.device=cpu"],
+)
+def test_where_and_how_fast_is_no_part_of_the_identity(override: str) -> None:
+    assert hash8(override) == hash8()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["norm=bn", "norm.pi=10", "model=resnet18", "batch=8x4", "optim.lr=0.3", "trainer.epochs=3", "model.init_from=x"]
+    + ["trainer.inference=batch_average", "trainer.precision=bf16", "data=imagefolder", "+model.options.a=1"],
+)
+def test_what_changes_the_result_changes_the_identity(override: str) -> None:
+    assert hash8(override) != hash8()
+
+
+def test_the_fingerprint_counts_and_an_integer_for_a_float_does_not() -> None:
+    assert hash8(fingerprint="g") != hash8()
+    config = values("optim.nesterov=true")
+    config["norm"]["eps"] = 1
+    other = values("optim.nesterov=true", "norm.eps=1.0")
+    defaults = default_values("en")
+    assert config_hash(config, defaults=defaults, fingerprint="") == config_hash(
+        other, defaults=defaults, fingerprint=""
+    )
+
+
+def test_the_hash_of_the_first_release_stays() -> None:
+    """A changed value here means that the runs of all users start over: think twice before it is edited."""
+    assert config_hash({"norm": {"name": "bn"}, "seed": 1}, defaults={}, fingerprint="f") == "ecc3a7f9"
+
+
+def test_the_folder_is_named_after_the_run() -> None:
+    config = values("seed=3", "batch=8x4", "norm=sn")
+    config["model"]["name"] = "hub/net"
+    assert run_dir(config, hash8="01234567") == Path("runs/digits/hub_net-sn-8x4-01234567-s3")
+
+
+def test_flatten_joins_keys_and_keeps_lists_whole() -> None:
+    assert flatten({"a": {"b": [1, {"c": 2}], "d": {}}, "e": None}) == {"a.b": [1, {"c": 2}], "e": None}
+
+
+def make_run(path: Path, *overrides: str) -> RunFolder:
+    folder = RunFolder(path)
+    folder.create(OmegaConf.to_yaml(compose_train(list(overrides)), resolve=True))
+    return folder
+
+
+def test_a_folder_gives_back_what_was_written(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", "seed=4")
+    assert folder.read_config() == values("seed=4")
+    assert folder.read_record() is None
+    write_json_atomic(folder.record_file, {"val/top1": 1.5})
+    assert folder.read_record() == {"val/top1": 1.5}
+    with pytest.raises(ValueError, match="no run folder"):
+        RunFolder(tmp_path).read_config()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_text_atomic(path, "old")
+
+    def dies(handle: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_text_atomic(path, "new")
+    assert path.read_text() == "old"
+
+
+HOLDS = """
+import sys, os, json
+from exnorm.runs.folder import RunFolder
+lock = RunFolder(sys.argv[1]).lock()
+print("locked", flush=True)
+sys.stdin.read()
+os._exit(9)
+"""
+
+
+def test_the_lock_of_another_process_is_named_and_dies_with_it(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    assert not folder.is_locked()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(RunLocked, match=rf"process {other.pid} on .+ since \d{{4}}-"):
+            folder.lock()
+        assert folder.is_locked()
+        assert [run.state for run in list_runs(tmp_path)] == ["running"]
+        other.stdin.close()
+    assert not folder.is_locked()
+    with folder.lock():
+        assert folder.is_locked()
+    assert not folder.is_locked()
+
+
+def test_states_and_numbers_of_runs(tmp_path: Path) -> None:
+    interrupted = make_run(tmp_path / "a" / "interrupted", "norm=sn", "batch=8x4")
+    MetricsLog(interrupted.metrics_file).append({"step": 3, "epoch": 2, "val/top1": 40.0})
+    MetricsLog(interrupted.metrics_file).append({"step": 4, "epoch": 3})
+    finished = make_run(tmp_path / "b" / "finished")
+    write_json_atomic(finished.record_file, {"val/top1": 50.0})
+    make_run(tmp_path / "b" / "failed").error_file.write_text("no memory")
+    damaged = make_run(tmp_path / "b" / "damaged")
+    damaged.config_file.write_text("norm: [")
+    (tmp_path / "b" / "half").mkdir()
+    (tmp_path / "b" / "half" / "metrics.jsonl").write_text("")
+    (tmp_path / ".multirun").mkdir()
+    (tmp_path / ".multirun" / "config.yaml").write_text("")
+    found = {run.path.name: run for run in list_runs(tmp_path)}
+    states = {"interrupted": "interrupted", "finished": "finished", "failed": "failed"}
+    assert {name: run.state for name, run in found.items()} == states | {"damaged": "unreadable", "half": "unreadable"}
+    run = found["interrupted"]
+    assert (run.epoch, run.epochs, run.top1, run.norm, run.batch, run.data) == (3, 8, 40.0, "sn", "8x4", "digits")
+    assert found["finished"].top1 == 50.0
+    with pytest.raises(ValueError, match="no folder"):
+        list_runs(tmp_path / "nowhere")
+
+
+def test_a_torn_line_is_skipped_and_never_joined(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path).append({"loss": 1.0, "step": 1})
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
+    with open(path, "a") as stream:
+        stream.write('{"step": 2, "lo')
+    assert MetricsLog.read(path) == [{"step": 1, "loss": 1.0}]
+    MetricsLog(path).append({"step": 2})
+    assert [row["step"] for row in MetricsLog.read(path)] == [1, 2]
+
+
+def test_a_line_damaged_elsewhere_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nxx\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        MetricsLog.read(path)
+
+
+def test_cut_back_keeps_the_rows_up_to_a_step(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        log.append({"step": step, "loss": float("nan"), "nested": {"x": [float("inf"), 1.5]}})
+    log.cut_back(2)
+    assert MetricsLog.read(log.path) == [{"step": s, "loss": None, "nested": {"x": [None, 1.5]}} for s in (1, 2)]
+    assert MetricsLog.read(tmp_path / "missing") == []
+    with pytest.raises(ValueError, match="step"):
+        log.append({"loss": 1.0})
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_provenance_names_commit_and_uncommitted_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
+    assert provenance.collect(["exnorm"])["git"] is None and provenance.uncommitted_patch() is None
+    git(tmp_path, "init")
+    (tmp_path / "a.py").write_text("old\n")
+    (tmp_path / "sub").mkdir()
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    state = provenance.collect(["exnorm", "train"])
+    assert len(state["git"]["commit"]) == 40 and state["git"]["dirty"] is False
+    assert provenance.uncommitted_patch() is None
+    (tmp_path / "a.py").write_text("new\n")
+    patch = provenance.uncommitted_patch()
+    assert patch is not None and "-old\n+new\n" in patch
+    assert provenance.git_state(tmp_path)["dirty"] is True
+    assert provenance.git_state(tmp_path / "sub") is None
+    monkeypatch.setattr(provenance, "PATCH_BYTES", 20)
+    assert "cut here" in (provenance.uncommitted_patch() or "")
+
+
+def test_provenance_names_no_machine_and_is_json() -> None:
+    import socket
+
+    found = provenance.collect(["exnorm", "train"])
+    text = json.dumps(found)
+    assert found["versions"]["hydra-core"] and found["command"] == ["exnorm", "train"]
+    assert len(socket.gethostname()) < 4 or socket.gethostname() not in text

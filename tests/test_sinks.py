@@ -1,0 +1,159 @@
+"""The copies of the metrics: a CSV file that grows columns, and a W&B that never stops a run."""
+
+import csv
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exnorm.runs import sinks
+from exnorm.runs.folder import RunFolder
+from exnorm.runs.sinks import CsvSink, WandbSink, make_sinks
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_new_metric_is_a_new_column(tmp_path: Path) -> None:
+    sink = CsvSink(tmp_path / "m.csv")
+    sink.log({"loss": 1.0}, 1)
+    sink.log({"top1": 2.0, "note": "a,b"}, 2)
+    CsvSink(tmp_path / "m.csv").log({"loss": float("nan")}, 3)
+    assert read_csv(sink.path) == [
+        {"step": "1", "loss": "1.0", "top1": "", "note": ""},
+        {"step": "2", "loss": "", "top1": "2.0", "note": "a,b"},
+        {"step": "3", "loss": "", "top1": "", "note": ""},
+    ]
+
+
+def test_csv_is_cut_back_on_resume_and_drops_a_torn_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    sink = CsvSink(folder.csv_file)
+    for step in (1, 2, 3):
+        sink.log({"loss": step / 2}, step)
+    with open(folder.csv_file, "a") as stream:
+        stream.write("4,2")
+    [resumed] = make_sinks(folder, {"csv": True, "wandb": "off", "project": "p"}, resume_step=2)
+    resumed.log({"loss": 9.0}, 3)
+    assert [(row["step"], row["loss"]) for row in read_csv(folder.csv_file)] == [
+        ("1", "0.5"),
+        ("2", "1.0"),
+        ("3", "9.0"),
+    ]
+
+
+def test_a_table_is_a_file_of_its_own(tmp_path: Path) -> None:
+    CsvSink(tmp_path / "m.csv").table("ratio/all", ["layer", "in"], [["bn1", 0.5]], step=7)
+    assert read_csv(tmp_path / "tables" / "ratio_all.csv") == [{"step": "7", "layer": "bn1", "in": "0.5"}]
+
+
+class FakeRun:
+    """Records what is logged, or raises from the method named."""
+
+    def __init__(self, broken: str) -> None:
+        self.broken = broken
+        self.logged: list[tuple[dict[str, Any], int]] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        pass
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        if self.broken == "log":
+            raise OSError("disk full\nand more")
+        self.logged.append((row, step))
+
+    def finish(self) -> None:
+        if self.broken == "finish":
+            raise TimeoutError
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, *, broken: str = "", key: bool = False) -> dict[str, Any]:
+    """Put a module in wandb's place; return what `init` is called with."""
+    called: dict[str, Any] = {}
+
+    def init(**arguments: Any) -> FakeRun:
+        if broken == "init":
+            raise RuntimeError("no service")
+        called.update(arguments, run=FakeRun(broken))
+        return called["run"]
+
+    module = types.SimpleNamespace(
+        init=init,
+        login=lambda **options: key,
+        Settings=lambda **options: options,
+        Table=lambda columns, data: (columns, data),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return called
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_failing_wandb_is_one_warning_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    fake_wandb(monkeypatch, broken=broken)
+    made = make_sinks(RunFolder(tmp_path), {"csv": True, "wandb": "offline", "project": "p"})
+    for step in (1, 2):
+        for sink in made:
+            sink.log({"loss": 1.0}, step)
+    for sink in made:
+        sink.table("t", ["a"], [[1]], step=2)
+        sink.close()
+    assert len(read_csv(tmp_path / "metrics.csv")) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("exnorm: warning: W&B could not")
+
+
+def test_a_wandb_that_cannot_be_imported_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    sink = WandbSink(RunFolder(tmp_path), mode="offline", project="p", config={})
+    sink.log({"loss": 1.0}, 1)
+    sink.table("t", ["a"], [[1]], step=1)
+    sink.close()
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("asked", "key", "mode"), [("online", False, "offline"), ("online", True, "online")])
+def test_wandb_is_online_only_with_a_key(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: str,
+    key: bool,
+    mode: str,
+) -> None:
+    called = fake_wandb(monkeypatch, key=key)
+    WandbSink(RunFolder(tmp_path), mode=asked, project="p", config={"a": 1})
+    assert called["mode"] == mode and called["config"] == {"a": 1}
+    assert called["dir"] == str(tmp_path) and called["settings"]["console"] == "off"
+    assert ("no key" in capsys.readouterr().err) is not key
+
+
+def test_the_steps_of_wandb_never_fall_and_its_id_is_that_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = fake_wandb(monkeypatch)
+    sink = WandbSink(RunFolder(tmp_path), mode="offline", project="p", config={})
+    for step in (5, 3, 6):
+        sink.log({}, step)
+    assert called["run"].logged == [({"step": 5}, 5), ({"step": 3}, 5), ({"step": 6}, 6)]
+    first = called["id"]
+    WandbSink(RunFolder(tmp_path), mode="offline", project="p", config={})
+    assert called["id"] == first
+
+
+def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="off, offline or online"):
+        make_sinks(RunFolder(tmp_path), {"csv": False, "wandb": "on", "project": "p"})
+
+
+def test_wandb_is_not_imported_before_it_is_used() -> None:
+    code = f"import sys, {sinks.__name__}; assert 'wandb' not in sys.modules and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
