@@ -36,7 +36,7 @@ slow: setup ## The slow tests: whole trainings, kills, several processes, the wh
 # Rebuilt only when one of the two files changed; torch on Linux brings the CUDA libraries, hence the size.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
-		echo "exnorm needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is $$("$(PYTHON)" -V 2>&1): type make PYTHON=/path/to/python3.12 setup" >&2; exit 1; }
+		echo "exnorm needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is $$("$(PYTHON)" -V 2>/dev/null || echo missing): type make PYTHON=/path/to/python3.12 setup" >&2; exit 1; }
 	@echo "Installing into $(VENV): 4 to 5 minutes and 6 GB the first time ..."
 	@start=$$SECONDS; \
 	"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"; \

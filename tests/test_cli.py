@@ -75,8 +75,8 @@ def test_a_sweep_runs_every_combination_wherever_the_flag_stands(tmp_path: Path)
         (["train", "norm.pi=abc"], "norm.pi=abc: expected an integer such as 50"),
         (
             ["train", "+foo.bar=abc"],
-            "unknown key 'foo.bar': allowed: batch, data, debug, fresh, logger, model, norm, ops, optim, runs, seed, task, "
-            "trainer",
+            "unknown key 'foo.bar': allowed: batch, data, debug, fresh, logger, model, norm, ops, optim, runs, seed, "
+            "task, trainer",
         ),
         (["train", "norm=bn,sn"], "norm=bn,sn: several values; add -m to run one after the other"),
         (["train", "-m", "norm=bn,xx"], "unknown norm 'xx': allowed: bn, en, gn, in, ln, sn"),

@@ -428,7 +428,8 @@ def test_equals_the_module_of_torch(ours: Norm, torchs: nn.Module) -> None:
     torchs.load_state_dict(ours.state_dict(), strict=True)
     for step in range(4):
         if step == 3:
-            ours.eval(), torchs.eval()
+            ours.eval()
+            torchs.eval()
         x, grad = draw(*SHAPES[4], seed=step).requires_grad_(), draw(*SHAPES[4], seed=step + 9)
         got, want = ours(x), torchs(x)
         torch.testing.assert_close(got, want)
@@ -580,7 +581,8 @@ def test_affine_can_be_left_out(name: str) -> None:
     assert full.weight is not None and full.bias is not None
     with torch.no_grad():
         full.load_state_dict(plain.state_dict(), strict=False)
-        full.weight.fill_(1), full.bias.zero_()
+        full.weight.fill_(1)
+        full.bias.zero_()
     assert plain.weight is None and plain.bias is None
     x = draw(*SHAPES[4])
     torch.testing.assert_close(plain(x), full(x))

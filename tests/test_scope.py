@@ -150,7 +150,8 @@ def test_commit_covers_every_layer_and_leaves_unused_ones() -> None:
     configure_scope(model)
     x, _ = inputs()
     for index in (0, 1, 3, 4):
-        model[index](x), twins[index](x)
+        for layers in (model, twins):
+            layers[index](x)
     commit_running_stats(model)
     for key, value in twins.state_dict().items():
         if "running" in key:

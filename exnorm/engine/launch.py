@@ -151,7 +151,7 @@ def prepare(folder: RunFolder, values: dict[str, Any], hash8: str) -> bool:
     if not folder.provenance_file.is_file():
         write_json_atomic(
             folder.provenance_file,
-            {**collect(["exnorm", *sys.argv[1:]]), "config_hash": hash8},
+            {**collect([*sys.argv[0].split(), *sys.argv[1:]]), "config_hash": hash8},
         )
         patch = uncommitted_patch()
         if patch:

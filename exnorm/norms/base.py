@@ -65,6 +65,10 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(shape, **factory)) if affine else None
         self.bias = nn.Parameter(torch.zeros(shape, **factory)) if affine else None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group can be neither copied nor pickled: a copy (EMA, torch.save) has its scope on this device.
+        return {**self.__dict__, "group": None}
+
     def affine_shape(self) -> tuple[int, ...]:
         """The shape of `weight` and `bias`."""
         return (self.num_features,)

@@ -108,6 +108,11 @@ class BatchScopeNorm(Norm):
             )
         return Statistics(replica_to_sample(mean_RC, moments), replica_to_sample(var_RC, moments))
 
+    def _scoped(self, mean_NC: Tensor, var_NC: Tensor, x: Tensor) -> Moments:
+        moments = super()._scoped(mean_NC, var_NC, x)
+        # Outside the engine nobody configures the scope, and `sync` means all processes all the same.
+        return moments._replace(replicas=1, group=world_group()) if self.sync and not self.deferred else moments
+
     def _check_scope(self, moments: Moments) -> None:
         samples = moments.mean_NC.shape[0]
         if samples % moments.replicas:
@@ -144,6 +149,12 @@ class BatchScopeNorm(Norm):
         return text + (", sync=True" if self.sync else "")
 
 
+def world_group() -> Any:
+    """The process group of all processes, or None if there is only this one."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if several else None
+
+
 def batch_scope_norms(model: nn.Module) -> list[BatchScopeNorm]:
     """The layers of a model that use BN's scope, in the order of `modules()`."""
     return [module for module in model.modules() if isinstance(module, BatchScopeNorm)]
@@ -154,11 +165,12 @@ def configure_scope(model: nn.Module, *, replicas: int = 1, group: Any = None) -
 
     Args:
         replicas: replicas in one forward of this device, N / replicas consecutive samples each.
-        group: the process group that one replica spans; None if it lies on this device.
+        group: the process group that one replica spans, with equally many samples in each process; None if it lies
+            on this device.
 
     Layers with `sync` take the whole batch of all processes, whatever is given.
     """
-    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+    world = world_group()
     for module in batch_scope_norms(model):
         module.deferred = module.running_mean is not None
         module.replicas, module.group = (1, world) if module.sync else (replicas, group)
@@ -183,7 +195,7 @@ def commit_running_stats(model: nn.Module) -> None:
     if not modules:
         return
     flat = torch.cat([statistic_C for module in modules for statistic_C in take_pending(module)])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_group() is not None:
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
     statistics = iter(flat.split([module.num_features for module in modules for _ in range(2)]))

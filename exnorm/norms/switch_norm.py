@@ -105,7 +105,7 @@ class SwitchNorm(BatchScopeNorm):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in ("weight", "bias", "running_mean", "running_var"):
             value = state_dict.get(prefix + name)
-            if value is not None and value.ndim > 1:
+            if value is not None and value.ndim > 1 and value.numel() == self.num_features:
                 state_dict[prefix + name] = value.reshape(self.num_features)
         if self.num_batches_tracked is not None:
             state_dict.setdefault(

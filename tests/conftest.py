@@ -1,0 +1,58 @@
+"""What the tests share: the command line as a subprocess, W&B kept offline, GPU tests skipped without a GPU."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 600  # a hang, not a slow machine: the longest training of the tests takes a small part of it
+CliRunner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is none; torch is imported only if there are such tests."""
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not for_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in for_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def no_network_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test never logs to the W&B account of whoever runs it."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> CliRunner:
+    """Return `run_cli(*arguments, cwd=tmp_path, env={}, timeout_s=600)`: `exnorm ARGUMENTS` in a process of its own.
+
+    `env` is added to the environment. The result has `returncode`, `stdout` and `stderr`; no exit code raises.
+    """
+
+    def run(
+        *arguments: str | Path, cwd: Path = tmp_path, env: Mapping[str, str] | None = None, timeout_s: float = TIMEOUT_S
+    ) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            [sys.executable, "-m", "exnorm", *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "120"} | dict(env or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run
