@@ -35,6 +35,7 @@ class DataConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     epochs: int = 100  # the length of training that goes with this data set
+    schedule: str = "step"  # the learning rate that goes with it: step | cosine
     workers: int = 4  # loader processes per device
 
 
@@ -51,7 +52,7 @@ class OptimConfig:
     schedule: str = "step"  # step | cosine
     milestones: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9])  # fractions of the epochs
     gamma: float = 0.1
-    warmup_epochs: float = 0.0  # linear, from 0
+    warmup: float = 0.0  # fraction of the epochs, linear from 0
 
 
 @dataclass

@@ -318,7 +318,7 @@ def check(learner: Learner, signum: int) -> int:
     if -negated != NO_BAD_STEP:
         raise UserError(
             f"the loss is not finite at step {-negated} (epoch {learner.epoch + 1}); the last checkpoint is kept. "
-            "Lower optim.lr, add optim.warmup_epochs, or use trainer.precision=fp32 or bf16"
+            "Lower optim.lr, add optim.warmup=0.05, or use trainer.precision=fp32 or bf16"
         )
     return signum
 

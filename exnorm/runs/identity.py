@@ -14,6 +14,8 @@ from typing import Any
 EXCLUDED = frozenset(
     {
         "data.root",
+        "data.epochs",  # trainer.epochs and optim.schedule say what was done
+        "data.schedule",
         "data.workers",
         "trainer.device",
         "trainer.devices",

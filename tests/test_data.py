@@ -1,0 +1,143 @@
+"""Data: what is read, what is refused, and that a sample depends on (seed, epoch, index) alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import CLASSES, make_image_folder
+from omegaconf import OmegaConf
+from PIL import Image
+
+from exnorm.config.compose import compose_train
+from exnorm.config.errors import UserError
+from exnorm.data import data_set, fingerprint
+from exnorm.data.loader import SeededImages, TrainBatches, fixed_batches, make_loader
+from exnorm.data.transforms import eval_transform, train_transform
+
+
+def folder_config(root: Path | None, **values: Any) -> Any:
+    """The configuration of an image folder, with small crops."""
+    config = compose_train(["data=imagefolder", "data.image_size=32", "data.resize=40"]).data
+    return OmegaConf.merge(config, {"root": None if root is None else str(root), **values})
+
+
+def seeded(root: Path, *, seed: int = 0) -> SeededImages:
+    """The augmented training images of a folder."""
+    config = folder_config(root)
+    return SeededImages(data_set("imagefolder").load(config).train, train_transform(config), seed=seed)
+
+
+def test_digits_are_1797_scans_with_a_fixed_disjoint_fifth_held_out() -> None:
+    config = compose_train(["data=digits"]).data
+    splits, again = data_set("digits").load(config), data_set("digits").load(config)
+    assert (len(splits.train), len(splits.val), len(splits.classes)) == (1438, 359, 10)
+    assert list(splits.val.labels) == list(again.val.labels)
+    both = [images.open_image(i).tobytes() for images in (splits.train, splits.val) for i in range(len(images))]
+    assert len(both) == 1797
+    assert set(splits.val.labels) == set(range(10))
+
+
+def test_an_image_folder_reads_every_kind_of_image_as_rgb(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "data", train=2, val=1)
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        suffix = "jpg" if mode == "CMYK" else "png"
+        Image.new(mode, (9, 7)).save(root / "train" / "cat" / f"{mode}.{suffix}")
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    splits = data_set("imagefolder").load(folder_config(root))
+    assert splits.classes == list(CLASSES)
+    assert len(splits.train) == 3 * 2 + 4
+    assert {splits.train.open_image(i).mode for i in range(len(splits.train))} == {"RGB"}
+
+
+def test_a_missing_or_empty_root_is_refused_with_the_layout(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_classes" / "train").mkdir(parents=True)
+    (tmp_path / "no_classes" / "val").mkdir()
+    for root in (None, tmp_path / "missing", tmp_path / "empty", tmp_path / "no_classes"):
+        with pytest.raises(UserError, match="DIR/train/<class>"):
+            fingerprint(folder_config(root))
+
+
+def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "data", train=1, val=1)
+    (root / "train" / "yak").mkdir()
+    with pytest.raises(UserError, match=r"train.yak has no images"):
+        fingerprint(folder_config(root))
+
+
+def test_a_validation_class_that_training_lacks_is_named(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "data", train=1, val=1)
+    (root / "val" / "cat").rename(root / "val" / "zebra")
+    with pytest.raises(UserError, match="zebra"):
+        data_set("imagefolder").load(folder_config(root))
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "data", train=1, val=1)
+    broken = root / "train" / "cat" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"cat/0\.jpg is no readable image"):
+        data_set("imagefolder").load(folder_config(root)).train.open_image(0)
+
+
+def test_the_fingerprint_changes_with_names_and_sizes_but_not_with_the_place(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "data", train=2, val=1)
+    before = fingerprint(folder_config(root))
+    moved = root.rename(tmp_path / "elsewhere")
+    assert fingerprint(folder_config(moved)) == before
+    with open(moved / "val" / "cat" / "0.jpg", "ab") as stream:
+        stream.write(b"x")
+    grown = fingerprint(folder_config(moved))
+    assert grown != before
+    (moved / "val" / "cat" / "0.jpg").rename(moved / "val" / "cat" / "00.jpg")
+    assert fingerprint(folder_config(moved)) not in (before, grown)
+
+
+def epoch_of(dataset: SeededImages, *, epoch: int, workers: int, first_step: int = 0, **share: int) -> list[Any]:
+    """The batches of an epoch from a step on."""
+    batches = TrainBatches(len(dataset), total=8, seed=dataset.seed, **share)
+    batches.start(epoch, first_step)
+    return list(make_loader(dataset, batches, workers=workers, pin_memory=False))
+
+
+def test_samples_do_not_depend_on_workers_or_on_where_the_epoch_was_entered(tmp_path: Path) -> None:
+    dataset = seeded(make_image_folder(tmp_path / "data"))
+    whole = epoch_of(dataset, epoch=3, workers=0)
+    entered = epoch_of(dataset, epoch=3, workers=2, first_step=2)
+    assert len(whole) == 6
+    assert len(entered) == 4
+    for (x, y), (a, b) in zip(whole[2:], entered, strict=True):
+        assert torch.equal(x, a)
+        assert torch.equal(y, b)
+
+
+def test_the_shares_of_the_ranks_are_the_global_batch(tmp_path: Path) -> None:
+    dataset = seeded(make_image_folder(tmp_path / "data"))
+    whole = epoch_of(dataset, epoch=0, workers=0)
+    shares = [epoch_of(dataset, epoch=0, workers=0, rank=rank, ranks=4) for rank in range(4)]
+    for step, (x, y) in enumerate(whole):
+        assert torch.equal(torch.cat([share[step][0] for share in shares]), x)
+        assert torch.equal(torch.cat([share[step][1] for share in shares]), y)
+
+
+def test_epochs_and_seeds_differ_and_the_last_incomplete_batch_is_dropped(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "data", train=7)  # 21 images, 2 batches of 8
+    first, second = (epoch_of(seeded(root), epoch=epoch, workers=0) for epoch in (0, 1))
+    other = epoch_of(seeded(root, seed=1), epoch=0, workers=0)
+    assert len(first) == 2
+    assert not torch.equal(first[0][0], second[0][0])
+    assert not torch.equal(first[0][0], other[0][0])
+
+
+def test_validation_resizes_the_shorter_side_and_crops_the_centre(tmp_path: Path) -> None:
+    """A white square in the middle of a black image fills the crop of a quarter of the resized side."""
+    image = Image.new("RGB", (80, 40))
+    image.paste((255, 255, 255), (30, 10, 50, 30))
+    config = folder_config(tmp_path, image_size=20, resize=40, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
+    assert eval_transform(config)(image).equal(torch.ones(3, 20, 20))
+
+
+def test_fixed_batches_hold_every_index_once() -> None:
+    batches = fixed_batches(range(1, 8), 3)
+    assert batches == [[(0, 1), (0, 2), (0, 3)], [(0, 4), (0, 5), (0, 6)], [(0, 7)]]

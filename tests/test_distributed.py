@@ -1,0 +1,59 @@
+"""A batch setting fixes the mathematics: the same gradients and running statistics on any devices and passes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import last_state, make_image_folder, tiny, train
+
+pytestmark = pytest.mark.slow
+# One step of SGD from equal weights: what the weights moved by is the gradient times the rate.
+ONE_STEP = ("trainer.epochs=1", "optim.lr=1.0", "optim.momentum=0", "optim.weight_decay=0")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 training images: one step of 32."""
+    return make_image_folder(tmp_path_factory.mktemp("data") / "images", train=12, val=1)
+
+
+def state_after_a_step(images: Path, cwd: Path, *more: str) -> dict[str, Any]:
+    """Weights and buffers after one optimizer step."""
+    state = last_state(train(tiny(images, *ONE_STEP, *more), cwd))
+    assert state["step"] == 1
+    return state["model"]
+
+
+def assert_close(left: dict[str, Any], right: dict[str, Any]) -> None:
+    """Equal up to the rounding of float32 sums taken in another order."""
+    assert left.keys() == right.keys()
+    for name in left:
+        scale = left[name].abs().max().clamp(min=1e-3)
+        assert torch.allclose(left[name] / scale, right[name] / scale, atol=2e-5), name
+
+
+@pytest.mark.parametrize("norm", ["bn", "en"])
+def test_8x4_is_one_experiment_in_passes_and_on_devices(norm: str, images: Path, tmp_path: Path) -> None:
+    setting = [f"norm={norm}", "batch=8x4"]
+    once = state_after_a_step(images, tmp_path / "once", *setting)
+    for devices, passes in ((1, 2), (1, 8), (2, 1), (2, 2), (4, 1)):
+        other = [f"trainer.devices={devices}", f"trainer.passes={passes}"]
+        assert_close(once, state_after_a_step(images, tmp_path / f"{devices}-{passes}", *setting, *other))
+    whole = state_after_a_step(images, tmp_path / "whole", f"norm={norm}", "batch=1x32")
+    with pytest.raises(AssertionError):  # another scope of BN is another experiment
+        assert_close(once, whole)
+
+
+@pytest.mark.parametrize("norm", ["bn", "sn", "en"])
+def test_a_replica_may_span_two_devices(norm: str, images: Path, tmp_path: Path) -> None:
+    setting = [f"norm={norm}", "batch=1x32"]
+    one = state_after_a_step(images, tmp_path / "one", *setting)
+    assert_close(one, state_after_a_step(images, tmp_path / "two", *setting, "trainer.devices=2"))
+
+
+def test_sync_is_one_scope_over_all_devices(images: Path, tmp_path: Path) -> None:
+    one = state_after_a_step(images, tmp_path / "one", "norm=en", "batch=1x32")
+    for devices in (1, 2):
+        synced = ["norm=en", "batch=2x16", "norm.sync=true", f"trainer.devices={devices}"]
+        assert_close(one, state_after_a_step(images, tmp_path / f"synced-{devices}", *synced))

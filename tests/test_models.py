@@ -1,0 +1,135 @@
+"""Backbones, weights from elsewhere, and the papers' optimizer."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from exnorm.analysis.ratios import as_metrics, mean_ratios, measure_ratios
+from exnorm.config.compose import compose_train
+from exnorm.config.errors import UserError
+from exnorm.models import build_model, load_weights
+from exnorm.norms import ExemplarNorm, Norm
+from exnorm.optim import build_optimizer, learning_rate
+
+
+def build(norm: str = "en", name: str = "test_resnet", classes: int = 3, **model: Any) -> nn.Module:
+    """A small converted backbone."""
+    config = compose_train(["model=resnet18", f"model.name={name}", f"norm={norm}"])
+    for key, value in model.items():
+        config.model[key] = value
+    return build_model(config.model, config.norm, num_classes=classes)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "shufflenet_v2_x0_5"])
+def test_backbones_of_timm_and_torchvision_train_with_en(name: str) -> None:
+    model = build(name=name)
+    logits = model(torch.randn(2, 3, 64, 64))
+    assert logits.shape == (2, 3)
+    logits.sum().backward()
+    assert any(isinstance(module, ExemplarNorm) for module in model.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_an_unknown_model_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="test_resnet"):
+        build(name="test_resnt")
+
+
+def test_weights_of_a_bn_network_go_to_every_normalizer_of_en() -> None:
+    source, target = build("bn"), build("en")
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    notes = load_weights(target, source.state_dict(), source="somewhere")
+    for (name, old), new in zip(source.named_modules(), target.modules(), strict=True):
+        if isinstance(old, Norm):
+            assert isinstance(new, Norm)
+            assert torch.equal(new.weight, old.weight.expand_as(new.weight)), name
+            assert torch.equal(new.running_var, old.running_var)
+    assert any("start anew" in note for note in notes)
+
+
+def test_a_classifier_of_other_classes_starts_anew_and_is_said() -> None:
+    source, target = build(classes=3), build(classes=5)
+    before = target.fc.weight.clone()
+    notes = load_weights(target, source.state_dict(), source="somewhere")
+    assert torch.equal(target.fc.weight, before)
+    assert torch.equal(target.conv1[0].weight, source.conv1[0].weight)
+    assert any("fc.weight" in note for note in notes)
+
+
+def test_weights_of_another_architecture_are_refused() -> None:
+    with pytest.raises(UserError, match="another architecture"):
+        load_weights(build(), build(name="test_efficientnet").state_dict(), source="somewhere")
+
+
+def rates(epochs: int, steps: int, **options: Any) -> list[float]:
+    """The rate at every step of a training with 256 samples per step."""
+    config = compose_train(["optim=sgd", "optim.schedule=step"]).optim
+    for key, value in options.items():
+        config[key] = value
+    return [
+        learning_rate(config, step=step, steps_per_epoch=steps, epochs=epochs, total_batch=256)
+        for step in range(epochs * steps)
+    ]
+
+
+def test_the_papers_rate_falls_tenfold_at_epochs_30_60_and_90_of_100() -> None:
+    values = rates(100, 2)
+    expected = [0.1] * 60 + [0.01] * 60 + [0.001] * 60 + [0.0001] * 20
+    assert values == pytest.approx(expected)
+
+
+def test_the_rate_scales_with_the_batch_unless_it_is_given() -> None:
+    config = compose_train(["optim=sgd", "optim.schedule=step"]).optim
+    given = compose_train(["optim=sgd", "optim.schedule=step", "optim.lr=0.3"]).optim
+    common = {"step": 0, "steps_per_epoch": 1, "epochs": 1, "total_batch": 32}
+    assert learning_rate(config, **common) == pytest.approx(0.0125)
+    assert learning_rate(given, **common) == 0.3
+
+
+def test_cosine_falls_from_the_peak_to_zero_after_a_linear_warm_up() -> None:
+    values = rates(10, 10, schedule="cosine", warmup=0.2)
+    assert values[:20] == pytest.approx([0.1 * step / 20 for step in range(20)])
+    assert values[20:] == pytest.approx([0.05 * (1 + math.cos(math.pi * t / 80)) for t in range(80)])
+
+
+def test_weight_decay_reaches_every_parameter() -> None:
+    """With zero gradients one step is w - lr * wd * w, for weights and norms alike."""
+    model = build()
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    config = compose_train(["optim=sgd"]).optim
+    optimizer = build_optimizer(model, config, total_batch=256)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, torch.full_like(parameter, 1 - 0.1 * 1e-4)), name
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(UserError, match="did you mean 'sgd'"):
+        build_optimizer(nn.Linear(1, 1), SimpleNamespace(name="sdg", schedule="step", lr=1.0), total_batch=1)
+
+
+@pytest.mark.parametrize("norm", ["sn", "en"])
+def test_measured_ratios_of_every_layer_sum_to_one_and_leave_no_trace(norm: str) -> None:
+    model = build(norm).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    rows = measure_ratios(model, torch.randn(4, 3, 32, 32))
+    layers = {name for name, module in model.named_modules() if isinstance(module, Norm)}
+    assert {row.layer for row in rows} == layers
+    for layer in layers:
+        for ratio in {row.ratio for row in rows}:
+            shares = [row.mean for row in rows if row.layer == layer and row.ratio == ratio]
+            assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert sum(mean_ratios(rows).values()) == pytest.approx(1, abs=1e-5)
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    keys = as_metrics(rows)
+    assert ("ratio/conv1.1/in" in keys) if norm == "en" else ("ratio/conv1.1/mean/in" in keys)

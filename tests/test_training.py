@@ -1,0 +1,248 @@
+"""Whole trainings through the command line: what lies in a run folder, and what happens to bad input."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CliRunner
+from engine_cases import assert_same_run, checkpoints, last_state, make_image_folder, metrics, only_run, tiny, train
+
+import exnorm
+from exnorm.config.compose import compose_train
+from exnorm.data import data_set
+from exnorm.data.loader import SeededImages
+from exnorm.data.transforms import eval_transform
+from exnorm.engine.calibrate import batch_average
+from exnorm.engine.distributed import World
+from exnorm.models import build_model
+from exnorm.norms import BatchScopeNorm
+from exnorm.runs.folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small images."""
+    return make_image_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with EN, two epochs of six steps."""
+    return train(tiny(images, "logger.csv=true"), tmp_path_factory.mktemp("finished"))
+
+
+def test_a_run_writes_metrics_of_every_epoch_with_the_ratios_of_every_layer(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [6, 12]
+    for row in rows:
+        assert {f"{split}/{name}" for split in ("train", "val") for name in ("loss", "top1", "top5")} <= row.keys()
+        assert {"lr", "images_per_s", "epoch"} <= row.keys()
+        for normalizer in ("in", "ln", "bn"):
+            assert {f"ratio/conv1.1/{normalizer}", f"ratio/conv1.1/{normalizer}/std"} <= row.keys()
+    with open(finished / "metrics.csv", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert [float(row["val/loss"]) for row in table] == pytest.approx([row["val/loss"] for row in rows])
+
+
+def test_a_run_keeps_its_record_provenance_and_last_checkpoints(finished: Path) -> None:
+    record = json.loads((finished / "record.json").read_text())
+    assert record["val/top1"] == metrics(finished)[-1]["val/top1"]
+    assert sum(record["ratio"].values()) == pytest.approx(1, abs=1e-5)
+    assert {"best", "hours", "device", "backend", "parameters", "gflops_per_image", "inference"} <= record.keys()
+    provenance = json.loads((finished / "provenance.json").read_text())
+    assert provenance["command"][:2] == ["exnorm", "train"]
+    assert provenance["config_hash"] in finished.name
+    assert [path.name for path in checkpoints(finished)] == ["step-000000006.pt", "step-000000012.pt"]
+    assert (finished / "checkpoints" / "best.pt").is_file()
+    assert not list(finished.rglob("*.part"))
+
+
+def test_a_run_says_what_it_is_before_the_first_step(finished: Path) -> None:
+    text = (finished / "log.txt").read_text()
+    banner = text[: text.index("epoch 1/2:")]
+    for words in ("device CPU", "precision fp32", "back end eager", "M parameters", "GFLOPs", "12 steps in 2 epochs"):
+        assert words in banner
+    assert "batch 1x8: gradient over 8 samples, BN's scope 8, on 1 device" in banner
+    assert "about" in banner
+
+
+def test_the_same_command_again_prints_the_result_and_trains_nothing(
+    finished: Path, images: Path, run_cli: CliRunner
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    again = run_cli(*tiny(images, "logger.csv=true"), cwd=finished.parents[2])
+    assert again.returncode == 0, again.stderr
+    assert "has finished" in again.stdout
+    assert "top-1" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+
+def test_a_run_leaves_nothing_in_the_current_folder_but_runs(finished: Path) -> None:
+    assert [path.name for path in finished.parents[2].iterdir()] == ["runs"]
+
+
+def test_exnorm_load_gives_the_trained_model(finished: Path) -> None:
+    model = exnorm.load(finished)
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, last_state(finished)["model"][name])
+
+
+def test_eval_equals_the_record_also_on_two_processes(finished: Path, run_cli: CliRunner) -> None:
+    """21 validation images do not divide among two processes or into batches of 4."""
+    record = json.loads((finished / "record.json").read_text())
+    for more in ([], ["devices=2", "batch_size=4", "data.workers=1"]):
+        done = run_cli("eval", finished, *more, cwd=finished.parents[2], env={"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        row = json.loads((finished / "evaluations.jsonl").read_text().splitlines()[-1])
+        assert row["images"] == 21
+        assert row["val/top1"] == record["val/top1"]
+        assert row["val/top5"] == record["val/top5"]
+        assert row["val/loss"] == pytest.approx(record["val/loss"], rel=1e-6)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from exnorm.engine.checkpoint import load_latest
+
+    folder = RunFolder(finished)
+    last = checkpoints(finished)[-1]
+    whole = last.read_bytes()
+    middle = len(whole) // 2
+    try:
+        for damaged in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], b""):
+            last.write_bytes(damaged)
+            state = load_latest(folder)
+            assert state is not None
+            assert state["step"] == 6
+            assert "the one before it is used" in capsys.readouterr().err
+    finally:
+        last.write_bytes(whole)
+
+
+def test_batch_average_is_the_total_variance_over_the_batches(images: Path) -> None:
+    """Against the statistics of one batch that holds all images, as all batches together do."""
+    config = compose_train(["model=resnet18", "model.name=test_resnet", "norm=bn", "data=imagefolder"])
+    config.data.root, config.data.image_size, config.data.resize = str(images), 32, 32
+    splits = data_set("imagefolder").load(config.data)
+    dataset = SeededImages(splits.train, eval_transform(config.data), seed=0)
+    model = build_model(config.model, config.norm, num_classes=3)
+    model.conv1[1].train()
+    world = World(0, 1, torch.device("cpu"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = batch_average(model, dataset, scope=8, batches=6, workers=0, precision="fp32", world=world)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    every = torch.stack([dataset[0, index][0] for index in range(len(dataset))])
+    first = model.conv1[0](every)
+    assert torch.allclose(found["conv1.1.running_mean"], first.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(found["conv1.1.running_var"], first.var((0, 2, 3), correction=0), rtol=1e-5)
+    assert all(isinstance(module, BatchScopeNorm) for module in model.modules() if hasattr(module, "running_mean"))
+
+
+BAD = {
+    "norm=enn": "unknown norm 'enn': did you mean 'en'?",
+    "data=imagenett": "unknown data 'imagenett'",
+    "trainer.epoch=1": "did you mean 'trainer.epochs'?",
+    "trainer.epochs=abc": "trainer.epochs=abc: not an integer",
+    "norm.pi=abc": "norm.pi=abc: expected an integer",
+    "norm.pi=0": "pi=0 is not possible",
+    "batch=8x0": "batch=8x32",
+    "batch=abc": "batch=8x32",
+    "trainer.devices=3": "trainer.devices can be 1, 2, 4, 8",
+    "batch=1x100": "takes 100 images a step; data has 48",
+    "data.root=nowhere": "DIR/train/<class>",
+    "model.init_from=nowhere": "no such run folder or file",
+    "trainer.precision=fp8": "allowed: fp32, bf16, fp16",
+    "data.resize=16": "data.resize=32",
+}
+
+
+@pytest.mark.parametrize("argument", BAD)
+def test_bad_input_gets_one_line_and_makes_no_run_folder(
+    argument: str, images: Path, tmp_path: Path, run_cli: CliRunner
+) -> None:
+    done = run_cli(*tiny(images, argument))
+    assert done.returncode == 2
+    assert BAD[argument] in done.stderr
+    assert done.stderr.startswith("exnorm: error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    images: Path, tmp_path: Path, run_cli: CliRunner
+) -> None:
+    done = run_cli(*tiny(images, "optim.lr=1e30", "trainer.checkpoint_every_steps=1"))
+    assert done.returncode == 2
+    assert "the loss is not finite at step" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    kept = last_state(only_run(tmp_path))
+    assert f"at step {kept['step'] + 1} " in done.stderr
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_command_are_bit_equal(images: Path, tmp_path: Path) -> None:
+    arguments = tiny(images, "data.workers=2", "model.drop_rate=0.2")
+    assert_same_run(train(arguments, tmp_path / "a"), train(arguments, tmp_path / "b"))
+
+
+@pytest.mark.slow
+def test_fresh_starts_over(images: Path, tmp_path: Path) -> None:
+    run = train(tiny(images, "trainer.epochs=1"), tmp_path)
+    (run / "mark").touch()
+    assert train(tiny(images, "trainer.epochs=1", "fresh=true"), tmp_path) == run
+    assert not (run / "mark").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_over_two_norms_makes_two_runs(images: Path, tmp_path: Path, run_cli: CliRunner) -> None:
+    done = run_cli(*tiny(images, "-m", "norm=bn,sn", "trainer.epochs=1"))
+    assert done.returncode == 0, done.stderr
+    records = list(tmp_path.glob("runs/*/*/record.json"))
+    assert sorted(path.parent.name.split("-")[1] for path in records) == ["bn", "sn"]
+    listed = run_cli("runs")
+    assert listed.stdout.count("finished") == 2
+
+
+@pytest.mark.slow
+def test_batch_averages_as_the_rule_of_inference(images: Path, tmp_path: Path, run_cli: CliRunner) -> None:
+    """A run that validates with them, and `exnorm eval` of it, agree; the moving average gives another loss."""
+    run = train(tiny(images, "trainer.inference=batch_average", "trainer.calibration_batches=3", "norm=sn"), tmp_path)
+    record = json.loads((run / "record.json").read_text())
+    losses = {}
+    for rule in ("batch_average", "moving_average"):
+        done = run_cli("eval", run, f"inference={rule}", "calibration_batches=3", env={"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        losses[rule] = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])["val/loss"]
+    assert losses["batch_average"] == pytest.approx(record["val/loss"], rel=1e-5)
+    assert losses["moving_average"] != pytest.approx(record["val/loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_training_starts_from_another_run(images: Path, tmp_path: Path) -> None:
+    """With a rate of zero the weights of the first run come out unchanged, BN's in every normalizer of EN."""
+    first = train(tiny(images, "norm=bn", "trainer.epochs=1"), tmp_path)
+    frozen = ["optim.lr=0", "optim.weight_decay=0", "trainer.epochs=1"]
+    second = train(tiny(images, "norm=en", f"model.init_from={first}", *frozen), tmp_path)
+    source, target = last_state(first)["model"], last_state(second)["model"]
+    assert torch.equal(target["conv1.0.weight"], source["conv1.0.weight"])
+    assert torch.equal(target["conv1.1.weight"], source["conv1.1.weight"].expand(3, -1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault", ["raise RuntimeError('broken import')", "def init(**_):\n    raise OSError('no disk')\n"]
+)
+def test_a_wandb_that_fails_does_not_stop_the_training(
+    fault: str, images: Path, tmp_path: Path, run_cli: CliRunner
+) -> None:
+    broken = tmp_path / "broken"
+    (broken / "wandb").mkdir(parents=True)
+    (broken / "wandb" / "__init__.py").write_text(fault)
+    path = os.pathsep.join([str(broken), str(Path(exnorm.__file__).parents[1])])
+    done = run_cli(*tiny(images, "trainer.epochs=1", "logger.wandb=offline"), env={"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert "W&B could not start" in done.stderr
+    assert only_run(tmp_path).joinpath("record.json").is_file()
