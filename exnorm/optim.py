@@ -14,6 +14,7 @@ from torch import nn
 from exnorm.config.errors import UserError, suggest
 
 SCHEDULES = ("step", "cosine")
+ROUNDING = 1e-6  # of a step: 0.6 x 100 epochs is not exactly 60 in binary
 
 
 def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch.optim.Optimizer:
@@ -67,7 +68,8 @@ def learning_rate(config: Any, *, step: int, steps_per_epoch: int, epochs: int, 
         progress = (step - warmup_steps) / max(1.0, epochs * steps_per_epoch - warmup_steps)
         return peak * (1 + math.cos(math.pi * progress)) / 2
     total = epochs * steps_per_epoch
-    return peak * config.gamma ** sum(step >= round(fraction * total) for fraction in config.milestones)
+    passed = sum(step >= fraction * total - ROUNDING for fraction in config.milestones)
+    return peak * config.gamma**passed
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

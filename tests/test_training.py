@@ -87,8 +87,9 @@ def test_a_run_leaves_nothing_in_the_current_folder_but_runs(finished: Path) -> 
 def test_exnorm_load_gives_the_trained_model(finished: Path) -> None:
     model = exnorm.load(finished)
     assert not model.training
+    saved = last_state(finished)["model"]
     for name, value in model.state_dict().items():
-        assert torch.equal(value, last_state(finished)["model"][name])
+        assert torch.equal(value, saved[name])
 
 
 def test_eval_equals_the_record_also_on_two_processes(finished: Path, run_cli: CliRunner) -> None:
@@ -124,7 +125,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(finished: Path, capsys: py
 
 def test_batch_average_is_the_total_variance_over_the_batches(images: Path) -> None:
     """Against the statistics of one batch that holds all images, as all batches together do."""
-    config = compose_train(["model=resnet18", "model.name=test_resnet", "norm=bn", "data=imagefolder"])
+    config = compose_train(["model=resnet18", "model.name=test_resnet", "norm=sn", "data=imagefolder"])
     config.data.root, config.data.image_size, config.data.resize = str(images), 32, 32
     splits = data_set("imagefolder").load(config.data)
     dataset = SeededImages(splits.train, eval_transform(config.data), seed=0)
