@@ -56,9 +56,8 @@ def peak_lr(config: Any, *, total_batch: int) -> float:
 def learning_rate(config: Any, *, step: int, steps_per_epoch: int, epochs: int, total_batch: int) -> float:
     """The rate of optimizer step `step`, counted from 0.
 
-    step: peak x gamma^(milestones passed), milestones being fractions of all steps. cosine: peak x (1 + cos(pi t)) / 2 with t from 0 to
-    1 over the steps after the warm-up. Warm-up: linear from 0 over the fraction
-    `warmup` of all steps.
+    step: peak x gamma^(milestones passed), milestones being fractions of all steps. cosine: peak x (1 + cos(pi t)) / 2
+    with t from 0 to 1 over the steps after the warm-up. Warm-up: linear from 0 over the fraction `warmup` of all steps.
     """
     peak = peak_lr(config, total_batch=total_batch)
     warmup_steps = config.warmup * epochs * steps_per_epoch

@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("cat", "dog", "elk")
 TIMES = ("images_per_s",)  # the metrics that two equal runs may differ in
-WAIT_S = 120  # a hang, not a slow machine
+WAIT_S = 300  # a hang, not a slow machine
 
 
 def make_image_folder(root: Path, *, train: int = 16, val: int = 7) -> Path:

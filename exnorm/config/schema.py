@@ -31,6 +31,7 @@ class DataConfig:
     image_size: int = 224  # px, the side of a training crop and of the centre crop in validation
     resize: int = 256  # px, the shorter side before the centre crop
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # area of a random resized crop
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # its width : height
     hflip: float = 0.5  # probability of a horizontal flip
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])

@@ -20,6 +20,7 @@ def train_transform(config: Any) -> Transform:
         input_size=config.image_size,
         is_training=True,
         scale=tuple(config.scale),
+        ratio=tuple(config.ratio),
         hflip=config.hflip,
         color_jitter=None,  # pyright: ignore[reportArgumentType]
         interpolation="bilinear",
