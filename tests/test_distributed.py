@@ -8,6 +8,7 @@ import torch
 from engine_cases import last_state, make_image_folder, tiny, train
 
 pytestmark = pytest.mark.slow
+ROUNDING = 1e-3  # of a tensor's largest value; up to 6e-5 was seen, and another scope of BN differs by tenths
 # One step of SGD from equal weights: what the weights moved by is the gradient times the rate.
 ONE_STEP = ("trainer.epochs=1", "optim.lr=1.0", "optim.momentum=0", "optim.weight_decay=0")
 
@@ -26,11 +27,11 @@ def state_after_a_step(images: Path, cwd: Path, *more: str) -> dict[str, Any]:
 
 
 def assert_close(left: dict[str, Any], right: dict[str, Any]) -> None:
-    """Equal up to the rounding of float32 sums taken in another order."""
+    """Equal up to the rounding of float32 sums taken in another order, which small batches amplify."""
     assert left.keys() == right.keys()
     for name in left:
         scale = left[name].abs().max().clamp(min=1e-3)
-        assert torch.allclose(left[name] / scale, right[name] / scale, atol=2e-5), name
+        assert torch.allclose(left[name] / scale, right[name] / scale, atol=ROUNDING), name
 
 
 @pytest.mark.parametrize("norm", ["bn", "en"])
