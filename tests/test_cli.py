@@ -59,7 +59,8 @@ def test_train_hands_the_composed_run_over_and_leaves_nothing_behind(tmp_path: P
 
 
 def test_a_sweep_runs_every_combination_wherever_the_flag_stands(tmp_path: Path) -> None:
-    done = exnorm(tmp_path, "train", "norm=bn,sn", "-m", "model=resnet18,vgg11_bn", "batch=8x32,8x2")
+    sweep = ["norm=bn,sn", "-m", "model=resnet18,vgg11_bn", "batch=8x32,8x2"]
+    done = exnorm(tmp_path, "train", *sweep, "trainer.epochs=8")
     runs = [f"RUN {n} {m} {b} 0 8" for n in ("bn", "sn") for m in ("resnet18", "vgg11_bn") for b in ("8x32", "8x2")]
     assert done.stdout.splitlines() == runs, done.stderr
     assert [file.name for file in (tmp_path / "work").iterdir()] == ["runs"]
@@ -92,7 +93,7 @@ def test_a_mistake_is_one_line_and_code_2(tmp_path: Path, arguments: list[str], 
 
 
 def test_a_failing_job_does_not_stop_the_others_of_its_sweep(tmp_path: Path) -> None:
-    done = exnorm(tmp_path, "train", "-m", "seed=13,1")
+    done = exnorm(tmp_path, "train", "-m", "seed=13,1", "trainer.epochs=8")
     assert done.returncode == 2 and done.stdout == "RUN en resnet50 1x32 1 8\n"
     assert "seed=13" in done.stderr and "exnorm: error: seed 13 is bad luck" in done.stderr
     assert "Traceback" not in done.stderr

@@ -499,14 +499,20 @@ def test_ratios_start_equal_or_at_the_initial_normalizer() -> None:
 
 def test_en_features_of_in_are_zero_and_those_of_ln_sum_to_zero() -> None:
     """The pooled input is IN's mean: IN's row sees only the convolution's bias; LN's row is centred."""
-    norm = build("en")
-    assert isinstance(norm, ExemplarNorm)
-    moments = norm.moments(draw(*SHAPES[4]))
-    mean_NKC, rstd_NKC = norm._stacked_statistics(moments)
-    features_NKC = (moments.mean_NC[:, None] - mean_NKC) * rstd_NKC
-    assert torch.equal(features_NKC[:, 0], torch.zeros_like(features_NKC[:, 0]))
-    torch.testing.assert_close(features_NKC[:, 1].sum(1), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
-    assert features_NKC[:, 2].sum(1).abs().min() > 1e-3
+
+    def rows(norm: ExemplarNorm) -> list[torch.Tensor]:
+        moments = norm.moments(draw(*SHAPES[4]))
+        return [norm._features(moments.mean_NC, mean, rstd) for mean, rstd in norm._mean_and_rstd(moments)]
+
+    plain, convolved = build("en", conv=False), build("en")
+    assert isinstance(plain, ExemplarNorm) and isinstance(convolved, ExemplarNorm)
+    instance, layer, batch = rows(plain)
+    assert torch.equal(instance, torch.zeros_like(instance))
+    torch.testing.assert_close(layer.sum(1), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert batch.sum(1).abs().min() > 1e-3
+    bias = convolved.conv_bias
+    assert bias is not None
+    assert torch.equal(rows(convolved)[0], bias.expand(4, -1))
 
 
 def test_en_grows_a_resnet50_by_the_papers_count() -> None:

@@ -143,7 +143,7 @@ def test_the_lock_of_another_process_is_named_and_dies_with_it(tmp_path: Path) -
 
 
 def test_states_and_numbers_of_runs(tmp_path: Path) -> None:
-    interrupted = make_run(tmp_path / "a" / "interrupted", "norm=sn", "batch=8x4")
+    interrupted = make_run(tmp_path / "a" / "interrupted", "norm=sn", "batch=8x4", "trainer.epochs=8")
     MetricsLog(interrupted.metrics_file).append({"step": 3, "epoch": 2, "val/top1": 40.0})
     MetricsLog(interrupted.metrics_file).append({"step": 4, "epoch": 3})
     finished = make_run(tmp_path / "b" / "finished")

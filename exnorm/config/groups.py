@@ -45,9 +45,8 @@ def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
     listed = list(options)
     if len(listed) > SHOWN:
         return f"unknown {group} '{name}': {suggest(name, listed, count=3)}"
-    allowed = f"allowed: {shorten(listed)}" if listed else f"the group {group} has no options"
     hint = f"{suggest(name, listed)} " if nearest(name, listed) else ""
-    return f"unknown {group} '{name}': {hint}{allowed}"
+    return f"unknown {group} '{name}': {hint}allowed: {shorten(listed)}"
 
 
 def option_values(group: str, name: str) -> dict[str, Any]:

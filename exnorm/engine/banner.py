@@ -4,18 +4,16 @@ import math
 import platform
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import autocast
+from exnorm.engine.learner import Learner
 from exnorm.models import count_parameters, gflops_per_image
 from exnorm.norms.batch_scope import BatchScopeNorm, take_pending
 from exnorm.runs.provenance import cpu_model
-
-if TYPE_CHECKING:
-    from exnorm.engine.train import Learner
 
 TRIAL_STEPS = 2  # the first one warms up
 
@@ -29,7 +27,7 @@ class Facts:
 
 
 def describe_run(
-    learner: "Learner",
+    learner: Learner,
     config: Any,
     *,
     backend: str,
@@ -63,7 +61,7 @@ def describe_run(
     return Facts("\n".join(lines), record | {"precision": learner.precision})
 
 
-def seconds_per_step(learner: "Learner", image_size: int) -> float:
+def seconds_per_step(learner: Learner, image_size: int) -> float:
     """The time of a forward and backward of one optimizer step, tried on noise; the model is left as it was."""
     model, plan, device = learner.model, learner.plan, learner.world.device
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -118,39 +118,46 @@ class ExemplarNorm(BatchScopeNorm):
 
     def ratios(self, moments: Moments) -> dict[str, Tensor]:
         """lambda, (N, K), in the order of `normalizers`."""
-        mean_NKC, rstd_NKC = self._stacked_statistics(moments)
-        return {"lambda": self._ratios(moments.mean_NC, mean_NKC, rstd_NKC)}
+        return {"lambda": self._ratios(moments, self._mean_and_rstd(moments))}
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        mean_NKC, rstd_NKC = self._stacked_statistics(moments)
-        ratio_NK = self._ratios(moments.mean_NC, mean_NKC, rstd_NKC)
+        statistics = self._mean_and_rstd(moments)
+        ratio_NK = self._ratios(moments, statistics)
         weight, bias = self.affine_parameters(moments.mean_NC)
-        scale_NKC = weight * rstd_NKC
-        shift_NKC = bias - scale_NKC * mean_NKC
-        return torch.einsum("nk,nkc->nc", ratio_NK, scale_NKC), torch.einsum("nk,nkc->nc", ratio_NK, shift_NKC)
+        shape = (len(self.normalizers), self.num_features)
+        scale_NC, shift_NC = torch.zeros_like(moments.mean_NC), ratio_NK @ bias.expand(shape)
+        weights = weight.expand(shape).unbind()
+        for ratio_N1, weight_C, (mean, rstd) in zip(ratio_NK.split(1, 1), weights, statistics, strict=True):
+            scale = weight_C * rstd
+            scale_NC = torch.addcmul(scale_NC, ratio_N1, scale)
+            shift_NC = torch.addcmul(shift_NC, ratio_N1, scale * mean, value=-1)
+        return scale_NC, shift_NC
 
-    def _stacked_statistics(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / sqrt(var + eps) of every normalizer, (N, K, C)."""
-        statistics = mixed_statistics(self, self.normalizers, moments)
-        mean_NKC = torch.stack([s.mean.expand_as(moments.mean_NC) for s in statistics], 1)
-        var_NKC = torch.stack([s.var.expand_as(moments.mean_NC) for s in statistics], 1)
-        return mean_NKC, torch.rsqrt(var_NKC + self.eps)
+    def _mean_and_rstd(self, moments: Moments) -> list[tuple[Tensor, Tensor]]:
+        """Mean and 1 / sqrt(var + eps) of every normalizer, each broadcastable to (N, C)."""
+        return [(s.mean, torch.rsqrt(s.var + self.eps)) for s in mixed_statistics(self, self.normalizers, moments)]
 
-    def _ratios(self, pooled_NC: Tensor, mean_NKC: Tensor, rstd_NKC: Tensor) -> Tensor:
-        features_NKC = (pooled_NC[:, None] - mean_NKC) * rstd_NKC
-        dtype = features_NKC.dtype
-        if self.conv_weight is not None:
-            grouped = features_NKC.unflatten(2, tuple(self.conv_weight.shape))
-            features_NKC = (grouped * self.conv_weight.to(dtype)).sum(3)
-            if self.conv_bias is not None:
-                features_NKC = features_NKC + self.conv_bias.to(dtype)
-        correlations = torch.bmm(features_NKC, features_NKC.transpose(1, 2)).flatten(1)
+    def _ratios(self, moments: Moments, statistics: list[tuple[Tensor, Tensor]]) -> Tensor:
+        pooled_NC = moments.mean_NC
+        features_NKG = torch.stack([self._features(pooled_NC, *statistic) for statistic in statistics], 1)
+        dtype = features_NKG.dtype
+        correlations = torch.bmm(features_NKG, features_NKG.transpose(1, 2)).flatten(1)
         hidden = nn.functional.linear(correlations, self.fc1_weight.to(dtype), self.fc1_bias.to(dtype))
         hidden = HIDDEN_ACTIVATIONS[self.hidden_act](hidden)
-        return torch.softmax(
-            nn.functional.linear(hidden, self.fc2_weight.to(dtype), self.fc2_bias.to(dtype)),
-            1,
-        )
+        logits = nn.functional.linear(hidden, self.fc2_weight.to(dtype), self.fc2_bias.to(dtype))
+        return torch.softmax(logits, 1)
+
+    def _features(self, pooled_NC: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        """One normalizer's row of z, (N, C/r); without the convolution of xh, (N, C)."""
+        if self.conv_weight is None:
+            return (pooled_NC - mean) * rstd
+        conv_weight = self.conv_weight.to(pooled_NC.dtype)
+        if mean is pooled_NC:  # IN: its row of xh is zero
+            row_NG = pooled_NC.new_zeros(len(pooled_NC), len(conv_weight))
+        else:
+            weighted_NC = (pooled_NC - mean) * (conv_weight.flatten() * rstd)
+            row_NG = weighted_NC.unflatten(1, tuple(conv_weight.shape)).sum(2)
+        return row_NG if self.conv_bias is None else row_NG + self.conv_bias.to(pooled_NC.dtype)
 
     def extra_repr(self) -> str:
         conv = f"reduction={self.reduction}" if self.conv_weight is not None else "conv=False"

@@ -1,0 +1,162 @@
+"""What learns, and what is done with it: build, one step, check, save, restore."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from exnorm.config.errors import UserError
+from exnorm.data.loader import mixed_seed
+from exnorm.engine import checkpoint
+from exnorm.engine.batch import BatchPlan
+from exnorm.engine.calibrate import Calibrated
+from exnorm.engine.distributed import World, replica_group
+from exnorm.engine.evaluate import autocast
+from exnorm.models import build_model, load_weights
+from exnorm.norms import commit_running_stats, configure_scope
+from exnorm.optim import build_optimizer
+from exnorm.runs.folder import RunFolder
+from exnorm.tasks.classification import SUMS, Classification
+
+NO_BAD_STEP = 2**62
+
+
+@dataclass
+class Learner:
+    """What learns: the bare model, the model as it is called (compiled, DDP), optimizer and scaler, and how far."""
+
+    model: nn.Module
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    task: Classification
+    plan: BatchPlan
+    precision: str
+    world: World
+    sums: Tensor
+    classes: list[str]
+    bad_step: Tensor  # the first step with a non-finite loss; huge while there is none
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # the epoch under way
+    train_s: float = 0.0
+    best: dict[str, float] = field(default_factory=dict)
+    calibrated: Calibrated | None = None
+
+
+def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]) -> Learner:
+    """Model, optimizer and scaler of a fresh run, on this worker's device."""
+    torch.manual_seed(mixed_seed(config.seed))
+    model = build_model(config.model, config.norm, num_classes=len(classes))
+    if config.model.init_from is not None:
+        source = config.model.init_from
+        for note in load_weights(model, checkpoint.read_weights(source), source=source):
+            if world.is_first:
+                print(f"model.init_from: {note}", flush=True)
+    memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+    model = model.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
+    configure_scope(model, replicas=plan.replicas_per_pass, group=replica_group(world, plan.span))
+    net: nn.Module = torch.compile(model) if config.trainer.compile else model  # type: ignore[assignment]
+    if world.size > 1:
+        net = DistributedDataParallel(
+            net,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,
+        )
+    return Learner(
+        model=model,
+        net=net,
+        optimizer=build_optimizer(model, config.optim, total_batch=plan.total),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=config.trainer.precision == "fp16"),
+        task=Classification(config.task),
+        plan=plan,
+        precision=config.trainer.precision,
+        world=world,
+        sums=torch.zeros(len(SUMS), dtype=torch.float64, device=world.device),
+        classes=classes,
+        bad_step=torch.tensor(NO_BAD_STEP, device=world.device),
+    )
+
+
+def train_step(learner: Learner, images: Tensor, labels: Tensor, *, seed: int) -> Tensor:
+    """One optimizer step over this worker's share of a global batch; returns the share's metric sums."""
+    world, plan = learner.world, learner.plan
+    torch.manual_seed(mixed_seed(seed, learner.step, world.rank))  # dropout; no generator state to restore
+    images, labels = (
+        images.to(world.device, non_blocking=True),
+        labels.to(world.device, non_blocking=True),
+    )
+    batch_sums = torch.zeros_like(learner.sums)
+    for index, (x, y) in enumerate(zip(images.chunk(plan.passes), labels.chunk(plan.passes), strict=True)):
+        last = index == plan.passes - 1
+        ddp = isinstance(learner.net, DistributedDataParallel)
+        with learner.net.no_sync() if ddp and not last else nullcontext():  # type: ignore[operator]
+            with autocast(world.device, learner.precision):
+                logits = learner.net(x)
+            loss = learner.task.loss(logits, y) / plan.passes
+            learner.scaler.scale(loss).backward()
+        first_bad = torch.where(loss.detach().isfinite(), NO_BAD_STEP, learner.step + 1)
+        learner.bad_step = torch.minimum(learner.bad_step, first_bad)
+        batch_sums += learner.task.sums(logits.detach(), y)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    commit_running_stats(learner.model)
+    learner.sums += batch_sums
+    return batch_sums
+
+
+def check(learner: Learner, signum: int) -> int:
+    """Let all workers learn of a signal or a non-finite loss that one of them met; return the signal.
+
+    Raises:
+        UserError: the loss was not finite; the last checkpoint is from before.
+    """
+    signum, negated = learner.world.largest(signum, -int(learner.bad_step))
+    if -negated != NO_BAD_STEP:
+        raise UserError(
+            f"the loss is not finite at step {-negated} (epoch {learner.epoch + 1}); the last checkpoint is kept. "
+            "Lower optim.lr, add optim.warmup=0.05, or use trainer.precision=fp32 or bf16"
+        )
+    return signum
+
+
+def save(folder: RunFolder, learner: Learner) -> Any:
+    """Write a checkpoint of the whole state, by the first worker; return its file (None elsewhere)."""
+    sums = learner.world.sum_(learner.sums.clone())
+    path = None
+    if learner.world.is_first:
+        path = checkpoint.save(
+            folder,
+            {
+                "step": learner.step,
+                "epoch": learner.epoch,
+                "train_s": learner.train_s,
+                "best": learner.best,
+                "sums": sums.cpu(),
+                "classes": learner.classes,
+                "model": learner.model.state_dict(),
+                "calibrated": learner.calibrated,
+                "optimizer": learner.optimizer.state_dict(),
+                "scaler": learner.scaler.state_dict(),
+            },
+        )
+    learner.world.wait()
+    return path
+
+
+def restore(learner: Learner, state: dict[str, Any]) -> None:
+    """Go back to a checkpoint; the first worker takes the sums of all."""
+    learner.model.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scaler.load_state_dict(state["scaler"])
+    learner.step, learner.epoch = state["step"], state["epoch"]
+    learner.train_s, learner.best, learner.calibrated = (
+        state["train_s"],
+        state["best"],
+        state["calibrated"],
+    )
+    if learner.world.is_first:
+        learner.sums.copy_(state["sums"])
