@@ -158,10 +158,12 @@ def test_commit_covers_every_layer_and_leaves_unused_ones() -> None:
             torch.testing.assert_close(model.state_dict()[key], value)
 
 
-# Each case: how many replicas this process holds, whether a replica spans both, sync, and the same in one process.
+# Each case: how many replicas this process holds (None: no call of configure_scope), whether a replica spans both,
+# sync, and the same in one process.
 CASES: dict[str, dict[str, Any]] = {
     "replica spans both": {"replicas": 1, "spans": True, "sync": False, "single": 1},
     "sync": {"replicas": 2, "spans": False, "sync": True, "single": 1},
+    "sync without an engine": {"replicas": None, "spans": False, "sync": True, "single": 1},
     "one replica each": {"replicas": 1, "spans": False, "sync": False, "single": 2},
     "two replicas each": {"replicas": 2, "spans": False, "sync": False, "single": 4},
 }
@@ -177,7 +179,8 @@ def in_process(rank: int, port: int, folder: str) -> None:
         for case, setting in CASES.items():
             norm = build(name, act="relu", sync=setting["sync"])
             group = dist.group.WORLD if setting["spans"] else None
-            configure_scope(norm, replicas=setting["replicas"], group=group)
+            if setting["replicas"] is not None:
+                configure_scope(norm, replicas=setting["replicas"], group=group)
             results[name, case] = step(norm, *inputs(rank, WORLD))
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

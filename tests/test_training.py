@@ -234,7 +234,7 @@ def test_training_starts_from_another_run(images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fault", ["raise RuntimeError('broken import')", "def init(**_):\n    raise OSError('no disk')\n"]
+    "fault", ["raise ImportError('broken import')", "def init(**_):\n    raise OSError('no disk')\n"]
 )
 def test_a_wandb_that_fails_does_not_stop_the_training(
     fault: str, images: Path, tmp_path: Path, run_cli: CliRunner

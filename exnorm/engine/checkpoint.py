@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from exnorm.config.errors import UserError
 from exnorm.config.schema import TrainConfig
 from exnorm.models import build_model
-from exnorm.runs.folder import RunFolder
+from exnorm.runs.folder import RunFolder, rename_synced
 
 KEPT = 2
 BEST = "best.pt"
@@ -34,7 +34,7 @@ def save(folder: RunFolder, state: dict[str, Any]) -> Path:
         torch.save(state, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    _rename(part, path)
+    rename_synced(part, path)
     for old in _by_step(folder)[:-KEPT]:
         old.unlink()
     for leftover in folder.checkpoints.glob("*.part"):
@@ -50,7 +50,7 @@ def keep_best(folder: RunFolder, path: Path) -> None:
         os.link(path, part)
     except OSError:  # a file system without hard links
         part.write_bytes(path.read_bytes())
-    _rename(part, folder.checkpoints / BEST)
+    rename_synced(part, folder.checkpoints / BEST)
 
 
 def load_latest(folder: RunFolder) -> dict[str, Any] | None:
@@ -146,12 +146,3 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
 
 def _by_step(folder: RunFolder) -> list[Path]:
     return sorted(folder.checkpoints.glob("step-*.pt"))
-
-
-def _rename(part: Path, path: Path) -> None:
-    os.replace(part, path)
-    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

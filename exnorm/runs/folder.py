@@ -146,6 +146,11 @@ def write_text_atomic(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+    rename_synced(part, path)
+
+
+def rename_synced(part: Path, path: Path) -> None:
+    """Rename a written and synced file into place and sync the folder."""
     os.replace(part, path)
     handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
