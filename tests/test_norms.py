@@ -345,6 +345,7 @@ def assert_compiles(name: str, backend: str, training: bool) -> None:
     "name", [name if name == "en" else pytest.param(name, marks=pytest.mark.slow) for name in NORMS]
 )
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's compiler uses what torch 2.11 deprecates
 def test_compiles_as_one_graph(name: str, training: bool) -> None:
     """torch.compile(fullgraph=True) traces forward and backward; no recompilation from step to step."""
     assert_compiles(name, "aot_eager", training)
@@ -353,6 +354,7 @@ def test_compiles_as_one_graph(name: str, training: bool) -> None:
 @pytest.mark.slow
 @every_norm
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_with_inductor(name: str, training: bool) -> None:
     """The same with generated code."""
     assert_compiles(name, "inductor", training)

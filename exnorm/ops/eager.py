@@ -7,13 +7,13 @@ float32 (float64 for float64 input), whatever the dtype of `x`.
 from torch import Tensor, addcmul
 
 from exnorm.ops.activations import ACTIVATIONS
-from exnorm.ops.layout import expand_coefficients, spatial_dims, statistics_dtype
+from exnorm.ops.layout import cast, expand_coefficients, spatial_dims, statistics_dtype
 
 
 def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the positions of each (sample, channel); two passes, centred."""
     dims = spatial_dims(x, channel_dim)
-    x = x.to(statistics_dtype(x))
+    x = cast(x, statistics_dtype(x))
     if not dims:
         return x.clone(), x.new_zeros(x.shape)
     mean = x.mean(dims, keepdim=True)
@@ -25,7 +25,7 @@ def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
 def _preactivation(x: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int) -> Tensor:
     scale = expand_coefficients(scale_NC, x, channel_dim)
     shift = expand_coefficients(shift_NC, x, channel_dim)
-    return addcmul(shift, x.to(scale.dtype), scale)
+    return addcmul(shift, cast(x, scale.dtype), scale)
 
 
 def affine(x: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int, act: str | None) -> Tensor:
@@ -33,7 +33,7 @@ def affine(x: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int, act:
     y = _preactivation(x, scale_NC, shift_NC, channel_dim)
     if act is not None:
         y = ACTIVATIONS[act].apply_(y)
-    return y.to(x.dtype)
+    return cast(y, x.dtype)
 
 
 def _through_activation(
@@ -45,7 +45,7 @@ def _through_activation(
     act: str | None,
 ) -> Tensor:
     """The gradient at scale * x + shift, in the coefficients' dtype."""
-    grad = grad.to(scale_NC.dtype)
+    grad = cast(grad, scale_NC.dtype)
     if act is None:
         return grad
     return ACTIVATIONS[act].backward_(_preactivation(x, scale_NC, shift_NC, channel_dim), grad)
@@ -82,8 +82,8 @@ def input_gradient(
     grad = _through_activation(grad, x, scale_NC, shift_NC, channel_dim, act)
     scale = expand_coefficients(scale_NC, x, channel_dim)
     if slope_NC is None or offset_NC is None:
-        return (grad * scale).to(x.dtype)
+        return cast(grad * scale, x.dtype)
     slope = expand_coefficients(slope_NC, x, channel_dim)
     offset = expand_coefficients(offset_NC, x, channel_dim)
-    dx = addcmul(offset, x.to(scale.dtype), slope)
-    return dx.addcmul_(grad, scale).to(x.dtype)
+    dx = addcmul(offset, cast(x, scale.dtype), slope)
+    return cast(dx.addcmul_(grad, scale), x.dtype)

@@ -30,3 +30,8 @@ def expand_coefficients(coefficient_NC: Tensor, x: Tensor, channel_dim: int) -> 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype of moments and coefficients: float64 for float64 input, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in a dtype, without a call where it has it: torch 2.11 compiles a call that does nothing to a zero gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
