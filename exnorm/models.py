@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from exnorm.config.errors import UserError, suggest
+from exnorm.config.groups import option_values
 from exnorm.norms import Norm
 from exnorm.surgery import convert
 
@@ -26,10 +27,16 @@ def build_model(model_config: Any, norm_config: Mapping[str, Any], *, num_classe
     try:
         model = _backbone(model_config, num_classes)
         target = hydra.utils.get_class(norm_config["_target_"])
-        options = {key: value for key, value in norm_config.items() if key not in ("name", "_target_")}
+        options = _chosen_options(norm_config)
         return convert(model, target, replace=tuple(model_config.replace), **options)
     except (TypeError, ValueError, RuntimeError) as problem:
         raise UserError(f"model={model_config.name} norm={norm_config['name']}: {problem}") from problem
+
+
+def _chosen_options(norm_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that differ from the yaml's: with the others each layer keeps what it had, such as its eps."""
+    defaults = option_values("norm", norm_config["name"])
+    return {key: value for key, value in norm_config.items() if key not in defaults or value != defaults[key]}
 
 
 def _backbone(config: Any, num_classes: int) -> nn.Module:
@@ -68,12 +75,14 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str |
     Raises:
         UserError: the weights are of another architecture.
     """
-    own = model.state_dict()
-    given = dict(state)
+    own, norms = model.state_dict(), _norm_names(model)
+    given = {key.removeprefix("module."): value for key, value in state.items()}  # as DataParallel saves them
     for key, value in own.items():
         other = given.get(key)
         if other is not None and value.ndim == 2 and other.ndim == 1 and value.shape[1] == other.shape[0]:
             given[key] = other.expand_as(value)
+        elif other is not None and key.rpartition(".")[0] in norms and value.numel() == other.numel():
+            given[key] = other.reshape(value.shape)  # (1, C, 1, 1) in the published SN code
     resized = [key for key, value in given.items() if key in own and own[key].shape != value.shape]
     head = {key for key in resized if key.rpartition(".")[0] == _classifier(model)}
     ratios = {
@@ -86,7 +95,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str |
         ]
     }
     missing = set(own) - set(given)
-    unexpected = {key for key in set(given) - set(own) if key.rpartition(".")[0] not in _norm_names(model)}
+    unexpected = {key for key in set(given) - set(own) if key.rpartition(".")[0] not in norms}
     wrong = sorted((set(resized) - head) | (missing - ratios) | unexpected)
     if wrong:
         raise UserError(f"{source} holds the weights of another architecture: {wrong[0]} ({len(wrong)} in all) differs")

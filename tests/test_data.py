@@ -138,6 +138,12 @@ def test_validation_resizes_the_shorter_side_and_crops_the_centre(tmp_path: Path
     assert eval_transform(config)(image).equal(torch.ones(3, 20, 20))
 
 
+@pytest.mark.parametrize(("image_size", "resize"), [(160, 212), (384, 450), (224, 256), (32, 32)])
+def test_validation_resizes_to_exactly_the_pixels_asked_for(tmp_path: Path, image_size: int, resize: int) -> None:
+    config = folder_config(tmp_path, image_size=image_size, resize=resize)
+    assert f"size={resize}" in str(eval_transform(config)).replace("(", "").replace("[", "").split("CenterCrop")[0]
+
+
 def test_fixed_batches_hold_every_index_once() -> None:
     batches = fixed_batches(range(1, 8), 3)
     assert batches == [[(0, 1), (0, 2), (0, 3)], [(0, 4), (0, 5), (0, 6)], [(0, 7)]]

@@ -1,6 +1,7 @@
 """Backbones, weights from elsewhere, and the papers' optimizer."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from exnorm.analysis.ratios import as_metrics, mean_ratios, measure_ratios
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
+from exnorm.engine.checkpoint import read_weights
 from exnorm.models import build_model, load_weights
 from exnorm.norms import ExemplarNorm, Norm
 from exnorm.optim import build_optimizer, learning_rate
@@ -50,6 +52,42 @@ def test_weights_of_a_bn_network_go_to_every_normalizer_of_en() -> None:
             assert torch.equal(new.weight, old.weight.expand_as(new.weight)), name
             assert torch.equal(new.running_var, old.running_var)
     assert any("start anew" in note for note in notes)
+
+
+def test_a_layer_keeps_its_own_eps_and_momentum_unless_others_are_chosen() -> None:
+    """tf_efficientnet has eps 1e-3, without which its pretrained weights are another network."""
+    model = build("bn", name="tf_efficientnet_b0", options={"bn_momentum": 0.01})
+    assert isinstance(model.bn1, Norm)
+    assert (model.bn1.eps, model.bn1.momentum) == (1e-3, 0.01)
+    config = compose_train(["model=resnet18", "model.name=tf_efficientnet_b0", "norm=bn", "norm.eps=1e-4"])
+    assert build_model(config.model, config.norm, num_classes=3).bn1.eps == 1e-4
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_weights_of_the_published_sn_code_load(legacy: bool, tmp_path: Path) -> None:
+    """(1, C, 1, 1), saved from DataParallel, in the file format of its time or of ours."""
+    source, target = build("sn"), build("sn")
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    state = {}
+    for name, value in source.state_dict().items():
+        wide = isinstance(source.get_submodule(name.rpartition(".")[0]), Norm) and name.endswith(("weight", "bias"))
+        wide = wide and not name.endswith(("mean_weight", "var_weight"))
+        state[f"module.{name}"] = value.reshape(1, -1, 1, 1) if wide else value
+    torch.save(state, tmp_path / "sn.pth", _use_new_zipfile_serialization=not legacy)
+    load_weights(target, read_weights(tmp_path / "sn.pth"), source="sn.pth")
+    for (name, value), other in zip(source.named_parameters(), target.parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"no weights", "cannot be read as weights"), (None, "holds no weights but a list")]
+)
+def test_a_file_without_weights_is_refused(content: bytes | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "w.pt"
+    file.write_bytes(content) if content else torch.save([1], file)
+    with pytest.raises(UserError, match=words):
+        read_weights(file)
 
 
 def test_a_classifier_of_other_classes_starts_anew_and_is_said() -> None:

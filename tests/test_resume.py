@@ -81,20 +81,40 @@ def test_killing_the_controller_leaves_no_worker_alive(images: Path, tmp_path: P
     wait_for(lambda: not workers(str(cwd)), "the workers' end")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code", "everyone"),
+    [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)],
+)
 def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
-    signum: int, code: int, images: Path, tmp_path: Path
+    signum: int, code: int, everyone: bool, images: Path, tmp_path: Path
 ) -> None:
+    """To the controller alone, or to every process of the job, its loaders too."""
     whole = train(tiny(images, EPOCHS), tmp_path / "whole")
     cwd = tmp_path / "stopped"
-    pid, process = run_until_step(tiny(images, EPOCHS, EVERY), cwd, 2)
-    os.kill(pid, signum)
+    pid, process = run_until_step(tiny(images, EPOCHS, EVERY, "data.workers=2"), cwd, 2)
+    for target in [*(workers(str(cwd)) if everyone else []), pid]:
+        os.kill(target, signum)
     _, err = process.communicate(timeout=WAIT_S)  # type: ignore[attr-defined]
     assert process.returncode == code, err  # type: ignore[attr-defined]
     assert "Traceback" not in err
     assert not (only_run(cwd) / "record.json").exists()
     assert checkpoints(only_run(cwd))
     assert_same_run(whole, train(tiny(images, EPOCHS, EVERY), cwd))
+
+
+def test_a_worker_that_was_killed_is_named_and_the_run_can_go_on(images: Path, tmp_path: Path) -> None:
+    """As by the kernel when memory runs out: the other worker ends too, in one line."""
+    cwd = tmp_path / "killed"
+    arguments = tiny(images, "batch=2x4", "trainer.devices=2", EPOCHS, EVERY)
+    _, process = run_until_step(arguments, cwd, 2)
+    (second,) = (pid for pid in workers(str(cwd)) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    _, err = process.communicate(timeout=WAIT_S)  # type: ignore[attr-defined]
+    assert process.returncode == 2  # type: ignore[attr-defined]
+    assert "worker 1 was killed by SIGKILL" in err.splitlines()[-1]
+    assert "the same command resumes the run" in (only_run(cwd) / "error.txt").read_text()
+    assert not workers(str(cwd))
+    assert (train(arguments, cwd) / "record.json").exists()
 
 
 def test_the_second_of_two_starts_says_who_has_the_run_and_leaves(images: Path, tmp_path: Path) -> None:

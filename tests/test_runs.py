@@ -1,8 +1,11 @@
 """What a run leaves on disk: identity, folder, lock, metrics, provenance."""
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from exnorm.config.compose import compose_train, default_values
+from exnorm.config.errors import UserError
+from exnorm.engine.launch import prepare
+from exnorm.engine.summary import print_result
 from exnorm.runs import provenance
 from exnorm.runs.folder import RunFolder, RunLocked, write_json_atomic, write_text_atomic
 from exnorm.runs.identity import config_hash, flatten, run_dir
@@ -142,6 +148,43 @@ def test_the_lock_of_another_process_is_named_and_dies_with_it(tmp_path: Path) -
     assert not folder.is_locked()
 
 
+def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """A loader process outlives a killed trainer for seconds; the run is free at once."""
+    folder = RunFolder(tmp_path)
+    lock = folder.lock()
+    loader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    loader.start()
+    try:
+        assert folder.is_locked()
+        os.close(lock._handle)  # as the kernel does when the trainer dies
+        lock._held = False
+        end = time.monotonic() + 60
+        while folder.is_locked() and time.monotonic() < end:  # until the fork has come to its first line
+            time.sleep(0.01)
+        assert loader.is_alive() and not folder.is_locked()
+    finally:
+        loader.kill()
+        loader.join()
+
+
+def test_every_start_is_noted_and_another_config_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert prepare(folder, values(), "aaaaaaaa") is True
+    assert prepare(folder, values(), "aaaaaaaa") is False
+    noted = json.loads(folder.provenance_file.read_text())
+    assert noted["config_hash"] == "aaaaaaaa"
+    assert [start["versions"] for start in noted["resumed"]] == [noted["versions"]]
+    with pytest.raises(UserError, match=r"made by another config \(aaaaaaaa\); move it away"):
+        prepare(folder, values(), "bbbbbbbb")
+
+
+def test_a_loss_that_was_not_finite_is_printed_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "run")
+    write_json_atomic(folder.record_file, {"val/top1": 10.0, "val/top5": 50.0, "val/loss": None, "hours": 1.0})
+    print_result(folder)
+    assert "not finite" in capsys.readouterr().out
+
+
 def test_states_and_numbers_of_runs(tmp_path: Path) -> None:
     interrupted = make_run(tmp_path / "a" / "interrupted", "norm=sn", "batch=8x4", "trainer.epochs=8")
     MetricsLog(interrupted.metrics_file).append({"step": 3, "epoch": 2, "val/top1": 40.0})
@@ -187,11 +230,24 @@ def test_cut_back_keeps_the_rows_up_to_a_step(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):
         log.append({"step": step, "loss": float("nan"), "nested": {"x": [float("inf"), 1.5]}})
-    log.cut_back(2)
+    log.cut_back(2, 0)
     assert MetricsLog.read(log.path) == [{"step": s, "loss": None, "nested": {"x": [None, 1.5]}} for s in (1, 2)]
     assert MetricsLog.read(tmp_path / "missing") == []
     with pytest.raises(ValueError, match="step"):
         log.append({"loss": 1.0})
+
+
+def test_cut_back_drops_a_validation_that_the_checkpoint_does_not_know_of(tmp_path: Path) -> None:
+    """A checkpoint after the last step of epoch 2, before its validation: the row of the epoch comes again."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    first = {"step": 6, "epoch": 1, "val/top1": 40.0}
+    inside = {"step": 12, "epoch": 2, "batch/loss": 1.0}
+    for row in (first, inside, {"step": 12, "epoch": 2, "val/top1": 50.0}):
+        log.append(row)
+    log.cut_back(12, 2)
+    assert len(MetricsLog.read(log.path)) == 3
+    log.cut_back(12, 1)
+    assert MetricsLog.read(log.path) == [first, inside]
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -215,6 +271,13 @@ def test_provenance_names_commit_and_uncommitted_changes(tmp_path: Path, monkeyp
     assert patch is not None and "-old\n+new\n" in patch
     assert provenance.git_state(tmp_path)["dirty"] is True
     assert provenance.git_state(tmp_path / "sub") is None
+    git(tmp_path, "commit", "-am", "second")
+    (tmp_path / "exnorm").mkdir()
+    (tmp_path / "notes.txt").write_text("not code\n")
+    assert provenance.git_state(tmp_path)["dirty"] is False
+    (tmp_path / "exnorm" / "my_norm.py").write_text("mine\n")
+    assert provenance.git_state(tmp_path)["dirty"] is True
+    assert "my_norm.py" in (provenance.uncommitted_patch() or "") and "+mine" in (provenance.uncommitted_patch() or "")
     monkeypatch.setattr(provenance, "PATCH_BYTES", 20)
     assert "cut here" in (provenance.uncommitted_patch() or "")
 

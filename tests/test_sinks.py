@@ -1,6 +1,7 @@
 """The copies of the metrics: a CSV file that grows columns, and a W&B that never stops a run."""
 
 import csv
+import shutil
 import subprocess
 import sys
 import types
@@ -35,10 +36,11 @@ def test_csv_is_cut_back_on_resume_and_drops_a_torn_line(tmp_path: Path) -> None
     folder = RunFolder(tmp_path)
     sink = CsvSink(folder.csv_file)
     for step in (1, 2, 3):
-        sink.log({"loss": step / 2}, step)
+        sink.log({"epoch": 1, "loss": step / 2}, step)
+    sink.log({"epoch": 1, "val/top1": 50.0}, 2)
     with open(folder.csv_file, "a") as stream:
         stream.write("4,2")
-    [resumed] = make_sinks(folder, {"csv": True, "wandb": "off", "project": "p"}, resume_step=2)
+    [resumed] = make_sinks(folder, {"csv": True, "wandb": "off", "project": "p"}, step=2, epochs=0)
     resumed.log({"loss": 9.0}, 3)
     assert [(row["step"], row["loss"]) for row in read_csv(folder.csv_file)] == [
         ("1", "0.5"),
@@ -58,6 +60,8 @@ class FakeRun:
     def __init__(self, broken: str) -> None:
         self.broken = broken
         self.logged: list[tuple[dict[str, Any], int]] = []
+
+    starting_step = 4
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         pass
@@ -136,17 +140,22 @@ def test_wandb_is_online_only_with_a_key(
     assert ("no key" in capsys.readouterr().err) is not key
 
 
-def test_the_steps_of_wandb_never_fall_and_its_id_is_that_of_the_folder(
+def test_the_steps_of_wandb_never_fall_and_its_id_lasts_as_long_as_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = fake_wandb(monkeypatch)
     sink = WandbSink(RunFolder(tmp_path), mode="offline", project="p", config={})
-    for step in (5, 3, 6):
+    for step in (3, 5, 4, 6):
         sink.log({}, step)
-    assert called["run"].logged == [({"step": 5}, 5), ({"step": 3}, 5), ({"step": 6}, 6)]
+    steps = [step for _, step in called["run"].logged]
+    assert steps == [4, 5, 5, 6], "a resumed W&B run begins at its last step"
     first = called["id"]
     WandbSink(RunFolder(tmp_path), mode="offline", project="p", config={})
     assert called["id"] == first
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    WandbSink(RunFolder(tmp_path), mode="offline", project="p", config={})
+    assert called["id"] != first
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:

@@ -105,6 +105,22 @@ def test_eval_equals_the_record_also_on_two_processes(finished: Path, run_cli: C
         assert row["val/loss"] == pytest.approx(record["val/loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("devices=0", "devices=0 is not possible; give 1 or more"),
+        ("batch_size=0", "batch_size=0 is not possible; give 1 or more"),
+        ("calibration_batches=-1", "calibration_batches=-1 is not possible; give 1 or more"),
+        ("inference=mean", "inference=mean is unknown; allowed: moving_average, batch_average"),
+        ("precision=fp16", "precision=fp16 needs a GPU; on a CPU use precision=bf16 or precision=fp32"),
+        ("device=cuda", "device=cuda, and no GPU is visible; use device=cpu (exnorm doctor looks closer)"),
+    ],
+)
+def test_eval_refuses_what_cannot_work(argument: str, line: str, finished: Path, run_cli: CliRunner) -> None:
+    done = run_cli("eval", finished, argument, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert (done.returncode, done.stderr) == (2, f"exnorm: error: {line}\n")
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from exnorm.engine.checkpoint import load_latest
 
@@ -155,6 +171,8 @@ BAD = {
     "batch=1x100": "takes 100 images a step; data has 48",
     "data.root=nowhere": "DIR/train/<class>",
     "model.init_from=nowhere": "no such run folder or file",
+    "batch=1x1": "more than 1 value per channel",
+    "trainer.eval_batch_size=0": "give 1 or more",
     "trainer.precision=fp8": "allowed: fp32, bf16, fp16",
     "data.resize=16": "data.resize=32",
 }
@@ -181,6 +199,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     assert "Traceback" not in done.stderr
     kept = last_state(only_run(tmp_path))
     assert f"at step {kept['step'] + 1} " in done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_in_one_line(workers: int, tmp_path: Path, run_cli: CliRunner) -> None:
+    broken = make_image_folder(tmp_path / "images") / "train" / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    done = run_cli(*tiny(tmp_path / "images", f"data.workers={workers}"))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"exnorm: error: {broken} is no readable image")
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ def catalog(group: str, pattern: str = "*") -> list[tuple[str, str]]:
 
 def card(group: str, name: str) -> str:
     """Return an option's yaml; for a norm the docstring of its file comes first."""
+    if group == "model" and name not in group_options(group) and name in timm_names():
+        return f"# A model of timm, with the defaults of timm\n# exnorm train model={name}\nname: {name}"
     yaml = option_file(group, name).read_text(encoding="utf-8").rstrip()
     if group != "norm":
         return yaml

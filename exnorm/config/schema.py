@@ -120,13 +120,13 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """An evaluation of a finished or running run."""
+    """An evaluation of a finished or running run; null means as in the run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: str = "last"  # last | best | a file
-    inference: str = "moving_average"
-    calibration_batches: int = 200
+    inference: str | None = None  # moving_average | batch_average
+    calibration_batches: int | None = None
     batch_size: int = 64  # per device
     device: str = "auto"
     devices: int | None = 1
-    precision: str = "fp32"
+    precision: str | None = None  # fp32 | bf16 | fp16

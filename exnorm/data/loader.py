@@ -1,7 +1,10 @@
 """Loaders whose every sample depends on (seed, epoch, index) alone: not on workers, ranks, or where a run resumed."""
 
 import hashlib
+import os
 import random
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +17,7 @@ from exnorm.data.splits import Images
 from exnorm.data.transforms import Transform
 
 Key = tuple[int, int]  # epoch, index
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def mixed_seed(*parts: int) -> int:
@@ -94,4 +98,18 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=_obey_trainer_alone,
     )
+
+
+def _obey_trainer_alone(worker: int) -> None:
+    # A signal to all processes of a job would end the loaders first, and with them the trainer before its checkpoint.
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_end_with_trainers_word, daemon=True).start()
+
+
+def _end_with_trainers_word() -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)

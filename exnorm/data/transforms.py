@@ -37,5 +37,5 @@ def eval_transform(config: Any) -> Transform:
         interpolation="bilinear",
         mean=tuple(config.mean),
         std=tuple(config.std),
-        crop_pct=config.image_size / config.resize,
+        crop_pct=config.image_size / (config.resize + 0.5),  # timm rounds image_size / crop_pct down
     )  # type: ignore[return-value]

@@ -28,7 +28,7 @@ BEST = "best.pt"
 def save(folder: RunFolder, state: dict[str, Any]) -> Path:
     """Write the state at `state["step"]` and drop all but the last two checkpoints; return the file."""
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    path = folder.checkpoints / f"step-{state['step']:09d}.pt"
+    path = step_file(folder, state["step"])
     part = path.with_suffix(f".{os.getpid()}.part")
     with open(part, "wb") as stream:
         torch.save(state, stream)
@@ -40,6 +40,11 @@ def save(folder: RunFolder, state: dict[str, Any]) -> Path:
     for leftover in folder.checkpoints.glob("*.part"):
         leftover.unlink()
     return path
+
+
+def step_file(folder: RunFolder, step: int) -> Path:
+    """The file of the checkpoint after a step."""
+    return folder.checkpoints / f"step-{step:09d}.pt"
 
 
 def keep_best(folder: RunFolder, path: Path) -> None:
@@ -55,15 +60,13 @@ def keep_best(folder: RunFolder, path: Path) -> None:
 
 def load_latest(folder: RunFolder) -> dict[str, Any] | None:
     """The state of the last whole checkpoint, or None; damaged ones are named on stderr and passed over."""
-    for path in reversed(_by_step(folder)):
+    paths = _by_step(folder)
+    for path in reversed(paths):
         try:
             return read(path)
         except UserError as problem:
-            print(
-                f"exnorm: warning: {problem}; the one before it is used",
-                file=sys.stderr,
-                flush=True,
-            )
+            then = "the one before it is used" if path != paths[0] else "no other is left: training starts over"
+            print(f"exnorm: warning: {problem}; {then}", file=sys.stderr, flush=True)
     return None
 
 
@@ -82,8 +85,7 @@ def read(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"{broken} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # noqa: BLE001 - whatever a damaged file makes the readers raise
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise UserError(f"checkpoint {path} is damaged ({reason})") from None
+        raise UserError(f"checkpoint {path} is damaged ({_first_line(problem)})") from None
 
 
 def find(folder: RunFolder, checkpoint: str) -> dict[str, Any]:
@@ -129,19 +131,30 @@ def build_trained(config: Any, state: Mapping[str, Any]) -> nn.Module:
 
 
 def read_weights(source: str | Path) -> dict[str, Tensor]:
-    """The weights in a run folder or a file (a checkpoint of ours, a plain state dict, or safetensors)."""
+    """The weights in a run folder or a file (a checkpoint of ours, a plain state dict of any torch, or safetensors).
+
+    Raises:
+        UserError: a file that holds no tensors, or more than torch loads with `weights_only=True`.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return find(RunFolder(path), "last")["model"]
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    state = read(path)
-    return next(
-        (state[key] for key in ("model", "state_dict") if isinstance(state.get(key), Mapping)),
-        state,
-    )
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # noqa: BLE001 - whatever a strange file makes the readers raise
+        raise UserError(f"{path} cannot be read as weights ({_first_line(problem)})") from None
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds no weights but a {type(state).__name__}")
+    found = (state[key] for key in ("model", "state_dict") if isinstance(state.get(key), Mapping))
+    return dict(next(found, state))
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
 
 
 def _by_step(folder: RunFolder) -> list[Path]:

@@ -65,6 +65,8 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
         }
         row |= {
             "inference": wanted.inference,
+            "calibration_batches": wanted.calibration_batches if calibrated else None,
+            "precision": wanted.precision,
             "images": len(val_set),
             "devices": world.size,
             **results,

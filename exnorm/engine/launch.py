@@ -24,6 +24,7 @@ from exnorm.runs.folder import (
     RunFolder,
     RunLocked,
     holder,
+    read_json,
     write_json_atomic,
     write_text_atomic,
 )
@@ -43,6 +44,8 @@ POSITIVE = (
     "trainer.epochs",
     "trainer.checkpoint_every",
     "trainer.passes",
+    "trainer.eval_batch_size",
+    "trainer.calibration_batches",
     "data.image_size",
     "data.resize",
 )
@@ -70,7 +73,8 @@ def run(config: DictConfig) -> None:
         return
     made = prepare(folder, values, hash8)
     try:
-        run_workers([str(folder.path)], count=plan.devices, on_gpu=on_gpu(config.trainer.device))
+        gpu = on_gpu(config.trainer.device, "trainer.device")
+        run_workers([str(folder.path)], count=plan.devices, on_gpu=gpu, resumable=True)
     except UserError as problem:
         if made and not any(folder.checkpoints.glob("*.pt")) and not folder.metrics_file.is_file():
             _remove(folder)
@@ -89,18 +93,23 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
     folder = RunFolder(run_path)
     trained = folder.read_config()
     config = compose_eval(trained["data"], overrides)
-    _check_choice(config.inference, "inference", CHOICES["trainer.inference"])
-    _check_choice(config.precision, "precision", CHOICES["trainer.precision"])
-    _check_choice(config.device, "device", CHOICES["trainer.device"])
-    if config.batch_size < 1:
-        raise UserError(f"batch_size={config.batch_size} is no number of images; give 1 or more")
+    for key in ("inference", "calibration_batches", "precision"):
+        if config[key] is None:
+            config[key] = trained["trainer"][key]
+    for key in ("inference", "precision", "device"):
+        _check_choice(config[key], key, CHOICES[f"trainer.{key}"])
+    for key in ("batch_size", "calibration_batches"):
+        _check_positive(config[key], key)
+    gpu = on_gpu(config.device, "device")
+    if config.precision == "fp16" and not gpu:
+        raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or precision=fp32")
     fingerprint(config.data)
     values: Any = OmegaConf.to_container(config, resolve=True)
-    count = config.devices or max(1, visible_gpus())
     run_workers(
         [str(folder.path), json.dumps(values)],
-        count=count,
-        on_gpu=on_gpu(config.device),
+        count=_count_devices(config.devices, "devices", gpu) or 1,
+        on_gpu=gpu,
+        resumable=False,
     )
     print_evaluation(MetricsLog.read(folder.path / "evaluations.jsonl")[-1])
 
@@ -110,17 +119,21 @@ def check(config: DictConfig) -> BatchPlan:
     for key, allowed in CHOICES.items():
         _check_choice(OmegaConf.select(config, key), key, allowed)
     for key in POSITIVE:
-        if OmegaConf.select(config, key) < 1:
-            raise UserError(f"{key}={OmegaConf.select(config, key)} is not possible; give 1 or more")
+        _check_positive(OmegaConf.select(config, key), key)
     if config.data.resize < config.data.image_size:
         raise UserError(
             f"data.resize={config.data.resize} is smaller than data.image_size={config.data.image_size}; validation "
             f"resizes first and crops then, so give data.resize={config.data.image_size} or more"
         )
-    if config.trainer.precision == "fp16" and not on_gpu(config.trainer.device):
+    gpu = on_gpu(config.trainer.device, "trainer.device")
+    if config.trainer.precision == "fp16" and not gpu:
         raise UserError("trainer.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
     sync = bool(config.norm.get("sync", False))
-    return plan_batch(config.batch, devices=_devices(config), passes=config.trainer.passes, sync=sync)
+    devices = _count_devices(config.trainer.devices, "trainer.devices", gpu)
+    if devices is None:
+        replicas, samples = parse_batch(config.batch)
+        devices = max(fitting_devices(replicas, samples, limit=visible_gpus() if gpu else 1))
+    return plan_batch(config.batch, devices=devices, passes=config.trainer.passes, sync=sync)
 
 
 def identity(config: DictConfig, values: dict[str, Any]) -> str:
@@ -148,39 +161,43 @@ def prepare(folder: RunFolder, values: dict[str, Any], hash8: str) -> bool:
         _check_same_run(folder, hash8)
     folder.create(OmegaConf.to_yaml(OmegaConf.create(values)))
     folder.error_file.unlink(missing_ok=True)
-    if not folder.provenance_file.is_file():
-        write_json_atomic(
-            folder.provenance_file,
-            {**collect([*sys.argv[0].split(), *sys.argv[1:]]), "config_hash": hash8},
-        )
-        patch = uncommitted_patch()
-        if patch:
-            write_text_atomic(folder.path / "uncommitted.patch", patch)
+    _note_start(folder, hash8)
     return made
 
 
-def on_gpu(device: str) -> bool:
-    """Whether workers will run on GPUs.
+def _note_start(folder: RunFolder, hash8: str) -> None:
+    """Write where the code of this start comes from: of the first one at the top level, of later ones in a list."""
+    now = collect([*sys.argv[0].split(), *sys.argv[1:]])
+    first = read_json(folder.provenance_file)
+    if first is None:
+        start, provenance = 0, {**now, "config_hash": hash8, "resumed": []}
+    else:
+        start, provenance = len(first["resumed"]) + 1, {**first, "resumed": [*first["resumed"], now]}
+    write_json_atomic(folder.provenance_file, provenance)
+    patch = uncommitted_patch()
+    if patch:
+        name = f"uncommitted-{start}.patch" if start else "uncommitted.patch"
+        write_text_atomic(folder.path / name, patch)
+
+
+def on_gpu(device: str, key: str) -> bool:
+    """Whether workers will run on GPUs, as `key` asks.
 
     Raises:
         UserError: a GPU is asked for and none is there.
     """
     if device == "cuda" and visible_gpus() == 0:
-        raise UserError(
-            "trainer.device=cuda, and no GPU is visible; use trainer.device=cpu (exnorm doctor looks closer)"
-        )
+        raise UserError(f"{key}=cuda, and no GPU is visible; use {key}=cpu (exnorm doctor looks closer)")
     return device != "cpu" and visible_gpus() > 0
 
 
-def _devices(config: DictConfig) -> int:
-    """The number of workers: as asked, or as many GPUs as fit the batch, or one on a CPU."""
-    wanted = config.trainer.devices
-    gpus = visible_gpus() if on_gpu(config.trainer.device) else 0
+def _count_devices(wanted: int | None, key: str, gpu: bool) -> int | None:
+    """The number of workers that `key` asks for; on GPUs not more than there are. None is passed on."""
     if wanted is None:
-        replicas, samples = parse_batch(config.batch)
-        return max(fitting_devices(replicas, samples, limit=max(1, gpus)))
-    if gpus and wanted > gpus:
-        raise UserError(f"trainer.devices={wanted}, and {gpus} GPUs are visible; use at most {gpus}")
+        return None
+    _check_positive(wanted, key)
+    if gpu and wanted > visible_gpus():
+        raise UserError(f"{key}={wanted}, and {visible_gpus()} GPUs are visible; use at most {visible_gpus()}")
     return wanted
 
 
@@ -193,14 +210,15 @@ def _remove(folder: RunFolder) -> None:
 
 
 def _check_same_run(folder: RunFolder, hash8: str) -> None:
-    """A folder's name holds its hash, so another config in it was put there by hand."""
-    there = OmegaConf.create(folder.read_config())
-    try:
-        other = identity(there, folder.read_config())
-    except UserError:  # its data have moved: nothing to compare with
-        return
+    """A folder's name holds its hash, so what another config made was put there by hand."""
+    other = (read_json(folder.provenance_file) or {}).get("config_hash", hash8)
     if other != hash8:
         raise UserError(f"{folder.path} was made by another config ({other}); move it away, or use runs=DIR")
+
+
+def _check_positive(value: int, key: str) -> None:
+    if value < 1:
+        raise UserError(f"{key}={value} is not possible; give 1 or more")
 
 
 def _check_choice(value: Any, key: str, allowed: tuple[str, ...]) -> None:

@@ -1,5 +1,6 @@
 """What learns, and what is done with it: build, one step, check, save, restore."""
 
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,9 +42,16 @@ class Learner:
     bad_step: Tensor  # the first step with a non-finite loss; huge while there is none
     step: int = 0  # optimizer steps done
     epoch: int = 0  # the epoch under way
-    train_s: float = 0.0
+    train_s: float = 0.0  # seconds of training, up to the clock
+    clock: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
     calibrated: Calibrated | None = None
+
+    def read_clock(self) -> float:
+        """Count the seconds since the clock was set or last read as training; return their sum over the run."""
+        now = time.monotonic()
+        self.train_s, self.clock = self.train_s + now - self.clock, now
+        return self.train_s
 
 
 def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]) -> Learner:

@@ -12,27 +12,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from exnorm.config.errors import UserError
-from exnorm.engine.worker import CONTROLLED, ERROR_FILE
+from exnorm.engine.worker import CONTROLLED, ERROR_FILE, EXIT_LOCKED, EXIT_USER_ERROR
+from exnorm.runs.folder import RunLocked
 
 POLL_S = 0.1
-GRACE_S = 30.0  # after one worker failed, until the others are killed
+GRACE_S = 30.0  # after one worker stopped, until the others are killed
+CRASH_GRACE_S = 1.0  # after one crashed
+EXIT_STOPPED = (130, 143)  # after SIGINT, SIGTERM
 
 
-def run_workers(arguments: list[str], *, count: int, on_gpu: bool) -> None:
+def run_workers(arguments: list[str], *, count: int, on_gpu: bool, resumable: bool) -> None:
     """Run `count` workers to their end. They die with this process, however it dies.
+
+    Args:
+        resumable: they answer a signal with a checkpoint; else they end at once.
 
     Raises:
         UserError: a worker refused its settings, or failed.
+        RunLocked: another process has the run folder.
         SystemExit: 128 + n, after the workers ended because of signal n.
     """
     with tempfile.TemporaryDirectory(prefix="exnorm-") as scratch:
         port = _free_port()
         workers = [_start(arguments, rank, count, port, Path(scratch), on_gpu) for rank in range(count)]
         try:
-            with _forwarding(workers):
-                _wait(workers)
+            with _forwarding(workers, resumable):
+                failed = _wait(workers)
         finally:
             for worker in workers:
                 if worker.poll() is None:
@@ -40,7 +48,8 @@ def run_workers(arguments: list[str], *, count: int, on_gpu: bool) -> None:
                 worker.wait()
                 assert worker.stdin is not None
                 worker.stdin.close()
-        _judge([worker.returncode for worker in workers], Path(scratch))
+        if failed is not None:
+            _explain(failed, workers[failed].returncode, Path(scratch), resumable)
 
 
 def visible_gpus() -> int:
@@ -75,21 +84,25 @@ def _start(
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for all; when one has failed, give the others a moment and leave."""
+def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all, or until one has failed and the others had a moment; return the first that failed."""
     waited = threading.Event()
+    failed: int | None = None
     failed_for = 0.0
-    while any(worker.poll() is None for worker in workers):
+    while True:
+        codes = [worker.poll() for worker in workers]
+        if failed is None:
+            failed = next((rank for rank, code in enumerate(codes) if code), None)
+        refused = any(code in (EXIT_USER_ERROR, EXIT_LOCKED) for code in codes)
+        crashed = any(code not in (None, 0, *EXIT_STOPPED) for code in codes)
+        if None not in codes or refused or failed_for > (CRASH_GRACE_S if crashed else GRACE_S):
+            return failed
         waited.wait(POLL_S)
-        if any(worker.returncode not in (None, 0) for worker in workers):
-            failed_for += POLL_S
-        crashed = any(worker.returncode not in (None, 0, 130, 143) for worker in workers)
-        if failed_for > GRACE_S or (crashed and failed_for > 1.0):
-            return
+        failed_for += POLL_S if failed is not None else 0
 
 
 @contextmanager
-def _forwarding(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _forwarding(workers: list[subprocess.Popen[bytes]], resumable: bool) -> Iterator[None]:
     """Pass SIGINT and SIGTERM on to the workers; the second one kills them."""
     received: list[int] = []
 
@@ -98,12 +111,8 @@ def _forwarding(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(signum if len(received) == 1 else signal.SIGKILL)
-        if len(received) == 1:
-            print(
-                f"\nexnorm: {signal.Signals(signum).name}: saving a checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
+        if len(received) == 1 and resumable:
+            print(f"\nexnorm: {signal.Signals(signum).name}: saving a checkpoint", file=sys.stderr, flush=True)
 
     if threading.current_thread() is not threading.main_thread():  # some launchers; signals are theirs then
         yield
@@ -115,29 +124,23 @@ def _forwarding(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if received and any(worker.returncode != 0 for worker in workers):
-        print(
-            "exnorm: stopped; the same command goes on from the checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
+        goes_on = "; the same command goes on from the checkpoint" if resumable else ""
+        print(f"exnorm: stopped{goes_on}", file=sys.stderr, flush=True)
         raise SystemExit(128 + received[0])
 
 
-def _judge(codes: list[int], scratch: Path) -> None:
-    """Turn exit codes into nothing, one line, or an exit."""
-    if all(code == 0 for code in codes):
-        return
+def _explain(rank: int, code: int, scratch: Path, resumable: bool) -> NoReturn:
+    """Raise what the end of the first worker that failed means."""
     lines = [file.read_text(encoding="utf-8") for file in sorted(scratch.iterdir())]
+    if code == EXIT_LOCKED:
+        raise RunLocked(lines[0])
     if lines:
         raise UserError(lines[0])
-    stopped = next((code for code in codes if code in (130, 143)), None)
-    if stopped is not None:
-        raise SystemExit(stopped)
-    rank, code = next(
-        (rank, code) for rank, code in enumerate(codes) if code not in (0, -signal.SIGKILL) or len(codes) == 1
-    )
+    if code in EXIT_STOPPED:
+        raise SystemExit(code)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    raise UserError(f"worker {rank} {how} (its own message is above); the same command resumes the run")
+    goes_on = "; the same command resumes the run" if resumable else ""
+    raise UserError(f"worker {rank} {how} (its own message is above){goes_on}")
 
 
 def _free_port() -> int:

@@ -18,7 +18,7 @@ def print_result(folder: RunFolder) -> None:
     cells = {
         "top-1 %": f"{record['val/top1']:.2f}",
         "top-5 %": f"{record['val/top5']:.2f}",
-        "loss": f"{record['val/loss']:.4f}",
+        "loss": _loss(record["val/loss"]),
         "train time": _minutes(record["hours"] * 60),
     }
     ratio = record.get("ratio") or {}
@@ -40,7 +40,7 @@ def print_evaluation(row: dict[str, Any]) -> None:
         {
             "top-1 %": f"{row['val/top1']:.2f}",
             "top-5 %": f"{row['val/top5']:.2f}",
-            "loss": f"{row['val/loss']:.4f}",
+            "loss": _loss(row["val/loss"]),
             "images": str(row["images"]),
             "data": row["data"],
             "checkpoint": f"{row['checkpoint']} (step {row['step']})",
@@ -54,6 +54,10 @@ def _print_table(cells: dict[str, str]) -> None:
     table.add_row(*cells.values())
     console = Console()
     console.print(table, width=max(console.width, 100) if not console.is_terminal else None)
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _minutes(minutes: float) -> str:

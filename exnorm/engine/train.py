@@ -25,8 +25,8 @@ from exnorm.engine.learner import Learner, build_learner, check, restore, save, 
 from exnorm.engine.progress import Progress
 from exnorm.optim import learning_rate, set_learning_rate
 from exnorm.runs.folder import RunFolder, write_json_atomic
-from exnorm.runs.metrics import MetricsLog
-from exnorm.runs.sinks import make_sinks
+from exnorm.runs.metrics import MetricsLog, plain
+from exnorm.runs.sinks import Sink, make_sinks
 from exnorm.tasks.classification import summarize
 
 ROW_EVERY = 100  # optimizer steps between rows inside an epoch
@@ -90,19 +90,6 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     state = checkpoint.load_latest(folder)
     if state is not None:
         restore(learner, state)
-    metrics = MetricsLog(folder.metrics_file)
-    sinks = []
-    if world.is_first:
-        metrics.cut_back(learner.step)
-        resume_step = learner.step if state is not None else None
-        values: Any = OmegaConf.to_container(config)
-        sinks = make_sinks(folder, config.logger, resume_step=resume_step, run_config=values)
-
-    def log(row: dict[str, Any]) -> None:
-        if world.is_first:
-            metrics.append({"step": learner.step, "epoch": learner.epoch + 1, **row})
-            for sink in sinks:
-                sink.log({"epoch": learner.epoch + 1, **row}, learner.step)
 
     # What will run
     epoch_steps = batches.steps_per_epoch
@@ -120,6 +107,23 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     progress = Progress(folder.log_file, steps=steps, epochs=trainer.epochs, active=world.is_first)
     progress.say(facts.text)
 
+    # Metrics, as the last checkpoint knew them
+    metrics: MetricsLog | None = None
+    sinks: list[Sink] = []
+    if world.is_first:
+        metrics = MetricsLog(folder.metrics_file)
+        metrics.cut_back(learner.step, learner.epoch)
+        values: Any = OmegaConf.to_container(config)
+        sinks = make_sinks(folder, config.logger, step=learner.step, epochs=learner.epoch, run_config=values)
+        if learner.best.get("epoch") == learner.epoch and learner.step == learner.epoch * epoch_steps:
+            checkpoint.keep_best(folder, checkpoint.step_file(folder, learner.step))
+
+    def log(row: dict[str, Any]) -> None:
+        if metrics is not None:
+            metrics.append({"step": learner.step, "epoch": learner.epoch + 1, **row})
+            for sink in sinks:
+                sink.log({"epoch": learner.epoch + 1, **row}, learner.step)
+
     # Steps
     probe = probe_images(val_set, config.logger.probe_images, world)
     ratios: list[LayerRatio] = []
@@ -127,7 +131,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     check_every = GPU_CHECK_EVERY if on_gpu else 1
     while learner.epoch < trainer.epochs:
         batches.start(learner.epoch, learner.step - learner.epoch * epoch_steps)
-        epoch_start, first_step = time.monotonic(), learner.step
+        learner.clock, first_step, before_s = time.monotonic(), learner.step, learner.train_s
         for images, labels in train_loader:
             rate = learning_rate(
                 config.optim,
@@ -137,6 +141,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                 total_batch=plan.total,
             )
             set_learning_rate(learner.optimizer, rate)
+            learner.calibrated = None  # the statistics of other weights
             batch_sums = train_step(learner, images, labels, seed=config.seed)
             learner.step += 1
             progress.step(learner.step, learner.epoch, batch_sums)
@@ -146,12 +151,12 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             if learner.step % check_every == 0 or save_now:
                 signum = check(learner, stop_signal())
                 if save_now or signum:
+                    learner.read_clock()
                     save(folder, learner)
                 if signum:
                     raise Stopped(signum)
-        train_s = time.monotonic() - epoch_start
-        learner.train_s += train_s
         check(learner, 0)
+        train_s = learner.read_clock() - before_s
 
         # End of an epoch: validate, measure the ratios, keep it
         images_done = (learner.step - first_step) * plan.total
@@ -214,7 +219,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             **facts.record,
         }
         record["ratio"] = mean_ratios(ratios) if results else last_ratios(folder)
-        write_json_atomic(folder.record_file, record)
+        write_json_atomic(folder.record_file, plain(record))
 
 
 def calibrate(learner: Learner, dataset: SeededImages, config: Any) -> Calibrated | None:

@@ -2,7 +2,8 @@
 
 The controller starts one per device and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; so does the
 user's `torchrun` over several nodes. A worker of the controller ends when its standard input closes, which happens
-when the controller dies, however it dies. Exit codes: 0 done, 2 the user's mistake, 128 + n after signal n.
+when the controller dies, however it dies. Exit codes: 0 done, 2 the user's mistake, 3 the run is another process's,
+128 + n after signal n.
 """
 
 import json
@@ -17,23 +18,27 @@ from typing import Any
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
 EXIT_USER_ERROR = 2
+EXIT_LOCKED = 3
 
 
 def main(arguments: list[str]) -> int:
     """Run a worker; return its exit code."""
     if os.environ.get(CONTROLLED):
         threading.Thread(target=_end_with_controller, daemon=True).start()
-    received = _listen()
     folder_name, *request = arguments
+    received = _listen() if not request else []
+    if request:  # an evaluation has nothing to save: it dies at once, without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     import torch
 
     from exnorm.engine import checkpoint, distributed, train
-    from exnorm.runs.folder import RunFolder
+    from exnorm.runs.folder import RunFolder, RunLocked
 
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local))
     folder = RunFolder(folder_name)
     try:
         config = checkpoint.read_config(folder)
@@ -43,8 +48,12 @@ def main(arguments: list[str]) -> int:
             _train(folder, config, lambda: received[0] if received else 0)
     except train.Stopped as stopped:
         return 128 + stopped.signum
-    except ValueError as problem:  # UserError, RunLocked, and what the norms refuse at the first forward
-        return _report(problem)
+    except RunLocked as problem:
+        _report(problem)
+        return EXIT_LOCKED
+    except ValueError as problem:  # UserError, and what the norms refuse at the first forward
+        _report(problem)
+        return EXIT_USER_ERROR
     finally:
         distributed.leave()
     return 0
@@ -98,16 +107,18 @@ def _end_with_controller() -> None:
     os._exit(1)
 
 
-def _report(problem: ValueError) -> int:
+def _report(problem: ValueError) -> None:
     error_file = os.environ.get(ERROR_FILE)
     if os.environ.get("EXNORM_TRACEBACK"):
         raise problem
-    line = " ".join(str(problem).split())
+    text = str(problem)
+    if text.startswith("Caught "):  # a loader process sends its traceback along
+        text = text.rpartition("UserError: ")[2]
+    line = " ".join(text.split())
     if error_file:
         Path(error_file).write_text(line, encoding="utf-8")
     else:
         print(f"exnorm: error: {line}", file=sys.stderr, flush=True)
-    return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

@@ -33,5 +33,5 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in a dtype, without a call where it has it: torch 2.11 compiles a call that does nothing to a zero gradient."""
+    """`x` in a dtype; no call where it has it, which torch 2.11 would compile to a zero gradient."""
     return x if x.dtype == dtype else x.to(dtype)

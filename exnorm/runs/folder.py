@@ -1,7 +1,7 @@
 """The folder of a run: its files, the lock on it, and the list of all runs.
 
 config.yaml  provenance.json  metrics.jsonl (the truth)  record.json (final numbers, written last)
-metrics.csv  wandb/  checkpoints/  log.txt  error.txt (one line, while the last attempt failed)  .lock
+metrics.csv  wandb/  wandb-id.txt  checkpoints/  log.txt  error.txt (one line, while the last attempt failed)  .lock
 """
 
 import fcntl
@@ -35,6 +35,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.csv_file = self.path / "metrics.csv"
         self.wandb_dir = self.path / "wandb"
+        self.wandb_id_file = self.path / "wandb-id.txt"
         self.log_file = self.path / "log.txt"
         self.lock_file = self.path / ".lock"
 
@@ -97,11 +98,19 @@ class RunLock:
         who = {"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, json.dumps(who).encode(), 0)
+        self._held = True
+        os.register_at_fork(after_in_child=self._leave_to_parent)
 
     def release(self) -> None:
         """Give the folder back; a second call is an error of the caller."""
+        self._held = False
         os.ftruncate(self._handle, 0)
         os.close(self._handle)
+
+    def _leave_to_parent(self) -> None:
+        # A loader process would keep the lock for as long as it outlives a killed trainer.
+        if self._held:
+            os.close(self._handle)
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ class MetricsLog:
             raise ValueError(f"a row of metrics needs the key 'step', got {sorted(row)}: add step=...")
         append_text(self.path, to_line({"step": row["step"], **row}))
 
-    def cut_back(self, step: int) -> None:
-        """Keep the rows up to a step: those of the checkpoint that a run resumes from."""
-        rows = [row for row in self.read(self.path) if row["step"] <= step]
+    def cut_back(self, step: int, epochs: int) -> None:
+        """Keep the rows that a checkpoint after `step` steps and `epochs` validated epochs knows of."""
+        rows = [row for row in self.read(self.path) if is_known(row, step, epochs)]
         write_text_atomic(self.path, "".join(to_line(row) for row in rows))
 
     @staticmethod
@@ -42,6 +43,12 @@ class MetricsLog:
             except ValueError as problem:
                 raise ValueError(f"{path}, line {number} is damaged ({problem}): remove that line") from None
         return rows
+
+
+def is_known(row: Mapping[str, Any], step: int, epochs: int) -> bool:
+    """Whether a row is from before a checkpoint, which may lie between an epoch's last step and its validation."""
+    validation = row.get("val/top1") not in (None, "")
+    return int(row["step"]) <= step and not (validation and int(row["epoch"]) > epochs)
 
 
 def to_line(row: dict[str, Any]) -> str:

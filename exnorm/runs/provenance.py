@@ -21,6 +21,7 @@ PACKAGES = (
     "wandb",
 )
 PATCH_BYTES = 1_000_000  # of uncommitted changes; more is data rather than code
+CODE = ("exnorm", "conf")
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -64,7 +65,14 @@ def git_state(checkout: Path) -> dict[str, Any] | None:
     commit = git(checkout, "rev-parse", "HEAD")
     if top is None or commit is None or Path(top.strip()).resolve() != checkout.resolve():
         return None
-    return {"commit": commit.strip(), "dirty": bool(git(checkout, "status", "--porcelain", "--untracked-files=no"))}
+    changed = git(checkout, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit.strip(), "dirty": bool(changed or untracked_code(checkout))}
+
+
+def untracked_code(checkout: Path) -> list[str]:
+    """Return the files of code and configuration that git does not know yet."""
+    listed = git(checkout, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE)
+    return [name for name in (listed or "").split("\0") if name]
 
 
 def uncommitted_patch() -> str | None:
@@ -72,6 +80,8 @@ def uncommitted_patch() -> str | None:
     if git_state(CHECKOUT) is None:
         return None
     patch = git(CHECKOUT, "diff", "HEAD") or ""
+    for name in untracked_code(CHECKOUT):
+        patch += git(CHECKOUT, "diff", "--no-index", "--", "/dev/null", name) or ""
     if len(patch.encode()) > PATCH_BYTES:
         cut = patch.encode()[:PATCH_BYTES].decode(errors="ignore")
         return f"{cut}\n# cut here: the uncommitted changes are larger than {PATCH_BYTES} bytes\n"
@@ -84,4 +94,5 @@ def git(folder: Path, *arguments: str) -> str | None:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
     except OSError:
         return None
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+    found_difference = done.returncode == 1 and "--no-index" in arguments
+    return done.stdout.decode(errors="replace") if done.returncode == 0 or found_difference else None

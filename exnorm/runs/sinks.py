@@ -1,15 +1,15 @@
 """Copies of the metrics for other eyes: a CSV file, Weights & Biases. Losing one never stops a run."""
 
 import csv
-import hashlib
 import io
+import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from exnorm.runs.folder import RunFolder, write_text_atomic
-from exnorm.runs.metrics import append_text, drop_torn_line, plain
+from exnorm.runs.metrics import append_text, drop_torn_line, is_known, plain
 
 
 class Sink(Protocol):
@@ -57,9 +57,9 @@ class CsvSink:
     def close(self) -> None:
         """Every row is on disk already."""
 
-    def cut_back(self, step: int) -> None:
-        """Keep the rows up to a step, as `MetricsLog.cut_back` does."""
-        rows = [row for row in self._read()[1] if int(row["step"]) <= step]
+    def cut_back(self, step: int, epochs: int) -> None:
+        """Keep the rows that a checkpoint knows of, as `MetricsLog.cut_back` does."""
+        rows = [row for row in self._read()[1] if is_known(row, step, epochs)]
         if self.columns:
             write_text_atomic(self.path, csv_text([self.columns, *(cells(row, self.columns) for row in rows)]))
 
@@ -127,7 +127,7 @@ class WandbSink:
         folder.wandb_dir.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
             project=project,
-            id=hashlib.sha256(folder.path.name.encode()).hexdigest()[:16],
+            id=wandb_id(folder),
             name=folder.path.name,
             dir=str(folder.path),  # W&B makes the folder wandb/ in it
             config=config,
@@ -135,6 +135,7 @@ class WandbSink:
             resume="allow",
             settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_machine_info=True),
         )
+        self.last_step = self.run.starting_step
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -151,6 +152,13 @@ class WandbSink:
             warn(f"W&B could not {what} ({reason}); the run goes on without it")
 
 
+def wandb_id(folder: RunFolder) -> str:
+    """Return the id under which W&B knows a run: drawn once, and gone with the folder."""
+    if not folder.wandb_id_file.is_file():
+        write_text_atomic(folder.wandb_id_file, secrets.token_hex(8))
+    return folder.wandb_id_file.read_text(encoding="utf-8")
+
+
 def warn(text: str) -> None:
     """Print one line of warning."""
     print(f"exnorm: warning: {text}", file=sys.stderr, flush=True)
@@ -160,10 +168,11 @@ def make_sinks(
     folder: RunFolder,
     logger_config: Mapping[str, Any],
     *,
-    resume_step: int | None = None,
+    step: int = 0,
+    epochs: int = 0,
     run_config: dict[str, Any] | None = None,
 ) -> list[Sink]:
-    """Return the sinks that `logger` asks for; a resumed run's CSV is cut back to `resume_step`.
+    """Return the sinks that `logger` asks for; the CSV is cut back to `step` steps and `epochs` validated epochs.
 
     `run_config` is what W&B shows as the run's configuration. Raise ValueError for an unknown `logger.wandb`.
     """
@@ -173,8 +182,7 @@ def make_sinks(
     sinks: list[Sink] = []
     if logger_config["csv"]:
         sink = CsvSink(folder.csv_file)
-        if resume_step is not None:
-            sink.cut_back(resume_step)
+        sink.cut_back(step, epochs)
         sinks.append(sink)
     if mode != "off":
         sinks.append(WandbSink(folder, mode=mode, project=logger_config["project"], config=run_config or {}))
