@@ -17,7 +17,7 @@ def composed(x: Tensor, channel_dim: int, act: str | None) -> Tensor:
     mean_NC, var_NC, streamed = ops.moments(x, channel_dim=channel_dim, act=act)
     scale_NC = 1 + var_NC.roll(1, 1) * mean_NC
     shift_NC = (mean_NC * var_NC).cumsum(1).sin() + 0.1
-    return ops.affine(streamed, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+    return ops.affine(streamed, mean_NC, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (3, 4, 2, 3), (2, 3, 2, 1, 3)])
@@ -33,7 +33,7 @@ def test_moments_are_the_mean_and_biased_variance_over_positions(
         torch.testing.assert_close(var_NC, flat.var(2, correction=0))
 
 
-@pytest.mark.parametrize("act", [None, "relu"])
+@pytest.mark.parametrize("act", [None, *ops.ACTIVATIONS])
 @pytest.mark.parametrize("channel_dim", [1, -1])
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 3, 2, 3)])
 def test_gradient_of_moments_and_affine_together(shape: tuple[int, ...], channel_dim: int, act: str | None) -> None:
@@ -44,13 +44,10 @@ def test_gradient_of_moments_and_affine_together(shape: tuple[int, ...], channel
 
 @pytest.mark.parametrize("act", [None, "relu"])
 def test_gradient_of_affine_alone(act: str | None) -> None:
-    """A plain tensor in place of streamed moments: gradients of the input and of both coefficients."""
+    """A plain tensor in place of streamed moments: gradients of the input, the centre and both coefficients."""
     x = draw(2, 3, 2, 2).requires_grad_()
-    scale_NC, shift_NC = (
-        draw(2, 3, seed=3).requires_grad_(),
-        draw(2, 3, seed=4).requires_grad_(),
-    )
-    assert torch.autograd.gradcheck(lambda *args: ops.affine(*args, act=act), (x, scale_NC, shift_NC))
+    coefficients = [draw(2, 3, seed=seed).requires_grad_() for seed in (3, 4, 5)]
+    assert torch.autograd.gradcheck(lambda *args: ops.affine(*args, act=act), (x, *coefficients))
 
 
 def test_gradient_of_moments_without_an_affine_map() -> None:
@@ -104,7 +101,7 @@ def test_variance_does_not_cancel_under_a_large_mean(offset: float, seed: int) -
 def test_relu_passes_nan_on_and_stops_the_gradient_at_zero() -> None:
     """As torch.relu: NaN stays NaN, and where the preactivation is 0 the gradient is 0."""
     x = torch.tensor([[[-1.0, 0.0, 2.0, float("nan")]]], requires_grad=True)
-    y = ops.affine(x, torch.ones(1, 1), torch.zeros(1, 1), act="relu")
+    y = ops.affine(x, torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1, 1), act="relu")
     y.backward(torch.ones_like(y))
     assert y[0, 0, :3].tolist() == [0.0, 0.0, 2.0] and y[0, 0, 3].isnan()
     assert x.grad is not None and x.grad[0, 0, :3].tolist() == [0.0, 0.0, 1.0]
@@ -130,8 +127,8 @@ def test_changing_the_input_before_backward_is_noticed() -> None:
 
 def test_unknown_activation_and_back_end_name_what_exists() -> None:
     """Errors list the alternatives; `auto` names the back end that runs."""
-    with pytest.raises(ValueError, match="unknown activation 'gelu'.*relu"):
-        ops.moments(draw(2, 3), act="gelu")
+    with pytest.raises(ValueError, match="unknown activation 'celu'.*relu"):
+        ops.moments(draw(2, 3), act="celu")
     with pytest.raises(ValueError, match=r"unknown back end 'tpu'.*eager"):
         ops.set_backend("tpu")
     before = ops.get_backend()

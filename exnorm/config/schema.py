@@ -97,7 +97,7 @@ class LoggerConfig:
 class OpsConfig:
     """The back end of the streaming primitives."""
 
-    backend: str = "auto"  # auto | eager
+    backend: str = "auto"  # auto (eager) | eager | compiled
 
 
 @dataclass

@@ -91,7 +91,8 @@ def make_loader(
     workers: int,
     pin_memory: bool,
 ) -> DataLoader[Any]:
-    """A loader over given batches; its workers stay alive between epochs."""
+    """A loader over given batches; its workers, no more than there are cores, stay alive between epochs."""
+    workers = min(workers, os.cpu_count() or 1)
     return DataLoader(
         dataset,
         batch_sampler=batches,

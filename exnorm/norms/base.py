@@ -1,7 +1,8 @@
 """What every normalizer shares: from an input to its moments, and from coefficients to an output.
 
-A normalizer is a subclass of `Norm` with `coefficients(moments) -> (scale, shift)`, both (N, C); one that mixes
-others also has `ratios(moments) -> dict[str, Tensor]`. Legend: N batch, C channels, L positions.
+A normalizer is a subclass of `Norm` with `coefficients(moments) -> (scale, shift)`, both (N, C), of the map
+`scale * (x - mean) + shift` around each sample's and channel's own mean; one that mixes others also has
+`ratios(moments) -> dict[str, Tensor]`. Legend: N batch, C channels, L positions.
 """
 
 from typing import Any
@@ -10,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from exnorm import ops
+from exnorm.norms import compiled_layer
 from exnorm.norms.statistics import Moments
 
 
 class Norm(nn.Module):
-    """y = act(scale * x + shift) with (N, C) coefficients that depend on x only through its moments.
+    """y = act(scale * (x - mean) + shift) with (N, C) coefficients that depend on x only through its moments.
 
     Args:
         num_features: C.
         eps: added to a variance before its square root.
         affine: whether `weight` and `bias` are learned; without them they are 1 and 0.
-        act: an activation fused into the affine pass (None, "relu").
+        act: an activation fused into the affine pass: None or one of `exnorm.ops.ACTIVATIONS`.
         channel_dim: 1 for (N, C, *spatial), -1 for (N, *spatial, C).
         device, dtype: of the parameters.
 
@@ -33,6 +35,7 @@ class Norm(nn.Module):
     replicas: int = 1
     group: Any = None
     replaced: str | None = None  # the type of the layer in whose place surgery put this one
+    took_over: str | None = None  # where the activation was that this layer applies instead
 
     def __init__(
         self,
@@ -81,21 +84,21 @@ class Norm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """scale_NC and shift_NC of the affine map, in the moments' dtype."""
+        """scale_NC and shift_NC of the affine map, in the moments' dtype; `shift` is its value at the mean."""
         raise NotImplementedError
 
-    def needs_moments(self) -> bool:
-        """Whether the coefficients depend on the input at all."""
-        return True
+    def constant_mean(self) -> Tensor | None:
+        """The (C,) mean to centre on where the coefficients depend on no input; None where moments are needed."""
+        return None
 
     def moments(self, x: Tensor) -> Moments:
         """The moments of an input, for `ratios`; looking at them moves no running statistics."""
-        self._check_input(x)
+        self.check_input(x)
         mean_NC, var_NC, _ = ops.moments(x, channel_dim=self.channel_dim)
         return self._scoped(mean_NC, var_NC, x)._replace(record=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        self.check_input(x)
         # Autocast knows no meta device and raises there.
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
@@ -107,20 +110,34 @@ class Norm(nn.Module):
         return y if self.act is None else self.act(y)
 
     def _normalize(self, x: Tensor) -> Tensor:
+        if compiled_layer.runs_compiled(self, x):
+            y = compiled_layer.normalize(self, x)
+            if y is not None:
+                return y
         channel_dim, act = self.channel_dim, self.fused_act
-        if not self.needs_moments():
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            empty_NC = torch.zeros((), dtype=dtype, device=x.device).expand(x.shape[0], self.num_features)
-            scale_NC, shift_NC = self.coefficients(Moments(empty_NC, empty_NC, 0))
-            return ops.affine(x, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
-        mean_NC, var_NC, streamed = ops.moments(x, channel_dim=channel_dim, act=act)
-        scale_NC, shift_NC = self.coefficients(self._scoped(mean_NC, var_NC, x))
-        return ops.affine(streamed, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+        mean_C = self.constant_mean()
+        if mean_C is None:
+            mean_NC, var_NC, source = ops.moments(x, channel_dim=channel_dim, act=act)
+            moments = self._scoped(mean_NC, var_NC, x)
+        else:
+            mean_NC = mean_C.to(ops.statistics_dtype(x)).expand(x.shape[0], -1)
+            source, moments = x, Moments(mean_NC, torch.zeros_like(mean_NC), ops.length(x, channel_dim))
+        scale_NC, shift_NC = self.coefficients(moments)
+        return ops.affine(source, mean_NC, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+
+    def scope(self) -> tuple[int, Any]:
+        """BN's scope: how many replicas this device holds, and the process group that one replica spans, or None."""
+        return self.replicas, self.group
 
     def _scoped(self, mean_NC: Tensor, var_NC: Tensor, x: Tensor) -> Moments:
-        return Moments(mean_NC, var_NC, ops.length(x, self.channel_dim), self.replicas, self.group)
+        return Moments(mean_NC, var_NC, ops.length(x, self.channel_dim), *self.scope())
 
-    def _check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """Refuse an input that this layer cannot normalize.
+
+        Raises:
+            ValueError: see the class; what was given and what is allowed.
+        """
         if not 2 <= x.ndim <= 5:
             raise ValueError(f"{type(self).__name__} takes 2 to 5 dimensions, (N, C, *spatial), not {tuple(x.shape)}")
         if x.shape[self.channel_dim] != self.num_features:
@@ -133,9 +150,9 @@ class Norm(nn.Module):
 
     def affine_parameters(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """weight and bias in the dtype of `like`; 1 and 0 where there is none."""
-        shape, dtype = self.affine_shape(), like.dtype
-        weight = like.new_ones(shape) if self.weight is None else self.weight.to(dtype)
-        bias = like.new_zeros(shape) if self.bias is None else self.bias.to(dtype)
+        dtype = like.dtype
+        weight = like.new_ones(()) if self.weight is None else self.weight.to(dtype)
+        bias = like.new_zeros(()) if self.bias is None else self.bias.to(dtype)
         return weight, bias
 
     def extra_repr(self) -> str:
@@ -145,10 +162,12 @@ class Norm(nn.Module):
         return text + ("" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}")
 
 
-def fold(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x - mean) / sqrt(var + eps) * weight + bias as scale * x + shift."""
-    scale = weight * torch.rsqrt(var + eps)
-    return scale, bias - scale * mean
+def fold(
+    mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, moments: Moments
+) -> tuple[Tensor, Tensor]:
+    """(x - mean) / sqrt(var + eps) * weight + bias as scale * (x - moments.mean_NC) + shift, (N, C) both."""
+    scale_NC = (weight * torch.rsqrt(var + eps)).expand_as(moments.mean_NC)
+    return scale_NC, torch.addcmul(bias, scale_NC, moments.mean_NC - mean)
 
 
 def check_options(owner: str, **options: Any) -> None:

@@ -26,8 +26,8 @@ class BatchNorm(BatchScopeNorm):
         ValueError: one value per channel in training.
     """
 
-    def needs_moments(self) -> bool:
-        return self.uses_batch_statistics()
+    def constant_mean(self) -> Tensor | None:
+        return None if self.uses_batch_statistics() else self.running_mean
 
     def stored_variance(self, var_RC: Tensor, moments: Moments) -> Tensor:
         count = scope_count(moments)
@@ -35,5 +35,4 @@ class BatchNorm(BatchScopeNorm):
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
         weight_C, bias_C = self.affine_parameters(moments.mean_NC)
-        scale, shift = fold(*self.batch_statistics(moments), weight_C, bias_C, self.eps)
-        return scale.expand_as(moments.mean_NC), shift.expand_as(moments.mean_NC)
+        return fold(*self.batch_statistics(moments), weight_C, bias_C, self.eps, moments)

@@ -17,7 +17,6 @@ from exnorm.norms.statistics import (
     Statistics,
     replica_statistics,
     replica_to_sample,
-    scope_count,
 )
 
 
@@ -88,18 +87,13 @@ class BatchScopeNorm(Norm):
         return var_RC
 
     def batch_statistics(self, moments: Moments) -> Statistics:
-        """BN's mean and variance for each sample, (N, C) or (1, C); records them in training.
-
-        Raises:
-            ValueError: one value per channel in the scope, in training.
-        """
+        """BN's mean and variance for each sample, (N, C) or (1, C); records them in training."""
         if self.running_mean is not None and self.running_var is not None and not self.training:
             like = moments.mean_NC
             return Statistics(
                 self.running_mean.to(like.dtype)[None],
                 self.running_var.to(like.dtype)[None],
             )
-        self._check_scope(moments)
         mean_RC, var_RC = replica_statistics(moments)
         if self.training and moments.record and self.running_mean is not None:
             self._record(
@@ -108,16 +102,18 @@ class BatchScopeNorm(Norm):
             )
         return Statistics(replica_to_sample(mean_RC, moments), replica_to_sample(var_RC, moments))
 
-    def _scoped(self, mean_NC: Tensor, var_NC: Tensor, x: Tensor) -> Moments:
-        moments = super()._scoped(mean_NC, var_NC, x)
+    def scope(self) -> tuple[int, Any]:
         # Outside the engine nobody configures the scope, and `sync` means all processes all the same.
-        return moments._replace(replicas=1, group=world_group()) if self.sync and not self.deferred else moments
+        return (1, world_group()) if self.sync and not self.deferred else super().scope()
 
-    def _check_scope(self, moments: Moments) -> None:
-        samples = moments.mean_NC.shape[0]
-        if samples % moments.replicas:
-            raise ValueError(f"{samples} samples do not split into {moments.replicas} replicas; give a multiple of it")
-        if self.training and scope_count(moments) == 1:
+    def check_input(self, x: Tensor) -> None:
+        super().check_input(x)
+        if not self.uses_batch_statistics():
+            return
+        samples, (replicas, group) = x.shape[0], self.scope()
+        if samples % replicas:
+            raise ValueError(f"{samples} samples do not split into {replicas} replicas; give a multiple of it")
+        if self.training and samples == replicas and x[0].numel() == self.num_features and group is None:
             raise ValueError(
                 f"{type(self).__name__} in training needs more than 1 value per channel in BN's scope, which is "
                 "1 sample of 1 position here; use a larger batch or image, norm.sync=true, or normalizers=[in,ln]"

@@ -39,6 +39,9 @@ from exnorm.norms.statistics import Moments
 
 HIDDEN_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
+# xh_nk, None where it is zero by definition (IN), and 1 / sqrt(var_k + eps)
+Row = tuple[Tensor | None, Tensor]
+
 
 class ExemplarNorm(BatchScopeNorm):
     """y_n = sum_k lam_nk * (weight_k * (x_n - mu_k) / sqrt(var_k + eps) + bias_k).
@@ -118,46 +121,52 @@ class ExemplarNorm(BatchScopeNorm):
 
     def ratios(self, moments: Moments) -> dict[str, Tensor]:
         """lambda, (N, K), in the order of `normalizers`."""
-        return {"lambda": self._ratios(moments, self._mean_and_rstd(moments))}
+        return {"lambda": self._ratios(moments, self._rows(moments))}
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        statistics = self._mean_and_rstd(moments)
-        ratio_NK = self._ratios(moments, statistics)
+        rows = self._rows(moments)
+        ratios = self._ratios(moments, rows).split(1, 1)
         weight, bias = self.affine_parameters(moments.mean_NC)
-        shape = (len(self.normalizers), self.num_features)
-        scale_NC, shift_NC = torch.zeros_like(moments.mean_NC), ratio_NK @ bias.expand(shape)
-        weights = weight.expand(shape).unbind()
-        for ratio_N1, weight_C, (mean, rstd) in zip(ratio_NK.split(1, 1), weights, statistics, strict=True):
-            scale = weight_C * rstd
-            scale_NC = torch.addcmul(scale_NC, ratio_N1, scale)
-            shift_NC = torch.addcmul(shift_NC, ratio_N1, scale * mean, value=-1)
+        scale_NC = shift_NC = torch.zeros_like(moments.mean_NC)
+        for k, (ratio_N1, (pooled_NC, rstd)) in enumerate(zip(ratios, rows, strict=True)):
+            weight_C, bias_C = (p if p.ndim < 2 else p[k] for p in (weight, bias))
+            scale_NC = scale_NC + ratio_N1 * (weight_C * rstd)
+            value = bias_C if pooled_NC is None else torch.addcmul(bias_C, weight_C, pooled_NC)
+            shift_NC = shift_NC + ratio_N1 * value
         return scale_NC, shift_NC
 
-    def _mean_and_rstd(self, moments: Moments) -> list[tuple[Tensor, Tensor]]:
-        """Mean and 1 / sqrt(var + eps) of every normalizer, each broadcastable to (N, C)."""
-        return [(s.mean, torch.rsqrt(s.var + self.eps)) for s in mixed_statistics(self, self.normalizers, moments)]
+    def _rows(self, moments: Moments) -> list[Row]:
+        """xh_nk and 1 / sqrt(var_k + eps) of every normalizer k."""
+        rows = []
+        for mean, var in mixed_statistics(self, self.normalizers, moments):
+            rstd = torch.rsqrt(var + self.eps)
+            rows.append((None if mean is moments.mean_NC else (moments.mean_NC - mean) * rstd, rstd))
+        return rows
 
-    def _ratios(self, moments: Moments, statistics: list[tuple[Tensor, Tensor]]) -> Tensor:
-        pooled_NC = moments.mean_NC
-        features_NKG = torch.stack([self._features(pooled_NC, *statistic) for statistic in statistics], 1)
-        dtype = features_NKG.dtype
-        correlations = torch.bmm(features_NKG, features_NKG.transpose(1, 2)).flatten(1)
+    def _ratios(self, moments: Moments, rows: list[Row]) -> Tensor:
+        features = [self._features(moments, pooled_NC) for pooled_NC, _ in rows]
+        products = {
+            (i, j): (features[i] * features[j]).sum(1) for i in range(len(features)) for j in range(i, len(features))
+        }
+        indices = range(len(features))
+        correlations = torch.stack([products[min(i, j), max(i, j)] for i in indices for j in indices], 1)
+        dtype = correlations.dtype
         hidden = nn.functional.linear(correlations, self.fc1_weight.to(dtype), self.fc1_bias.to(dtype))
         hidden = HIDDEN_ACTIVATIONS[self.hidden_act](hidden)
         logits = nn.functional.linear(hidden, self.fc2_weight.to(dtype), self.fc2_bias.to(dtype))
         return torch.softmax(logits, 1)
 
-    def _features(self, pooled_NC: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    def _features(self, moments: Moments, pooled_NC: Tensor | None) -> Tensor:
         """One normalizer's row of z, (N, C/r); without the convolution of xh, (N, C)."""
+        like_NC = moments.mean_NC
         if self.conv_weight is None:
-            return (pooled_NC - mean) * rstd
-        conv_weight = self.conv_weight.to(pooled_NC.dtype)
-        if mean is pooled_NC:  # IN: its row of xh is zero
-            row_NG = pooled_NC.new_zeros(len(pooled_NC), len(conv_weight))
+            return torch.zeros_like(like_NC) if pooled_NC is None else pooled_NC
+        conv_weight = self.conv_weight.to(like_NC.dtype)
+        if pooled_NC is None:
+            row_NG = like_NC.new_zeros(len(like_NC), len(conv_weight))
         else:
-            weighted_NC = (pooled_NC - mean) * (conv_weight.flatten() * rstd)
-            row_NG = weighted_NC.unflatten(1, tuple(conv_weight.shape)).sum(2)
-        return row_NG if self.conv_bias is None else row_NG + self.conv_bias.to(pooled_NC.dtype)
+            row_NG = (pooled_NC.unflatten(1, (-1, self.reduction)) * conv_weight).sum(2)
+        return row_NG if self.conv_bias is None else row_NG + self.conv_bias.to(like_NC.dtype)
 
     def extra_repr(self) -> str:
         conv = f"reduction={self.reduction}" if self.conv_weight is not None else "conv=False"

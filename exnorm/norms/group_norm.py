@@ -32,14 +32,17 @@ class GroupNorm(Norm):
         super().__init__(num_features, **options)
         self.num_groups = largest_divisor(num_features, num_groups, "GroupNorm: num_groups")
 
-    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        if moments.length * self.num_features == self.num_groups:
+    def check_input(self, x: Tensor) -> None:
+        super().check_input(x)
+        if x[0].numel() == self.num_groups:
             raise ValueError(
                 f"GroupNorm needs more than 1 value per group: {self.num_features} channels in {self.num_groups} "
                 "groups of 1 position leave nothing; use fewer groups (norm.num_groups) or larger images"
             )
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
         weight_C, bias_C = self.affine_parameters(moments.mean_NC)
-        return fold(*group_statistics(moments, self.num_groups), weight_C, bias_C, self.eps)
+        return fold(*group_statistics(moments, self.num_groups), weight_C, bias_C, self.eps, moments)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_groups={self.num_groups}"

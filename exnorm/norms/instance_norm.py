@@ -22,11 +22,14 @@ class InstanceNorm(Norm):
         ValueError: one position per sample and channel, of which only `bias` would be left.
     """
 
-    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        if moments.length == 1:
+    def check_input(self, x: Tensor) -> None:
+        super().check_input(x)
+        if x[0].numel() == self.num_features:
             raise ValueError(
                 "InstanceNorm needs more than 1 position per sample and channel: of one value nothing is left; "
                 "use larger images (data.image_size=64 or more for ResNets) or a norm with another scope (norm=sn, en)"
             )
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
         weight_C, bias_C = self.affine_parameters(moments.mean_NC)
-        return fold(*instance_statistics(moments), weight_C, bias_C, self.eps)
+        return fold(*instance_statistics(moments), weight_C, bias_C, self.eps, moments)

@@ -21,4 +21,4 @@ class LayerNorm(Norm):
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
         weight_C, bias_C = self.affine_parameters(moments.mean_NC)
-        return fold(*layer_statistics(moments), weight_C, bias_C, self.eps)
+        return fold(*layer_statistics(moments), weight_C, bias_C, self.eps, moments)

@@ -89,18 +89,20 @@ class SwitchNorm(BatchScopeNorm):
         statistics = mixed_statistics(self, self.normalizers, self._with_in_variance(moments))
         mean = _weighted_sum(ratios["mean"], [s.mean for s in statistics])
         var = _weighted_sum(ratios["var"], [s.var for s in statistics])
-        scale, shift = fold(mean, var, *self.affine_parameters(moments.mean_NC), self.eps)
-        return scale.expand_as(moments.mean_NC), shift.expand_as(moments.mean_NC)
+        return fold(mean, var, *self.affine_parameters(moments.mean_NC), self.eps, moments)
 
     def _with_in_variance(self, moments: Moments) -> Moments:
         if not self.unbiased:
             return moments
-        if moments.length == 1:
+        return moments._replace(var_NC=moments.var_NC * (moments.length / (moments.length - 1)))
+
+    def check_input(self, x: Tensor) -> None:
+        super().check_input(x)
+        if self.unbiased and x[0].numel() == self.num_features:
             raise ValueError(
                 "SwitchNorm: unbiased=True needs more than 1 position per sample and channel (the published code gives "
                 "NaN there); use norm.unbiased=false or larger images"
             )
-        return moments._replace(var_NC=moments.var_NC * (moments.length / (moments.length - 1)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in ("weight", "bias", "running_mean", "running_var"):

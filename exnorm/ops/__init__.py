@@ -2,7 +2,7 @@
 
     x : (N, C, *spatial) or (N, *spatial, C)
     m, v = moments(x)                 mean and biased variance over the L positions, (N, C)
-    y = act(a * x + b)                a, b : (N, C), any differentiable function of m and v
+    y = act(a * (x - m) + b)          a, b : (N, C), any differentiable function of m and v
 
 Four passes over the big tensor in all (two forward, two backward) and one saved tensor, `x`, however many
 normalizers are mixed. See `exnorm.ops.streaming` for the gradient.
@@ -10,7 +10,7 @@ normalizers are mixed. See `exnorm.ops.streaming` for the gradient.
 
 from exnorm.ops.activations import ACTIVATIONS
 from exnorm.ops.backend import BACKENDS, get_backend, set_backend
-from exnorm.ops.layout import expand_coefficients, length, spatial_dims
+from exnorm.ops.layout import expand_coefficients, length, spatial_dims, statistics_dtype
 from exnorm.ops.streaming import affine, moments
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "moments",
     "set_backend",
     "spatial_dims",
+    "statistics_dtype",
 ]

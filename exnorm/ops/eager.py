@@ -1,7 +1,8 @@
 """The streaming primitives as plain torch operations, on any device.
 
-Legend: N batch, C channels, L positions. Big tensors have the shape of `x`; coefficients and sums are (N, C) in
-float32 (float64 for float64 input), whatever the dtype of `x`.
+Legend: N batch, C channels, L positions. Big tensors have the shape of `x`; means, coefficients and sums are (N, C)
+in float32 (float64 for float64 input), whatever the dtype of `x`. Everything is taken from `x - mean`, so that a mean
+far larger than the deviation costs no digits.
 """
 
 from torch import Tensor, addcmul
@@ -22,47 +23,47 @@ def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     return mean.reshape(var_NC.shape), var_NC
 
 
-def _preactivation(x: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int) -> Tensor:
-    scale = expand_coefficients(scale_NC, x, channel_dim)
-    shift = expand_coefficients(shift_NC, x, channel_dim)
-    return addcmul(shift, cast(x, scale.dtype), scale)
+def _centred(x: Tensor, mean_NC: Tensor, channel_dim: int) -> Tensor:
+    return cast(x, mean_NC.dtype) - expand_coefficients(mean_NC, x, channel_dim)
 
 
-def affine(x: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int, act: str | None) -> Tensor:
-    """act(scale * x + shift) in the dtype and memory format of `x`."""
-    y = _preactivation(x, scale_NC, shift_NC, channel_dim)
+def _preactivation(centred: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int) -> Tensor:
+    scale = expand_coefficients(scale_NC, centred, channel_dim)
+    return addcmul(expand_coefficients(shift_NC, centred, channel_dim), centred, scale)
+
+
+def affine(x: Tensor, mean_NC: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int, act: str | None) -> Tensor:
+    """act(scale * (x - mean) + shift) in the dtype and memory format of `x`."""
+    y = _preactivation(_centred(x, mean_NC, channel_dim), scale_NC, shift_NC, channel_dim)
     if act is not None:
         y = ACTIVATIONS[act].apply_(y)
     return cast(y, x.dtype)
 
 
 def _through_activation(
-    grad: Tensor,
-    x: Tensor,
-    scale_NC: Tensor,
-    shift_NC: Tensor,
-    channel_dim: int,
-    act: str | None,
+    grad: Tensor, centred: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int, act: str | None
 ) -> Tensor:
-    """The gradient at scale * x + shift, in the coefficients' dtype."""
+    """The gradient at scale * (x - mean) + shift, in the coefficients' dtype."""
     grad = cast(grad, scale_NC.dtype)
     if act is None:
         return grad
-    return ACTIVATIONS[act].backward_(_preactivation(x, scale_NC, shift_NC, channel_dim), grad)
+    return ACTIVATIONS[act].backward(_preactivation(centred, scale_NC, shift_NC, channel_dim), grad)
 
 
 def affine_sums(
     grad: Tensor,
     x: Tensor,
+    mean_NC: Tensor,
     scale_NC: Tensor,
     shift_NC: Tensor,
     channel_dim: int,
     act: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """sum_L g * x and sum_L g, the gradients of scale and shift; g is the gradient behind the activation."""
-    grad = _through_activation(grad, x, scale_NC, shift_NC, channel_dim, act)
+    """sum_L g * (x - mean) and sum_L g, the gradients of scale and shift; g is the gradient behind the activation."""
+    centred = _centred(x, mean_NC, channel_dim)
+    grad = _through_activation(grad, centred, scale_NC, shift_NC, channel_dim, act)
     dims = spatial_dims(x, channel_dim)
-    product = grad * x
+    product = grad * centred
     if not dims:
         return product, grad
     return product.sum(dims), grad.sum(dims)
@@ -71,6 +72,7 @@ def affine_sums(
 def input_gradient(
     grad: Tensor,
     x: Tensor,
+    mean_NC: Tensor,
     scale_NC: Tensor,
     shift_NC: Tensor,
     slope_NC: Tensor | None,
@@ -78,12 +80,10 @@ def input_gradient(
     channel_dim: int,
     act: str | None,
 ) -> Tensor:
-    """scale * g + slope * x + offset; without slope and offset, scale * g."""
-    grad = _through_activation(grad, x, scale_NC, shift_NC, channel_dim, act)
+    """scale * g + slope * (x - mean) + offset; without slope and offset, scale * g."""
+    centred = _centred(x, mean_NC, channel_dim)
+    grad = _through_activation(grad, centred, scale_NC, shift_NC, channel_dim, act)
     scale = expand_coefficients(scale_NC, x, channel_dim)
     if slope_NC is None or offset_NC is None:
         return cast(grad * scale, x.dtype)
-    slope = expand_coefficients(slope_NC, x, channel_dim)
-    offset = expand_coefficients(offset_NC, x, channel_dim)
-    dx = addcmul(offset, cast(x, scale.dtype), slope)
-    return cast(dx.addcmul_(grad, scale), x.dtype)
+    return cast(_preactivation(centred, slope_NC, offset_NC, channel_dim).addcmul(grad, scale), x.dtype)

@@ -1,12 +1,12 @@
 """Moments and affine map as two autograd functions with ordinary autograd between them.
 
-    m, v, x', ca, cb = Moments(x)        a, b = f(m, v; parameters)        y = act(a * x' + b)
+    m, v, x', ca, cb = Moments(x)        a, b = f(m, v; parameters)        y = act(a * (x' - m) + b)
 
-With `g` the gradient at a * x + b:
+With `g` the gradient at a * (x - m) + b:
 
-    da = sum_L g * x,   db = sum_L g     (Affine)
-    dm, dv                               (autograd on the (N, C) tensors in between)
-    dx = a * g + p * x + q,   p = 2 dv / L,   q = dm / L - p * m     (Moments)
+    da = sum_L g * (x - m),   db = sum_L g,   dm = -a * db     (Affine)
+    dm, dv                                                     (autograd on the (N, C) tensors in between)
+    dx = a * g + p * (x - m) + q,   p = 2 dv / L,   q = dm / L (Moments; dm is the sum of both)
 
 `x'` aliases `x`, and `ca`, `cb` are zero (N, C) carriers: `Affine.backward` returns the untouched gradient of `y`
 for `x'` and the *values* of a and b as the carriers' "gradients", so that `Moments.backward` holds all that it
@@ -38,13 +38,7 @@ class _Moments(torch.autograd.Function):
         mean_NC, var_NC = implementation().moments(x, channel_dim)
         ctx.save_for_backward(x, mean_NC)
         ctx.channel_dim, ctx.act = channel_dim, act
-        return (
-            mean_NC,
-            var_NC,
-            x.view_as(x),
-            torch.zeros_like(mean_NC),
-            torch.zeros_like(mean_NC),
-        )
+        return mean_NC, var_NC, x.view_as(x), torch.zeros_like(mean_NC), torch.zeros_like(mean_NC)
 
     @staticmethod
     @once_differentiable
@@ -52,10 +46,9 @@ class _Moments(torch.autograd.Function):
         dmean_NC, dvar_NC, grad, scale_NC, shift_NC = grads
         x, mean_NC = ctx.saved_tensors
         positions = length(x, ctx.channel_dim)
-        slope_NC = dvar_NC * (2 / positions)
-        offset_NC = dmean_NC / positions - slope_NC * mean_NC
-        dx = implementation().input_gradient(grad, x, scale_NC, shift_NC, slope_NC, offset_NC, ctx.channel_dim, ctx.act)
-        return dx, None, None
+        slope_NC, offset_NC = dvar_NC * (2 / positions), dmean_NC / positions
+        coefficients = (mean_NC, scale_NC, shift_NC, slope_NC, offset_NC)
+        return implementation().input_gradient(grad, x, *coefficients, ctx.channel_dim, ctx.act), None, None
 
 
 class _Affine(torch.autograd.Function):
@@ -63,6 +56,7 @@ class _Affine(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        mean_NC: Tensor,
         scale_NC: Tensor,
         shift_NC: Tensor,
         scale_carrier_NC: Tensor | None,
@@ -70,26 +64,24 @@ class _Affine(torch.autograd.Function):
         channel_dim: int,
         act: str | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale_NC, shift_NC)
-        ctx.channel_dim, ctx.act, ctx.carried = (
-            channel_dim,
-            act,
-            scale_carrier_NC is not None,
-        )
-        return implementation().affine(x, scale_NC, shift_NC, channel_dim, act)
+        ctx.save_for_backward(x, mean_NC, scale_NC, shift_NC)
+        ctx.channel_dim, ctx.act, ctx.carried = channel_dim, act, scale_carrier_NC is not None
+        return implementation().affine(x, mean_NC, scale_NC, shift_NC, channel_dim, act)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale_NC, shift_NC = ctx.saved_tensors
-        dx = dscale_NC = dshift_NC = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dscale_NC, dshift_NC = implementation().affine_sums(grad, x, scale_NC, shift_NC, ctx.channel_dim, ctx.act)
+        x, *coefficients = ctx.saved_tensors
+        _, scale_NC, shift_NC = coefficients
+        dx = dmean_NC = dscale_NC = dshift_NC = None
+        if any(ctx.needs_input_grad[1:4]):
+            dscale_NC, dshift_NC = implementation().affine_sums(grad, x, *coefficients, ctx.channel_dim, ctx.act)
+            dmean_NC = -scale_NC * dshift_NC
         if ctx.carried:
-            return grad, dscale_NC, dshift_NC, scale_NC, shift_NC, None, None
+            return grad, dmean_NC, dscale_NC, dshift_NC, scale_NC, shift_NC, None, None
         if ctx.needs_input_grad[0]:
-            dx = implementation().input_gradient(grad, x, scale_NC, shift_NC, None, None, ctx.channel_dim, ctx.act)
-        return dx, dscale_NC, dshift_NC, None, None, None, None
+            dx = implementation().input_gradient(grad, x, *coefficients, None, None, ctx.channel_dim, ctx.act)
+        return dx, dmean_NC, dscale_NC, dshift_NC, None, None, None, None
 
 
 def moments(x: Tensor, *, channel_dim: int = 1, act: str | None = None) -> tuple[Tensor, Tensor, Streamed]:
@@ -97,11 +89,11 @@ def moments(x: Tensor, *, channel_dim: int = 1, act: str | None = None) -> tuple
 
     Args:
         x: (N, C, *spatial), or (N, *spatial, C) with `channel_dim=-1`.
-        act: the activation that the following `affine` will apply: its mask is part of the gradient of `x`.
+        act: the activation that the following `affine` will apply: its derivative is part of the gradient of `x`.
 
     Returns:
         mean_NC, var_NC in float32 (float64 for float64 input), and what `affine` takes in place of `x`. The gradient
-        of `x` is right only if `affine` is called exactly once with it.
+        of `x` is right only if `affine` is called exactly once with it, and with this mean.
     """
     _check_activation(act)
     mean_NC, var_NC, alias, scale_carrier_NC, shift_carrier_NC = _Moments.apply(x, channel_dim, act)
@@ -110,31 +102,26 @@ def moments(x: Tensor, *, channel_dim: int = 1, act: str | None = None) -> tuple
 
 def affine(
     x: Tensor | Streamed,
+    mean_NC: Tensor,
     scale_NC: Tensor,
     shift_NC: Tensor,
     *,
     channel_dim: int = 1,
     act: str | None = None,
 ) -> Tensor:
-    """act(scale * x + shift), one pass, in the dtype of `x`.
+    """act(scale * (x - mean) + shift), one pass, in the dtype of `x`.
 
     Args:
-        x: what `moments` returned, or a plain tensor where scale and shift do not depend on its moments.
-        scale_NC, shift_NC: (N, C), in the moments' dtype.
+        x: what `moments` returned, or a plain tensor where the coefficients do not depend on its moments.
+        mean_NC: the mean that `moments` returned; for a plain tensor any centre.
+        scale_NC, shift_NC: (N, C), in the moments' dtype; `shift` is the preactivation at the mean.
         act: None or a key of `ACTIVATIONS`; the same that `moments` was given.
     """
     _check_activation(act)
     if isinstance(x, Streamed):
-        return _Affine.apply(
-            x.x,
-            scale_NC,
-            shift_NC,
-            x.scale_carrier_NC,
-            x.shift_carrier_NC,
-            channel_dim,
-            act,
-        )
-    return _Affine.apply(x, scale_NC, shift_NC, None, None, channel_dim, act)
+        carriers = (x.scale_carrier_NC, x.shift_carrier_NC)
+        return _Affine.apply(x.x, mean_NC, scale_NC, shift_NC, *carriers, channel_dim, act)
+    return _Affine.apply(x, mean_NC, scale_NC, shift_NC, None, None, channel_dim, act)
 
 
 def _check_activation(act: str | None) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from exnorm.config.groups import group_options, option_values
 from exnorm.norms import BatchScopeNorm, Norm
+from exnorm.surgery.pairs import activation_name, following_activations
 
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "batch": (
@@ -98,7 +99,8 @@ def convert(
         norm: a short name (see `exnorm list norms`) or a subclass of `Norm`.
         replace: the kinds to replace, of batch, group, layer2d, layer, rms. `layer` and `rms` normalize each token on
             its own, which is no scope of ours: replacing them changes the function.
-        fuse: apply the ReLU of norm-act layers inside the affine pass.
+        fuse: apply activations inside the affine pass: those of norm-act layers, and those behind a layer where
+            `exnorm.surgery.pairs` proves the pair; a module whose work was taken over becomes an `nn.Identity`.
         options: of the normalizer's constructor.
 
     Raises:
@@ -107,15 +109,18 @@ def convert(
     cls = norm_class(norm)
     _check_request(model, cls, replace, options)
     places = [place for place in _normalization_layers(model) if _KIND_OF[type(place[2])] in replace]
+    single = [child for _, _, child in places if _has_no_activation(child)]
+    followers = following_activations(model, single) if fuse else {}
     # All are built before the first is put in, so that an error leaves the model as it was.
     built: dict[int, nn.Module] = {}
     for _, _, child in places:
         if id(child) not in built:
-            built[id(child)] = _replacement(child, cls, fuse, options)
+            built[id(child)] = _replacement(child, cls, _fused_activation(child, followers) if fuse else None, options)
     for parent, name, child in places:
         if parent is None:
             return built[id(child)]
         parent._modules[name] = built[id(child)]
+    _take_over(model, {id(built[id(norm)]): act for norm, act in followers.items()})
     if not built:
         present = Counter(_KIND_OF[type(child)] for _, _, child in _normalization_layers(model))
         kinds = ", ".join(f"{kind} ({count})" for kind, count in present.items()) or "none"
@@ -132,7 +137,8 @@ def audit(model: nn.Module) -> list[AuditRow]:
         if isinstance(module, Norm):
             note = module.replaced
             new = f"{type(module).__name__}({module.extra_repr()})"
-            rows.append(AuditRow(name, note or original, new, "replaced" if note else "built"))
+            fused = f", with the activation of {module.took_over}" if module.took_over else ""
+            rows.append(AuditRow(name, note or original, new, ("replaced" if note else "built") + fused))
         elif kind is not None:
             rows.append(
                 AuditRow(
@@ -207,7 +213,32 @@ def _num_features(layer: nn.Module) -> int:
     return layer.weight.shape[0]
 
 
-def _replacement(layer: nn.Module, cls: type[Norm], fuse: bool, options: dict[str, Any]) -> Norm:
+def _has_no_activation(layer: nn.Module) -> bool:
+    return all(isinstance(getattr(layer, name, None), nn.Identity | None) for name in ("act", "drop"))
+
+
+def _fused_activation(layer: nn.Module, followers: dict[nn.Module, nn.Module]) -> str | None:
+    """The activation that the new layer applies itself: the layer's own, or the one behind it."""
+    if layer in followers:
+        return activation_name(followers[layer])
+    own_is_last = isinstance(getattr(layer, "drop", None), nn.Identity | None)
+    return activation_name(getattr(layer, "act", None)) if own_is_last else None
+
+
+def _take_over(model: nn.Module, activations: dict[int, nn.Module]) -> None:
+    """Put an `nn.Identity` in the place of each activation, and note in its norm, given by id, where it was."""
+    paths = {module: path for path, module in model.named_modules()}
+    for norm in list(model.modules()):
+        if isinstance(norm, Norm) and id(norm) in activations:
+            norm.took_over = paths[activations[id(norm)]]
+    taken = set(activations.values())
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in taken:
+                parent._modules[name] = nn.Identity()
+
+
+def _replacement(layer: nn.Module, cls: type[Norm], act: str | None, options: dict[str, Any]) -> Norm:
     weight, running_mean = (
         getattr(layer, "weight", None),
         getattr(layer, "running_mean", None),
@@ -224,12 +255,11 @@ def _replacement(layer: nn.Module, cls: type[Norm], fuse: bool, options: dict[st
         inherited["momentum"] = layer.momentum
         inherited["track_running_stats"] = running_mean is not None
         inherited["sync"] = type(layer) in _SYNCHRONIZED
-    fused = fuse and type(getattr(layer, "act", None)) is nn.ReLU and isinstance(layer.drop, nn.Identity)
     new = cls(
         _num_features(layer),
-        **{**inherited, **options, **({"act": "relu"} if fused else {})},
+        **{**inherited, **options, **({} if act is None else {"act": act})},
     )
-    if not fused:
+    if act is None:
         for name in ("drop", "act"):
             post = getattr(layer, name, None)
             setattr(new, name, None if isinstance(post, nn.Identity) else post)

@@ -1,0 +1,104 @@
+"""Functions of tensors compiled by torch's inductor: once for each set of facts about the arguments, and no guards.
+
+torch.compile guards every call with a check of all that was assumed, which for a layer of small tensors costs more
+than the layer. Here the assumptions are few and known: they are the key under which a compiled function is kept. Sizes
+are dynamic, but a size of 1 is a fact; so are dtypes and devices. A function given here must not branch on a size in
+any other way.
+"""
+
+import contextlib
+import functools
+import types
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+
+class NotCompiledError(Exception):
+    """A function that could not be compiled."""
+
+
+class Piece:
+    """A function of tensors, numbers and None, compiled at its first call with arguments of a new kind.
+
+    Args:
+        function: what is compiled.
+        or_eager: where compilation fails, run the function as it is; otherwise raise `NotCompiledError`. One warning
+            is given either way.
+        options: inductor's.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, or_eager: bool = True, **options: Any) -> None:
+        self.function = function
+        self.or_eager = or_eager
+        self.options = options
+        self.compiled: dict[Hashable, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        key = tuple([_facts(arg) for arg in args])
+        compiled = self.compiled.get(key)
+        if compiled is not None:
+            try:
+                return compiled(*args)
+            except BackendCompilerFailed:  # torch.compiler.reset() has thrown the compiled code away
+                del self.compiled[key]
+        return self._first_call(key, args)
+
+    def _first_call(self, key: Hashable, args: tuple[Any, ...]) -> Any:
+        # torch keeps compiled code per code object; a copy for each key needs no guards to tell them apart.
+        code = self.function.__code__.replace()
+        copy = types.FunctionType(code, self.function.__globals__, code.co_name, None, self.function.__closure__)
+        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        compiled = torch.compile(copy, fullgraph=True, dynamic=True, backend=self._backend, options=options)
+        try:
+            with _independent_sizes():
+                result = compiled(*args)
+        except Exception as problem:
+            _warn_once(f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}")
+            if not self.or_eager:
+                raise NotCompiledError from problem
+            compiled, result = self.function, self.function(*args)
+        self.compiled[key] = compiled
+        return result
+
+    def _backend(self, graph: Any, inputs: Any) -> Any:
+        if not _sizes_are_independent:
+            raise RuntimeError("compiled outside of a first call")
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs, config_patches=self.options)
+
+
+def _facts(arg: Any) -> Hashable:
+    """All that the compiled code may assume of an argument besides its number of dimensions."""
+    if isinstance(arg, Tensor):
+        shape = arg.shape
+        return arg.dtype, arg.device, (tuple([size == 1 for size in shape]) if 1 in shape else len(shape))
+    return min(arg, 2) if isinstance(arg, int) else arg
+
+
+_sizes_are_independent = False
+
+
+@contextlib.contextmanager
+def _independent_sizes() -> Iterator[None]:
+    """Sizes that happen to be equal at the first call get symbols of their own; floats are constants."""
+    import torch._dynamo.config as dynamo
+    import torch.fx.experimental._config as symbolic
+
+    global _sizes_are_independent
+    with dynamo.patch(specialize_float=True), symbolic.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        _sizes_are_independent = True
+        try:
+            yield
+        finally:
+            _sizes_are_independent = False
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"a layer could not be compiled and runs eagerly, which is slower: {problem}", stacklevel=2)

@@ -1,0 +1,146 @@
+"""Which activation follows which normalization layer: seen on a forward of a copy of the model on the meta device.
+
+A pair is proven if, in training and in evaluation mode, the layer runs once, its output goes into the activation
+before anything else touches it, nothing reads it afterwards, and the activation runs for nothing else.
+"""
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from exnorm.ops import ACTIVATIONS
+
+
+def activation_name(module: nn.Module | None) -> str | None:
+    """The name under which the affine pass applies this activation module itself; None if it cannot."""
+    if type(module) in (nn.GELU, timm.layers.GELU) and getattr(module, "approximate", "none") == "none":
+        return "gelu"
+    names = [name for name, activation in ACTIVATIONS.items() if type(module) is activation.module]
+    return names[0] if names else None
+
+
+def following_activations(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """The activation behind each of these layers, where the pair is proven; empty if the model cannot be traced."""
+    paths = {module: path for path, module in model.named_modules()}
+    candidates = {paths[layer] for layer in layers if not _is_hooked(layer)}
+    activations = {path for module, path in paths.items() if activation_name(module) and not _is_hooked(module)}
+    if not candidates or not activations:
+        return {}
+    try:
+        clone = _meta_copy(model)
+        example = _example(model)
+        pairs = [_trace(clone.train(mode), example, candidates, activations) for mode in (True, False)]
+    except Exception:  # noqa: BLE001  # what the meta device cannot run proves nothing
+        return {}
+    modules = dict(model.named_modules())
+    return {modules[k]: modules[v] for k, v in pairs[0].items() if pairs[1].get(k) == v}
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches what goes in or comes out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(t): _meta(t) for t in tensors}
+    clone = copy.deepcopy(model, memo)
+    for module in clone.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return clone
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _example(model: nn.Module) -> Tensor:
+    """An input of the size that the model was made for, or one that fits its first layer."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            spatial = (64,) * (module.weight.ndim - 2)
+            if len(spatial) == 2 and "input_size" in config:
+                spatial = tuple(config["input_size"][1:])
+            return torch.zeros(2, module.in_channels, *spatial, device="meta", dtype=module.weight.dtype)
+        if isinstance(module, nn.Linear):
+            return torch.zeros(2, module.in_features, device="meta", dtype=module.weight.dtype)
+    raise ValueError("no layer from which the input's shape could be told")
+
+
+def _trace(model: nn.Module, example: Tensor, candidates: set[str], activations: set[str]) -> dict[str, str]:
+    trace = _Trace()
+    handles = []
+    for path, module in model.named_modules():
+        if path in candidates:
+            handles.append(module.register_forward_hook(lambda m, a, y, path=path: trace.leave_norm(path, y)))
+        if path in activations:
+            handles.append(module.register_forward_pre_hook(lambda m, a, path=path: trace.enter(path, a)))
+            handles.append(module.register_forward_hook(lambda m, a, y, path=path: trace.leave(y)))
+    state = random.getstate()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), trace:
+            output = model(example)
+    finally:
+        random.setstate(state)
+        for handle in handles:
+            handle.remove()
+    return dict(trace.pairs(output))
+
+
+class _Trace(TorchDispatchMode):
+    """Follows the outputs of normalization layers by identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_calls: Counter[str] = Counter()
+        self.activation_calls: Counter[str] = Counter()
+        self.outputs: dict[int, tuple[str, Tensor]] = {}  # by id; the tensor is kept, so that no id is used twice
+        self.taken: dict[str, str] = {}
+        self.touched: set[str] = set()
+        self.inside: str | None = None  # the layer whose output an activation is reading
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            path = self._layer_of(value)
+            if path is not None and path != self.inside:
+                self.touched.add(path)
+        return func(*args, **(kwargs or {}))
+
+    def _layer_of(self, value: Any) -> str | None:
+        return self.outputs[id(value)][0] if isinstance(value, Tensor) and id(value) in self.outputs else None
+
+    def leave_norm(self, path: str, output: Tensor) -> None:
+        self.norm_calls[path] += 1
+        self.outputs[id(output)] = (path, output)
+
+    def enter(self, activation: str, args: Any) -> None:
+        self.activation_calls[activation] += 1
+        path = self._layer_of(args[0]) if args else None
+        if path is not None:
+            if path in self.taken:
+                self.touched.add(path)
+            self.taken[path] = activation
+        self.inside = path
+
+    def leave(self, output: Tensor) -> None:
+        if self.inside is not None:
+            self.outputs.pop(id(output), None)  # applied in place: from here on it is the activation's output
+        self.inside = None
+
+    def pairs(self, output: Any) -> Iterator[tuple[str, str]]:
+        returned = {self._layer_of(value) for value in tree_leaves(output)}
+        for path, activation in self.taken.items():
+            once = self.norm_calls[path] == 1 and self.activation_calls[activation] == 1
+            if once and path not in self.touched and path not in returned:
+                yield path, activation

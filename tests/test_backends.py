@@ -1,0 +1,232 @@
+"""Back ends: as accurate as eager torch in every dtype and memory format, and equal trainings whichever runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from norm_cases import NORMS, SHAPES, assert_same, build, draw, gradients, randomize, state
+from torch import Tensor, nn
+
+from exnorm import ops
+from exnorm.norms import InstanceNorm, Moments, Norm
+from exnorm.ops import native
+
+torch.set_num_threads(1)
+
+# Odd sizes, one position, the unrolled row lengths, rows and columns of several chunks.
+SIZES = [(3, 5), (2, 3, 1), (3, 5, 2, 2), (2, 3, 4, 4), (3, 70, 7, 3), (2, 2, 5, 521), (2, 3, 2, 3, 5)]
+UNFUSED = [None, *ops.ACTIVATIONS]
+compiling = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch's compiler
+
+
+@pytest.fixture(autouse=True)
+def back_end() -> Iterator[None]:
+    """Each test chooses the back end; afterwards it is what it was."""
+    before = ops.get_backend()
+    yield
+    ops.set_backend(before)
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streaming passes are inductor's, as on a GPU."""
+    monkeypatch.setattr(native, "runs", lambda x, act: False)
+
+
+def values(x: Tensor, grad: Tensor, channel_dim: int, act: str | None) -> dict[str, Tensor]:
+    """Moments, output and input gradient of a map whose coefficients depend on both moments, in float64."""
+    x = x.detach().requires_grad_()
+    mean_NC, var_NC, streamed = ops.moments(x, channel_dim=channel_dim, act=act)
+    scale_NC = 1 + 0.1 * var_NC.roll(1, 1)
+    shift_NC = var_NC.sin() + 0.1 * (mean_NC - mean_NC.mean(0, keepdim=True))
+    y = ops.affine(streamed, mean_NC, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    return {"mean": mean_NC.double(), "var": var_NC.double(), "y": y.double(), "dx": dx.double()}
+
+
+def formats(x: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """The same values contiguous, as a slice of something larger, channels last, and with the channels as last."""
+    yield x, 1
+    padded = torch.zeros(*x.shape[:-1], x.shape[-1] * 2, dtype=x.dtype)
+    padded[..., ::2] = x
+    yield padded[..., ::2], 1
+    last = x.movedim(1, -1).contiguous()
+    yield last.movedim(-1, 1), 1
+    yield last, -1
+
+
+def assert_as_accurate_as_eager(size: tuple[int, ...], dtype: torch.dtype, act: str | None, offset: float) -> None:
+    """|compiled - exact| <= 2 |eager - exact| + atol, where exact is float64 on the same rounded input.
+
+    The mean, and what is centred on it, cannot be closer than the rounding of a number as large as the input.
+    """
+    x = (draw(*size) + offset * torch.arange(size[1]).reshape(-1, *(1,) * (len(size) - 2))).to(dtype)
+    grad = draw(*size, seed=5).to(dtype)
+    eps = torch.finfo(dtype).eps
+    for (value, channel_dim), (cotangent, _) in zip(formats(x), formats(grad), strict=True):
+        ops.set_backend("eager")
+        exact = values(value.double(), cotangent.double(), channel_dim, act)
+        eager = values(value, cotangent, channel_dim, act)
+        ops.set_backend("compiled")
+        for name, got in values(value, cotangent, channel_dim, act).items():
+            centred = name in ("mean", "y") or dtype == torch.float64  # in which eager is the exact one
+            largest = max(exact[name].abs().max(), value.abs().max() if centred else 0)
+            tolerance = (
+                2 * (eager[name] - exact[name]).abs().max() + (16 if dtype == torch.float64 else 2) * eps * largest
+            )
+            assert (got - exact[name]).abs().max() <= tolerance, (name, channel_dim, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("act", [None, *[name for name in native.ACTIVATIONS if name]])
+def test_native_passes_are_as_accurate_as_eager_torch(act: str | None, dtype: torch.dtype) -> None:
+    """Every size, memory format and native activation; a mean up to 1,000 times the deviation."""
+    for size in SIZES:
+        for offset in (0.0, 1000.0) if dtype != torch.bfloat16 else (0.0,):
+            assert native.runs(torch.zeros(1, dtype=dtype), act)
+            assert_as_accurate_as_eager(size, dtype, act, offset)
+
+
+@pytest.mark.slow
+@compiling
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act", [None, "relu", "gelu", "silu"])
+def test_inductors_passes_are_as_accurate_as_eager_torch(
+    without_native: None, act: str | None, dtype: torch.dtype
+) -> None:
+    """The same for what runs where the native passes do not."""
+    for size in [(3, 5), (3, 7, 7, 3)]:
+        assert_as_accurate_as_eager(size, dtype, act, 0.0)
+
+
+def test_native_passes_split_among_threads_give_the_same_bits() -> None:
+    """Threads take whole rows, so that their number changes no digit."""
+    x, grad = draw(8, 16, 24, 24).float(), draw(8, 16, 24, 24, seed=3).float()
+    ops.set_backend("compiled")
+    one = values(x, grad, 1, "relu")
+    torch.set_num_threads(2)
+    try:
+        two = values(x, grad, 1, "relu")
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def run_layer(norm: Norm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and buffers after one step."""
+    x = x.detach().requires_grad_()
+    y = norm(x)
+    return {"y": y.detach(), **gradients(y, x, norm, grad), **state(norm)}
+
+
+@pytest.mark.slow
+@compiling
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_compiled_layer_equals_the_eager_one(name: str, training: bool) -> None:
+    """Output, every gradient and the buffers, for sizes that were equal at compilation and are not later."""
+    ops.set_backend("compiled")
+    options: dict[str, Any] = {} if name in ("bn", "in", "ln") else {"act": "relu"}
+    for step, size in enumerate([(6, 6, 6, 6), (4, 12, 3, 5), (2, 18, 7), (6, 6, 2, 3, 4)]):
+        results = []
+        for backend in ("eager", "compiled"):
+            ops.set_backend(backend)
+            norm = build(name, size[1], **options).train(training)
+            results.append(run_layer(norm, draw(*size), draw(*size, seed=4)))
+        assert_same(results[1], results[0], rtol=1e-6, atol=1e-8)
+        if step == 1:
+            torch.compiler.reset()  # throws the compiled code away, and with it what was assumed of sizes
+
+
+@pytest.mark.slow
+@compiling
+@pytest.mark.parametrize("name", ["bn", "en"])
+def test_a_compiled_layer_saves_its_input_and_nothing_else_as_large(name: str) -> None:
+    """The bytes saved for backward, over deduplicated storages."""
+    ops.set_backend("compiled")
+    x = draw(4, 6, 32, 32).requires_grad_()
+    norm, saved = build(name), {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+    ):
+        norm(x)
+    assert saved.pop(x.untyped_storage().data_ptr()) == x.numel() * 8
+    assert sum(saved.values()) < 0.1 * x.numel() * 8
+
+
+class _Untraceable(InstanceNorm):
+    """A normalizer that does what no compiler follows."""
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        assert self.num_features == moments.mean_NC.shape[1]
+        factor = float(moments.var_NC.detach().mean().item() > 0)
+        scale_NC, shift_NC = super().coefficients(moments)
+        return scale_NC * factor, shift_NC
+
+
+@compiling
+def test_coefficients_that_do_not_compile_run_eagerly_after_one_warning() -> None:
+    """The result is that of the eager back end; the second layer warns no more."""
+    x, grad = draw(*SHAPES[4]), draw(*SHAPES[4], seed=2)
+    norm = _Untraceable(6, dtype=torch.float64)
+    randomize(norm)
+    ops.set_backend("eager")
+    expected = run_layer(norm, x, grad)
+    ops.set_backend("compiled")
+    with pytest.warns(UserWarning, match="could not be compiled and runs eagerly"):
+        got = run_layer(norm, x, grad)
+    assert_same(got, expected, rtol=1e-9, atol=1e-12)
+    assert_same(run_layer(norm, x, grad), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_without_a_compiler_the_eager_back_end_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning, and a name that tells what runs."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.warns(UserWarning, match=r"no compiler found \(g\+\+"):
+        assert ops.set_backend("compiled") == ops.get_backend() == "eager"
+
+
+def test_a_library_that_does_not_build_is_said_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The compiler's words are in the warning; nothing half-built is left in the cache."""
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("this is no C++")
+    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="CPU kernels could not be compiled.*error"):
+            assert not native.runs(torch.zeros(1), None)
+        assert list((tmp_path / "exnorm").iterdir()) == []
+    finally:
+        native._library.cache_clear()
+
+
+@pytest.mark.slow
+@compiling
+@pytest.mark.parametrize("name", ["bn", "en"])
+def test_a_hundred_steps_have_the_same_losses_on_either_back_end(name: str) -> None:
+    """A small network trained by SGD: the loss curves agree within rounding."""
+    x, labels = draw(64, 3, 8, 8), torch.arange(64) % 4
+    curves = []
+    for backend in ("eager", "compiled"):
+        ops.set_backend(backend)
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 6, 3), build(name, act="relu"), nn.Conv2d(6, 6, 3), build(name, act="relu", seed=1)]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4)).double()
+        model(x)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        losses = []
+        for _ in range(100):
+            loss = nn.functional.cross_entropy(model(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    assert curves[0][-1] < 0.5 * curves[0][0]
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-6, atol=1e-8)
