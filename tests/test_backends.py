@@ -17,7 +17,6 @@ torch.set_num_threads(1)
 
 # Odd sizes, one position, the unrolled row lengths, rows and columns of several chunks.
 SIZES = [(3, 5), (2, 3, 1), (3, 5, 2, 2), (2, 3, 4, 4), (3, 70, 7, 3), (2, 2, 5, 521), (2, 3, 2, 3, 5)]
-UNFUSED = [None, *ops.ACTIVATIONS]
 compiling = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch's compiler
 
 
@@ -91,8 +90,10 @@ def test_native_passes_are_as_accurate_as_eager_torch(act: str | None, dtype: to
 
 @pytest.mark.slow
 @compiling
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("act", [None, "relu", "gelu", "silu"])
+@pytest.mark.parametrize(
+    ("act", "dtype"),
+    [(None, torch.float32), ("relu", torch.float16), ("gelu", torch.bfloat16), ("silu", torch.float32)],
+)
 def test_inductors_passes_are_as_accurate_as_eager_torch(
     without_native: None, act: str | None, dtype: torch.dtype
 ) -> None:
@@ -129,14 +130,14 @@ def test_a_compiled_layer_equals_the_eager_one(name: str, training: bool) -> Non
     """Output, every gradient and the buffers, for sizes that were equal at compilation and are not later."""
     ops.set_backend("compiled")
     options: dict[str, Any] = {} if name in ("bn", "in", "ln") else {"act": "relu"}
-    for step, size in enumerate([(6, 6, 6, 6), (4, 12, 3, 5), (2, 18, 7), (6, 6, 2, 3, 4)]):
+    for step, size in enumerate([(6, 6, 6, 6), (4, 12, 3, 5), (6, 6, 6), (2, 18, 2, 3, 4)]):
         results = []
         for backend in ("eager", "compiled"):
             ops.set_backend(backend)
             norm = build(name, size[1], **options).train(training)
             results.append(run_layer(norm, draw(*size), draw(*size, seed=4)))
         assert_same(results[1], results[0], rtol=1e-6, atol=1e-8)
-        if step == 1:
+        if step == 1 and name == "bn":
             torch.compiler.reset()  # throws the compiled code away, and with it what was assumed of sizes
 
 
