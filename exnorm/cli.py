@@ -171,3 +171,36 @@ def runs(root: Annotated[Path, typer.Argument(help="The folder with the runs.")]
     from exnorm.runs.table import print_runs
 
     print_runs(list_runs(root))
+
+
+bench = typer.Typer(help="Measure speed and memory; tables are appended to results/bench/.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("norms")
+def bench_norms(
+    norm: Annotated[list[str] | None, typer.Option(help="A normalizer; all without.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="As 16x64x112x112; six of ResNet-50's without.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="eager or compiled; both without.")] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Times each is run, in turn.")] = 11,
+) -> None:
+    """One layer with its ReLU, forward and backward, against torch's BN: time, ratio, bytes saved."""
+    from exnorm.diagnostics import bench_norms as room
+
+    room.run(norm or room.all_norms(), shape or room.SHAPES, backend or ["eager", "compiled"], rounds)
+
+
+@bench.command("train")
+def bench_train(
+    model: Annotated[str, typer.Option(help="A timm model.")] = "resnet50",
+    norm: Annotated[str, typer.Option(help="A normalizer.")] = "en",
+    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 16,
+    image_size: Annotated[int, typer.Option(min=8, help="Pixels.")] = 224,
+    backend: Annotated[str, typer.Option(help="eager or compiled.")] = "compiled",
+    rounds: Annotated[int, typer.Option(min=2, help="Steps of each, in turn.")] = 7,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+) -> None:
+    """Training steps against the untouched timm model in the same process: images per second, ratio, memory."""
+    from exnorm.diagnostics.bench_train import run
+
+    run(model, norm, batch, image_size, backend, rounds, bf16)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from norm_cases import NORMS, SHAPES, assert_same, build, draw, gradients, randomize, state
 from torch import Tensor, nn
 
@@ -145,16 +146,30 @@ def test_a_compiled_layer_equals_the_eager_one(name: str, training: bool) -> Non
 @compiling
 @pytest.mark.parametrize("name", ["bn", "en"])
 def test_a_compiled_layer_saves_its_input_and_nothing_else_as_large(name: str) -> None:
-    """The bytes saved for backward, over deduplicated storages."""
+    """The bytes saved for backward, over deduplicated storages; the hooks do not keep the layer from compiling."""
     ops.set_backend("compiled")
     x = draw(4, 6, 32, 32).requires_grad_()
-    norm, saved = build(name), {}
+    norm, saved = build(name, eps=1e-4), {}  # an eps of its own: nothing is compiled yet
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
     ):
         norm(x)
     assert saved.pop(x.untyped_storage().data_ptr()) == x.numel() * 8
     assert sum(saved.values()) < 0.1 * x.numel() * 8
+
+
+@pytest.mark.slow
+@compiling
+def test_a_compiled_layer_works_under_activation_checkpointing() -> None:
+    """Recomputed in the backward, with the same gradients; compiled although the first call is a checkpointed one."""
+    results = []
+    for backend in ("eager", "compiled"):
+        ops.set_backend(backend)
+        norm = build("ln", eps=1e-3)
+        x = draw(*SHAPES[4]).requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False)
+        results.append({"y": y.detach(), **gradients(y, x, norm, draw(*SHAPES[4], seed=6))})
+    assert_same(results[1], results[0], rtol=1e-9, atol=1e-12)
 
 
 class _Untraceable(InstanceNorm):

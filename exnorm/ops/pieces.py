@@ -11,6 +11,7 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -55,8 +56,9 @@ class Piece:
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
         compiled = torch.compile(copy, fullgraph=True, dynamic=True, backend=self._backend, options=options)
         try:
-            with _independent_sizes():
-                result = compiled(*args)
+            # In a thread of its own, where no hook on saved tensors (checkpointing) and no mode reaches the compiler.
+            with ThreadPoolExecutor(1) as thread:
+                result = thread.submit(_compile, compiled, args).result()
         except Exception as problem:
             _warn_once(f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}")
             if not self.or_eager:
@@ -79,6 +81,11 @@ def _facts(arg: Any) -> Hashable:
         shape = arg.shape
         return arg.dtype, arg.device, (tuple([size == 1 for size in shape]) if 1 in shape else len(shape))
     return min(arg, 2) if isinstance(arg, int) else arg
+
+
+def _compile(compiled: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    with torch.no_grad(), _independent_sizes():
+        return compiled(*args)
 
 
 _sizes_are_independent = False
