@@ -42,10 +42,10 @@ def test_every_layer_of_the_bench_is_measured_against_torchs_bn() -> None:
 
 
 def test_training_steps_are_measured_against_the_untouched_model() -> None:
-    """Two rows; the converted model saves less, since its ReLUs are part of its norms."""
+    """Two rows; the converted model saves what timm's saves, and small tensors."""
     timm_row, own = bench_train.measure("test_resnet", "en", 4, 96, "eager", 2, False, CPU)
     assert timm_row["layers"] == "timm" and timm_row["ratio"] == 1 and own["layers"] == "en eager"
-    assert 0 < own["saved_mib"] < timm_row["saved_mib"]
+    assert timm_row["saved_mib"] < own["saved_mib"] < 1.1 * timm_row["saved_mib"]
     assert own["images_per_s"] > 0 and own["first_step_s"] > 0 and own["peak_mib"] == ""
 
 
