@@ -41,8 +41,13 @@ class GroupNorm(Norm):
             )
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        weight_C, bias_C = self.affine_parameters(moments.mean_NC)
-        return fold(*group_statistics(moments, self.num_groups), weight_C, bias_C, self.eps, moments)
+        # By groups, (N, G, C / G): an index over all channels would be divided for each value of a statistic.
+        weight, bias = (
+            p.unflatten(0, (self.num_groups, -1)) if p.ndim else p for p in self.affine_parameters(moments.mean_NC)
+        )
+        grouped = moments._replace(mean_NC=moments.mean_NC.unflatten(1, (self.num_groups, -1)))
+        scale, shift = fold(*group_statistics(moments, self.num_groups), weight, bias, self.eps, grouped)
+        return scale.flatten(1), shift.flatten(1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_groups={self.num_groups}"

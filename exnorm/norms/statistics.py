@@ -59,14 +59,9 @@ def layer_statistics(moments: Moments) -> Statistics:
 
 
 def group_statistics(moments: Moments, num_groups: int) -> Statistics:
-    """GN: over the channels of one group and the positions of one sample, expanded to (N, C)."""
-    samples, channels = moments.mean_NC.shape
-    shape = (samples, num_groups, channels // num_groups)
-    mean, var = _total(moments.mean_NC.reshape(shape), moments.var_NC.reshape(shape), 2)
-    return Statistics(
-        mean.expand(shape).reshape(samples, channels),
-        var.expand(shape).reshape(samples, channels),
-    )
+    """GN: over the channels of one group and the positions of one sample, (N, G, 1)."""
+    shape = (num_groups, -1)
+    return _total(moments.mean_NC.unflatten(1, shape), moments.var_NC.unflatten(1, shape), 2)
 
 
 def replica_statistics(moments: Moments) -> Statistics:
