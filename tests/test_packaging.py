@@ -117,7 +117,9 @@ def test_the_wheel_holds_the_package_and_its_configuration_only(wheel: Path) -> 
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {name for name in names if ".dist-info/" not in name}
     conf = {f"exnorm/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "conf").rglob("*.yaml")}
-    code = {file.relative_to(ROOT).as_posix() for file in (ROOT / "exnorm").rglob("*.py")}
+    code = {
+        file.relative_to(ROOT).as_posix() for kind in ("py", "cpp") for file in (ROOT / "exnorm").rglob(f"*.{kind}")
+    }
     assert conf and shipped == conf | code
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 
