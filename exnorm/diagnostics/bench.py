@@ -148,9 +148,10 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in rows[0]:
         table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*[str(value) for value in row.values()])
-    Console().print(table)
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=200).print(table)
