@@ -11,7 +11,6 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -56,9 +55,8 @@ class Piece:
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
         compiled = torch.compile(copy, fullgraph=True, dynamic=True, backend=self._backend, options=options)
         try:
-            # In a thread of its own, where no hook on saved tensors (checkpointing) and no mode reaches the compiler.
-            with ThreadPoolExecutor(1) as thread:
-                result = thread.submit(_compile, compiled, args).result()
+            with _without_saved_tensor_hooks(), _independent_sizes():
+                result = compiled(*args)
         except Exception as problem:
             _warn_once(f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}")
             if not self.or_eager:
@@ -83,9 +81,19 @@ def _facts(arg: Any) -> Hashable:
     return min(arg, 2) if isinstance(arg, int) else arg
 
 
-def _compile(compiled: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    with torch.no_grad(), _independent_sizes():
-        return compiled(*args)
+@contextlib.contextmanager
+def _without_saved_tensor_hooks() -> Iterator[None]:
+    """Those of activation checkpointing, say, which `torch.func` refuses to be traced under."""
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009  # not in torch's stubs
+    hooks = []
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 _sizes_are_independent = False
