@@ -185,9 +185,10 @@ def bench_norms(
     rounds: Annotated[int, typer.Option(min=2, help="Times each is run, in turn.")] = 11,
 ) -> None:
     """One layer with its ReLU, forward and backward, against torch's BN: time, ratio, bytes saved."""
+    from exnorm.config.groups import group_options
     from exnorm.diagnostics import bench_norms as room
 
-    room.run(norm or room.all_norms(), shape or room.SHAPES, backend or ["eager", "compiled"], rounds)
+    room.run(norm or group_options("norm"), shape or room.SHAPES, backend or ["eager", "compiled"], rounds)
 
 
 @bench.command("train")

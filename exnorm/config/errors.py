@@ -29,3 +29,10 @@ def shorten(words: Iterable[str]) -> str:
     listed = list(words)
     rest = len(listed) - SHOWN
     return ", ".join(listed[:SHOWN]) + (f", ... ({rest} more)" if rest > 0 else "")
+
+
+def first_line(exc: BaseException) -> str:
+    """Shorten a message to its first line, with the key that OmegaConf names further down."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
+    key = getattr(exc, "full_key", None)
+    return f"{key}: {lines[0]}" if key else lines[0]

@@ -10,7 +10,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from exnorm.config.errors import UserError, nearest, suggest
+from exnorm.config.errors import UserError, first_line, nearest, suggest
 from exnorm.config.groups import group_options, groups, option_values, unknown_option
 from exnorm.config.norm import written
 from exnorm.config.schema import EvalConfig, TrainConfig
@@ -83,13 +83,6 @@ def wrong_type(override: str, reason: str, config_name: str) -> str:
         return f"{override}: null is not allowed{example}"
     noun = next((noun for pattern, noun in NOUNS.items() if re.search(pattern, reason)), None)
     return f"{override}: not {noun}{example}" if noun else f"{override}: {reason.splitlines()[0]}{example}"
-
-
-def first_line(exc: BaseException) -> str:
-    """Shorten a message to its first line, with the key that OmegaConf names further down."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
-    key = getattr(exc, "full_key", None)
-    return f"{key}: {lines[0]}" if key else lines[0]
 
 
 def known_values(config_name: str) -> dict[str, Any]:

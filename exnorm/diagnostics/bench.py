@@ -13,10 +13,12 @@ from typing import Any
 
 import pandas as pd
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from exnorm import __version__
-from exnorm.runs.provenance import collect
+from exnorm.runs.provenance import collect, cpu_model
+from exnorm.runs.table import print_table
 
 TABLES = Path("results") / "bench"
 HEADING = """# Speed and memory
@@ -69,11 +71,16 @@ def saved_bytes(forward: Callable[[], Any], *, exclude: Iterable[Tensor] = ()) -
     return sum(found.values())
 
 
+def bench_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def device_name(device: torch.device) -> str:
     """The name that a row carries: the GPU's, or the processor's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{collect([])['cpu']}, {torch.get_num_threads()} threads"
+    return f"{cpu_model()}, {torch.get_num_threads()} threads"
 
 
 def append(path: Path, rows: list[dict[str, Any]], *, device: torch.device) -> None:
@@ -112,26 +119,16 @@ def write_tables(folder: Path) -> None:
             parts += ["## One layer with its ReLU, forward and backward: time over `torch bn`", note, markdown(ratio)]
     if (folder / "train.csv").exists():
         rows = newest(folder / "train.csv", ["device", "model", "image_size", "batch", "precision", "layers"])
-        columns = [
-            "model",
-            "image_size",
-            "batch",
-            "precision",
-            "layers",
-            "images_per_s",
-            "ratio",
-            "ratio_q25",
-            "ratio_q75",
-        ]
+        columns = ["image_size", "batch", "precision", "layers", "images_per_s", "ratio", "ratio_q25", "ratio_q75"]
         columns += ["saved_mib", "peak_mib", "first_step_s"]
         for device, group in rows.groupby("device", sort=False):
             note = f"On {device}; torch {group.torch.iloc[-1]}; `ratio` is the time of a step over timm's."
-            parts += ["## Training steps", note, markdown(group[columns].fillna("").set_index("model"))]
+            parts += ["## Training steps", note, markdown(group.set_index("model")[columns].fillna(""))]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def newest(path: Path, key: list[str]) -> pd.DataFrame:
-    """The last row of each key, in the order of their first."""
+    """The last row of each key."""
     rows = pd.read_csv(path)
     return rows.drop_duplicates(key, keep="last")
 
@@ -145,13 +142,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     """Rows as a table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in rows[0]:
-        table.add_column(name, no_wrap=True)
+    table = Table(*rows[0], title=title, title_justify="left", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*[str(value) for value in row.values()])
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    print_table(table)

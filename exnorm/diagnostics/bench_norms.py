@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from exnorm import ops
 from exnorm.config.errors import UserError
-from exnorm.config.groups import group_options
-from exnorm.diagnostics.bench import TABLES, append, interleaved, print_rows, ratios, saved_bytes
+from exnorm.diagnostics.bench import TABLES, append, bench_device, interleaved, print_rows, ratios, saved_bytes
 from exnorm.norms import Norm, reference
 from exnorm.surgery import norm_class
 
@@ -42,11 +41,11 @@ def run(
     norms: Sequence[str], shapes: Sequence[str], backends: Sequence[str], rounds: int, folder: Path = TABLES
 ) -> None:
     """Measure, print a table and append it to `norms.csv`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = bench_device()
     for name in norms:
         norm_class(name)
-    for text in shapes:
-        rows = measure(parse_shape(text), norms, backends, rounds, device)
+    for text, shape in {text: parse_shape(text) for text in shapes}.items():
+        rows = measure(shape, norms, backends, rounds, device)
         print_rows(f"{text}, with ReLU, forward and backward", rows)
         append(folder / "norms.csv", [{"shape": text, **row} for row in rows], device=device)
 
@@ -59,11 +58,11 @@ def measure(
     grad = torch.randn(shape, device=device)
     before = ops.get_backend()
     layers = {**_torch_layers(shape[1], device), **_naive_layers(shape[1], device)}
-    for backend in backends:
-        for name in norms:
-            layer = norm_class(name)(shape[1], act="relu", device=device)
-            layers[f"{name} {backend}"] = partial(_on_backend, ops.set_backend(backend), layer)
     try:
+        for backend in backends:
+            for name in norms:
+                layer = norm_class(name)(shape[1], act="relu", device=device)
+                layers[f"{name} {backend}"] = partial(_on_backend, ops.set_backend(backend), layer)
         steps = {name: partial(_step, layer, x, grad) for name, layer in layers.items()}
         steps[BASELINE]()
         start = time.perf_counter()
@@ -117,8 +116,3 @@ def _naive_layers(channels: int, device: torch.device) -> dict[str, Callable[[Te
 
 def _naive(norm: Any, formula: Callable[..., Tensor], x: Tensor) -> Tensor:
     return formula(x, dict(norm.named_parameters()), norm.eps, norm.normalizers).relu_()
-
-
-def all_norms() -> list[str]:
-    """The short names of all normalizers."""
-    return group_options("norm")

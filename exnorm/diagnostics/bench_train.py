@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exnorm import ops
 from exnorm.config.errors import UserError, suggest
-from exnorm.diagnostics.bench import TABLES, append, interleaved, print_rows, ratios, saved_bytes
+from exnorm.diagnostics.bench import TABLES, append, bench_device, interleaved, print_rows, ratios, saved_bytes
 from exnorm.surgery import convert
 
 CLASSES = 1000
@@ -47,7 +47,7 @@ def run(
     """Measure, print a table and append it to `train.csv`."""
     if not timm.is_model(model):
         raise UserError(f"unknown model; {suggest(model, timm.list_models())}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = bench_device()
     rows = measure(model, norm, batch, image_size, backend, rounds, bf16, device)
     print_rows(f"{model}, {image_size} px, {batch} images, back end {backend}", rows)
     setting = {"model": model, "image_size": image_size, "batch": batch, "precision": "bf16" if bf16 else "fp32"}

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from exnorm.config.errors import UserError
+from exnorm.config.errors import UserError, first_line
 from exnorm.config.schema import TrainConfig
 from exnorm.models import build_model
 from exnorm.runs.folder import RunFolder, rename_synced
@@ -85,7 +85,7 @@ def read(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"{broken} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # noqa: BLE001 - whatever a damaged file makes the readers raise
-        raise UserError(f"checkpoint {path} is damaged ({_first_line(problem)})") from None
+        raise UserError(f"checkpoint {path} is damaged ({first_line(problem)})") from None
 
 
 def find(folder: RunFolder, checkpoint: str) -> dict[str, Any]:
@@ -146,15 +146,11 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # noqa: BLE001 - whatever a strange file makes the readers raise
-        raise UserError(f"{path} cannot be read as weights ({_first_line(problem)})") from None
+        raise UserError(f"{path} cannot be read as weights ({first_line(problem)})") from None
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds no weights but a {type(state).__name__}")
     found = (state[key] for key in ("model", "state_dict") if isinstance(state.get(key), Mapping))
     return dict(next(found, state))
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
 
 
 def _by_step(folder: RunFolder) -> list[Path]:

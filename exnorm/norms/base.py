@@ -115,15 +115,20 @@ class Norm(nn.Module):
             if y is not None:
                 return y
         channel_dim, act = self.channel_dim, self.fused_act
-        mean_C = self.constant_mean()
-        if mean_C is None:
+        source, moments = x, self.constant_moments(x)
+        if moments is None:
             mean_NC, var_NC, source = ops.moments(x, channel_dim=channel_dim, act=act)
             moments = self._scoped(mean_NC, var_NC, x)
-        else:
-            mean_NC = mean_C.to(ops.statistics_dtype(x)).expand(x.shape[0], -1)
-            source, moments = x, Moments(mean_NC, torch.zeros_like(mean_NC), ops.length(x, channel_dim))
         scale_NC, shift_NC = self.coefficients(moments)
-        return ops.affine(source, mean_NC, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+        return ops.affine(source, moments.mean_NC, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+
+    def constant_moments(self, x: Tensor) -> Moments | None:
+        """What stands for the moments of an input where no coefficient depends on it."""
+        mean_C = self.constant_mean()
+        if mean_C is None:
+            return None
+        mean_NC = mean_C.to(ops.statistics_dtype(x)).expand(x.shape[0], -1)
+        return Moments(mean_NC, torch.zeros_like(mean_NC), ops.length(x, self.channel_dim))
 
     def scope(self) -> tuple[int, Any]:
         """BN's scope: how many replicas this device holds, and the process group that one replica spans, or None."""

@@ -135,13 +135,13 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Any, pieces: LayerPieces, buffers: dict[str, Tensor], *learned: Tensor
     ) -> Tensor:
-        ctx.constant_C = norm.constant_mean()
         ctx.channel_dim, ctx.act, ctx.length = norm.channel_dim, norm.fused_act, ops.length(x, norm.channel_dim)
-        if ctx.constant_C is None:
+        constant = norm.constant_moments(x)
+        ctx.is_constant = constant is not None
+        if constant is None:
             mean_NC, var_NC = compiled.moments(x, norm.channel_dim)
         else:
-            mean_NC = ctx.constant_C.to(ops.statistics_dtype(x)).expand(x.shape[0], -1).contiguous()
-            var_NC = torch.zeros_like(mean_NC)
+            mean_NC, var_NC = constant.mean_NC.contiguous(), constant.var_NC
         ctx.pieces, new = pieces, not pieces.gradient.compiled
         tensors = [t.detach() for t in learned]
         scale_NC, shift_NC, *read = pieces.coefficients(mean_NC, var_NC, ctx.length, *tensors, *buffers.values())
@@ -160,7 +160,7 @@ class _Layer(torch.autograd.Function):
         layout = (ctx.channel_dim, ctx.act)
         sums = compiled.affine_sums(grad, x, mean_NC, scale_NC, shift_NC, *layout)
         slope_NC, offset_NC, *dlearned = ctx.pieces.gradient(*sums, mean_NC, var_NC, ctx.length, *tensors)
-        if ctx.constant_C is not None:
+        if ctx.is_constant:
             slope_NC = offset_NC = None
         dx = None
         if ctx.needs_input_grad[0]:

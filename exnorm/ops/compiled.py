@@ -42,6 +42,11 @@ def empty_output(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     return y, flatten(y, channel_dim)[0]
 
 
+def _plain(*coefficients: Tensor) -> list[Tensor]:
+    """Coefficients as the compiled code takes them: contiguous, and outside of any graph."""
+    return [coefficient.detach().contiguous() for coefficient in coefficients]
+
+
 @functools.cache
 def _piece(primitive: Callable[..., Any], channel_dim: int, *act: str | None) -> Piece:
     """A primitive that returns (N, C) tensors."""
@@ -78,7 +83,7 @@ def affine(x: Tensor, mean_NC: Tensor, scale_NC: Tensor, shift_NC: Tensor, chann
     """See `exnorm.ops.eager.affine`."""
     flat, dim = flatten(x, channel_dim)
     y, flat_y = empty_output(x, channel_dim)
-    coefficients = [t.detach().contiguous() for t in (mean_NC, scale_NC, shift_NC)]
+    coefficients = _plain(mean_NC, scale_NC, shift_NC)
     if native.runs(flat, act):
         native.call(native.AFFINE, flat, dim, act, coefficients=coefficients, out=[flat_y])
     else:
@@ -98,7 +103,7 @@ def affine_sums(
     """See `exnorm.ops.eager.affine_sums`."""
     flat, dim = flatten(x, channel_dim)
     grad = flatten_like(grad, channel_dim, flat, dim)
-    coefficients = [t.detach().contiguous() for t in (mean_NC, scale_NC, shift_NC)]
+    coefficients = _plain(mean_NC, scale_NC, shift_NC)
     if not native.runs(flat, act):
         return _piece(eager.affine_sums, dim, act)(grad, flat, *coefficients)
     results = [torch.empty_like(coefficients[0]), torch.empty_like(coefficients[0])]
@@ -121,12 +126,12 @@ def input_gradient(
     flat, dim = flatten(x, channel_dim)
     grad = flatten_like(grad, channel_dim, flat, dim)
     dx, flat_dx = empty_output(x, channel_dim)
-    coefficients = [t.detach().contiguous() for t in (mean_NC, scale_NC, shift_NC)]
+    coefficients = _plain(mean_NC, scale_NC, shift_NC)
     if slope_NC is None or offset_NC is None:
         zero_NC = torch.zeros_like(mean_NC, memory_format=torch.contiguous_format)
         coefficients += [zero_NC, zero_NC]
     else:
-        coefficients += [slope_NC.detach().contiguous(), offset_NC.detach().contiguous()]
+        coefficients += _plain(slope_NC, offset_NC)
     if native.runs(flat, act):
         native.call(native.GRADIENT, flat, dim, act, grad=grad, coefficients=coefficients, out=[flat_dx])
     else:

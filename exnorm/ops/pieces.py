@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
+from exnorm.config.errors import first_line
+
 
 class NotCompiledError(Exception):
     """A function that could not be compiled."""
@@ -58,7 +60,7 @@ class Piece:
             with _without_saved_tensor_hooks(), _independent_sizes():
                 result = compiled(*args)
         except Exception as problem:
-            _warn_once(f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}")
+            _warn_once(f"{type(problem).__name__}: {first_line(problem)}")
             if not self.or_eager:
                 raise NotCompiledError from problem
             compiled, result = self.function, self.function(*args)

@@ -11,16 +11,24 @@ HEADERS = ("run", "state", "epoch", "top-1", "data", "model", "norm", "batch", "
 
 
 def print_runs(runs: Sequence[RunSummary]) -> None:
-    """Print one line per run; away from a terminal the table is as wide as its content."""
+    """Print one line per run."""
     table = Table(*HEADERS, box=None, pad_edge=False)
     for run in runs:
         table.add_row(*row(run))
+    if runs:
+        print_table(table)
+    else:
+        Console().print("no runs yet: type exnorm train")
+
+
+def print_table(table: Table) -> None:
+    """Print a table; away from a terminal it is as wide as its content."""
     console = Console()
     if not console.is_terminal:
         console = Console(
             width=max(80, table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum)
         )
-    console.print(table if runs else "no runs yet: type exnorm train")
+    console.print(table)
 
 
 def row(run: RunSummary) -> list[str]:

@@ -112,7 +112,7 @@ def convert(
     single = [child for _, _, child in places if _has_no_activation(child)]
     followers = following_activations(model, single) if fuse else {}
     # All are built before the first is put in, so that an error leaves the model as it was.
-    built: dict[int, nn.Module] = {}
+    built: dict[int, Norm] = {}
     for _, _, child in places:
         if id(child) not in built:
             built[id(child)] = _replacement(child, cls, _fused_activation(child, followers) if fuse else None, options)
@@ -120,7 +120,7 @@ def convert(
         if parent is None:
             return built[id(child)]
         parent._modules[name] = built[id(child)]
-    _take_over(model, {id(built[id(norm)]): act for norm, act in followers.items()})
+    _take_over(model, {act: built[id(norm)] for norm, act in followers.items()})
     if not built:
         present = Counter(_KIND_OF[type(child)] for _, _, child in _normalization_layers(model))
         kinds = ", ".join(f"{kind} ({count})" for kind, count in present.items()) or "none"
@@ -225,16 +225,14 @@ def _fused_activation(layer: nn.Module, followers: dict[nn.Module, nn.Module]) -
     return activation_name(getattr(layer, "act", None)) if own_is_last else None
 
 
-def _take_over(model: nn.Module, activations: dict[int, nn.Module]) -> None:
-    """Put an `nn.Identity` in the place of each activation, and note in its norm, given by id, where it was."""
-    paths = {module: path for path, module in model.named_modules()}
-    for norm in list(model.modules()):
-        if isinstance(norm, Norm) and id(norm) in activations:
-            norm.took_over = paths[activations[id(norm)]]
-    taken = set(activations.values())
+def _take_over(model: nn.Module, norms: dict[nn.Module, Norm]) -> None:
+    """Put an `nn.Identity` in the place of each activation, and note in its norm where it was."""
+    for path, module in model.named_modules():
+        if module in norms:
+            norms[module].took_over = path
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in taken:
+            if child in norms:
                 parent._modules[name] = nn.Identity()
 
 

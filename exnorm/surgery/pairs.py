@@ -29,7 +29,8 @@ def activation_name(module: nn.Module | None) -> str | None:
 
 def following_activations(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
     """The activation behind each of these layers, where the pair is proven; empty if the model cannot be traced."""
-    paths = {module: path for path, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    paths = {module: path for path, module in modules.items()}
     candidates = {paths[layer] for layer in layers if not _is_hooked(layer)}
     activations = {path for module, path in paths.items() if activation_name(module) and not _is_hooked(module)}
     if not candidates or not activations:
@@ -40,7 +41,6 @@ def following_activations(model: nn.Module, layers: Iterable[nn.Module]) -> dict
         pairs = [_trace(clone.train(mode), example, candidates, activations) for mode in (True, False)]
     except Exception:  # noqa: BLE001  # what the meta device cannot run proves nothing
         return {}
-    modules = dict(model.named_modules())
     return {modules[k]: modules[v] for k, v in pairs[0].items() if pairs[1].get(k) == v}
 
 
