@@ -439,6 +439,24 @@ def test_rms_norms_convert_and_keep_having_no_bias() -> None:
     assert isinstance(two_dimensional, LayerNorm) and two_dimensional.channel_dim == 1
 
 
+def test_every_normalization_class_of_timm_is_known_but_those_that_are_no_map_of_moments() -> None:
+    """The rest: batch-free activations with statistics of their own, frozen or split batch norms, containers."""
+    classes = {c for c in vars(timm.layers).values() if isinstance(c, type) and issubclass(c, nn.Module)}
+    named = {c.__name__ for c in classes - {c for kind in KINDS.values() for c in kind} if "Norm" in c.__name__}
+    evo = {f"EvoNorm2d{name}" for name in ("B0", "B1", "B2", "S0", "S0a", "S1", "S1a", "S2", "S2a")}
+    response = {"FilterResponseNormAct2d", "FilterResponseNormTlu2d", "GlobalResponseNormMlp"}
+    containers = {"ConvNormAct", "SeparableConvNormAct"}
+    heads = {"ClNormMlpClassifierHead", "NormMlpClassifierHead"}
+    assert named <= evo | response | containers | heads | {"FrozenBatchNormAct2d", "SplitBatchNorm2d"}
+
+
+def test_a_layer_without_values_goes_where_the_model_is() -> None:
+    """Its device and dtype can only be the model's."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False)).to("meta", torch.float64)
+    convert(model, "en", replace=("layer",))
+    assert all(p.device.type == "meta" and p.dtype == torch.float64 for p in model.parameters())
+
+
 def test_a_class_can_be_given_and_a_bare_layer_is_returned() -> None:
     """`norm` may be a subclass of Norm; a model that is itself a layer comes back replaced."""
     assert isinstance(exnorm.convert(nn.BatchNorm1d(6), ExemplarNorm, pi=3), ExemplarNorm)

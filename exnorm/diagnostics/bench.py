@@ -55,14 +55,14 @@ def ratios(seconds: list[float], baseline: list[float]) -> dict[str, float]:
 
 def saved_bytes(forward: Callable[[], Any], *, exclude: Iterable[Tensor] = ()) -> int:
     """Bytes of the storages that a forward saves for its backward, each counted once, without the given tensors."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    known = {tensor.untyped_storage()._cdata for tensor in exclude}
     found: dict[int, int] = {}
     kept: list[Any] = []  # a storage that was freed could be counted again under its address
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in known:
+            found[storage._cdata] = storage.nbytes()
         kept.append(tensor)
         return tensor
 
@@ -123,14 +123,32 @@ def write_tables(folder: Path) -> None:
         columns += ["saved_mib", "peak_mib", "first_step_s"]
         for device, group in rows.groupby("device", sort=False):
             note = f"On {device}; torch {group.torch.iloc[-1]}; `ratio` is the time of a step over timm's."
-            parts += ["## Training steps", note, markdown(group.set_index("model")[columns].fillna(""))]
+            parts += ["## Training steps", note, markdown(group.set_index("model").filter(columns).fillna(""))]
+    if (folder / "timm_coverage.csv").exists():
+        rows = pd.read_csv(folder / "timm_coverage.csv")
+        note = (
+            f"`scripts/timm_coverage.py`: timm {rows.timm.iloc[-1]}, each architecture with each kind of its layers "
+            "converted to EN and trained a step; what is too large for the memory on the meta device."
+        )
+        parts += ["## timm's architectures", note, markdown(coverage(rows))]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def coverage(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per kind of layer, and in all: architectures, converted ones, those of them on the meta device, failed ones."""
+    rows = rows.query("result != 'nothing to convert'")
+    lines = {}
+    for kind, group in [*rows.fillna({"kind": "?"}).groupby("kind"), ("all", rows)]:
+        failed = group[group.result == "failed"].architecture.nunique()
+        total, on_meta = group.architecture.nunique(), group[group.device == "meta"].architecture.nunique()
+        lines[kind] = [total, total - failed, f"{100 * (total - failed) / total:.1f} %", on_meta, failed]
+    columns = ["architectures", "converted", "share", "on meta", "failed"]
+    return pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("kind")
 
 
 def newest(path: Path, key: list[str]) -> pd.DataFrame:
     """The last row of each key."""
-    rows = pd.read_csv(path)
-    return rows.drop_duplicates(key, keep="last")
+    return pd.DataFrame(pd.read_csv(path).drop_duplicates(key, keep="last"))
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -12,12 +12,32 @@ from typing import Any, NamedTuple
 
 import timm.layers
 import torch
-from torch import nn
+from timm.models import metaformer
+from torch import Tensor, nn
 
 from exnorm.config.groups import group_options, option_values
 from exnorm.norms import BatchScopeNorm, Norm
 from exnorm.surgery.pairs import activation_name, following_activations
 
+_CHANNELS_LAST: dict[str, tuple[type[nn.Module], ...]] = {
+    "layer": (
+        nn.LayerNorm,
+        timm.layers.LayerNorm,
+        timm.layers.LayerNormFp32,
+        timm.layers.LayerNormAct,
+        timm.layers.LayerNormActFp32,
+        metaformer.LayerNormNoBias,
+    ),
+    "rms": (
+        nn.RMSNorm,
+        timm.layers.RmsNorm,
+        timm.layers.RmsNormFp32,
+        timm.layers.RmsNormAct,
+        timm.layers.RmsNormActFp32,
+        timm.layers.SimpleNorm,
+        timm.layers.SimpleNormFp32,
+    ),
+}
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "batch": (
         nn.BatchNorm1d,
@@ -33,20 +53,28 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
         timm.layers.GroupNorm1,
         timm.layers.GroupNormAct,
         timm.layers.GroupNorm1Act,
+        metaformer.GroupNorm1NoBias,
     ),
-    "layer2d": (timm.layers.LayerNorm2d, timm.layers.LayerNormAct2d),
-    "layer": (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormAct),
-    "rms": (nn.RMSNorm, timm.layers.RmsNorm, timm.layers.RmsNorm2d),
+    "layer2d": (
+        timm.layers.LayerNorm2d,
+        timm.layers.LayerNorm2dFp32,
+        timm.layers.LayerNormAct2d,
+        timm.layers.LayerNormAct2dFp32,
+        metaformer.LayerNorm2dNoBias,
+    ),
+    "layer": _CHANNELS_LAST["layer"],
+    "rms": (
+        *_CHANNELS_LAST["rms"],
+        timm.layers.RmsNorm2d,
+        timm.layers.RmsNorm2dFp32,
+        timm.layers.RmsNormAct2d,
+        timm.layers.RmsNormAct2dFp32,
+        timm.layers.SimpleNorm2d,
+        timm.layers.SimpleNorm2dFp32,
+    ),
 }
 _KIND_OF = {cls: kind for kind, classes in KINDS.items() for cls in classes}
 _SYNCHRONIZED = (nn.SyncBatchNorm, timm.layers.SyncBatchNormAct)
-_CHANNELS_LAST_KINDS = (
-    nn.LayerNorm,
-    timm.layers.LayerNorm,
-    timm.layers.LayerNormAct,
-    nn.RMSNorm,
-    timm.layers.RmsNorm,
-)
 _WRAPPERS = (
     "DistributedDataParallel",
     "DataParallel",
@@ -111,11 +139,13 @@ def convert(
     places = [place for place in _normalization_layers(model) if _KIND_OF[type(place[2])] in replace]
     single = [child for _, _, child in places if _has_no_activation(child)]
     followers = following_activations(model, single) if fuse else {}
+    like = next(model.parameters(), None)  # for layers without values of their own
     # All are built before the first is put in, so that an error leaves the model as it was.
     built: dict[int, Norm] = {}
     for _, _, child in places:
         if id(child) not in built:
-            built[id(child)] = _replacement(child, cls, _fused_activation(child, followers) if fuse else None, options)
+            act = _fused_activation(child, followers) if fuse else None
+            built[id(child)] = _replacement(child, cls, act, like, options)
     for parent, name, child in places:
         if parent is None:
             return built[id(child)]
@@ -236,17 +266,16 @@ def _take_over(model: nn.Module, norms: dict[nn.Module, Norm]) -> None:
                 parent._modules[name] = nn.Identity()
 
 
-def _replacement(layer: nn.Module, cls: type[Norm], act: str | None, options: dict[str, Any]) -> Norm:
-    weight, running_mean = (
-        getattr(layer, "weight", None),
-        getattr(layer, "running_mean", None),
-    )
-    like = weight if weight is not None else running_mean
+def _replacement(
+    layer: nn.Module, cls: type[Norm], act: str | None, fallback: Tensor | None, options: dict[str, Any]
+) -> Norm:
+    weight, running_mean = (getattr(layer, name, None) for name in ("weight", "running_mean"))
+    like = next((tensor for tensor in (weight, running_mean, fallback) if tensor is not None), None)
     inherited: dict[str, Any] = {
         "eps": layer.eps if layer.eps is not None else 1e-5,
         "affine": weight is not None,
     }
-    inherited["channel_dim"] = -1 if type(layer) in _CHANNELS_LAST_KINDS else 1
+    inherited["channel_dim"] = -1 if type(layer) in _CHANNELS_LAST.get(_KIND_OF[type(layer)], ()) else 1
     if like is not None:
         inherited |= {"device": like.device, "dtype": like.dtype}
     if issubclass(cls, BatchScopeNorm) and _KIND_OF[type(layer)] == "batch":

@@ -1,0 +1,233 @@
+"""Which of timm's architectures convert to EN and train a step; into results/bench/timm_coverage.csv.
+
+python scripts/timm_coverage.py                     all of them, a few hours on 2 cores; goes on where it was stopped
+python scripts/timm_coverage.py --only 'resnet*'    those that match; --again measures what has a row already
+
+A row per architecture and kind of normalization layer (`replace=`), each in a process of its own: that kind is
+converted to EN, and a forward, a backward and a step of SGD must leave every parameter finite and reach every layer
+that ran. Kind `batch` is converted to `bn` as well, which must leave the outputs of both modes as they were, in
+float64. What needs more memory than --memory-gib runs on the meta device: shapes, no values.
+"""
+
+import csv
+import fnmatch
+import multiprocessing
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import exnorm
+from exnorm.config.errors import first_line
+from exnorm.diagnostics.bench import TABLES, saved_bytes, write_tables
+from exnorm.norms import Norm
+from exnorm.runs.provenance import collect
+from exnorm.surgery import KINDS
+
+BATCH = 2
+SMALL_PX = 128  # for a network that takes any size; four positions at a stride of 64
+BN_TOLERANCE = 1e-6  # of the largest output, in float64
+Row = dict[str, Any]
+
+
+def input_size(model: nn.Module) -> tuple[int, ...]:
+    """The smallest sensible input of an architecture, (channels, height, width)."""
+    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    if config.get("fixed_input_size"):
+        return tuple(config["input_size"])
+    if config.get("min_input_size"):
+        return tuple(config["min_input_size"])
+    return tuple(min(size, SMALL_PX) for size in config["input_size"])
+
+
+def kinds_in(model: nn.Module) -> list[str]:
+    """The kinds of normalization that a model has."""
+    types = {type(module) for module in model.modules()}
+    return [kind for kind, classes in KINDS.items() if types & set(classes)]
+
+
+def build(name: str, device: str) -> nn.Module:
+    """A fresh model with random values, the same each time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return timm.create_model(name, pretrained=False)
+
+
+def run(model: nn.Module, size: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The floating-point outputs for the same batch each time."""
+    torch.manual_seed(1)
+    x = torch.randn(BATCH, *size, dtype=dtype).to(device)
+    return [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def needed_gib(name: str) -> float:
+    """Memory of a training step: what the backward keeps, and the weights four times over (float64 or gradients)."""
+    model = build(name, "meta").train()
+    parameters = list(model.parameters())
+    saved = saved_bytes(lambda: run(model, input_size(model), "meta"), exclude=parameters)
+    return (saved + 4 * sum(p.nbytes for p in parameters)) / 2**30
+
+
+def train_step(model: nn.Module, size: tuple[int, ...], device: str) -> None:
+    """A step of SGD; every normalizer that ran has gradients, and everything is finite."""
+    ran: list[Norm] = []
+    for module in model.modules():
+        if isinstance(module, Norm):
+            module.register_forward_hook(lambda module, *_: ran.append(module))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    outputs = run(model.train(), size, device)
+    torch.stack([y.square().mean() for y in outputs]).sum().backward()
+    assert ran, "no converted layer ran"
+    for norm in ran:
+        missing = [name for name, p in norm.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing, f"no gradient for {missing[0]} of a {norm.replaced}"
+    optimizer.step()
+    if device != "meta":
+        assert all(y.isfinite().all() for y in outputs), "an output is not finite"
+        bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        assert not bad, f"{bad[0]} is not finite after a step"
+
+
+def bn_difference(name: str, size: tuple[int, ...]) -> float:
+    """How far the outputs move when BN is replaced by our BN, over the largest output, in both modes."""
+
+    def outputs(model: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            return [y for mode in (True, False) for y in run(model.train(mode), size, "cpu", torch.float64)]
+
+    expected = outputs(build(name, "cpu").double())
+    got = outputs(exnorm.convert(build(name, "cpu").double(), "bn", replace=("batch",)))
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, got, strict=True))
+
+
+def examine(name: str, memory_gib: float) -> Iterator[Row]:
+    """The rows of one architecture."""
+    device = "cpu" if needed_gib(name) <= memory_gib else "meta"
+    model = build(name, "meta")
+    size = input_size(model)
+    parameters_m = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+    common = {"input": "x".join(map(str, (BATCH, *size))), "parameters_m": parameters_m}
+    if not kinds_in(model):
+        yield {**common, "result": "nothing to convert"}
+    for kind in kinds_in(model):
+        start, row = time.perf_counter(), {**common, "kind": kind, "device": device, "result": "converted"}
+        try:
+            converted = exnorm.convert(build(name, device), "en", replace=(kind,))
+            norms = [module for module in converted.modules() if isinstance(module, Norm)]
+            row |= {"layers": len(norms), "fused": sum(norm.fused_act is not None for norm in norms)}
+            assert kind not in kinds_in(converted), f"layers of kind {kind} are left"
+            train_step(converted, size, device)
+            if kind == "batch" and device == "cpu":
+                row["bn_difference"] = f"{bn_difference(name, size):.1e}"
+                assert float(row["bn_difference"]) <= BN_TOLERANCE, f"bn differs by {row['bn_difference']}"
+        except Exception as problem:  # noqa: BLE001  # whatever it is, it is the finding
+            row |= {"result": "failed", "error": f"{type(problem).__name__}: {first_line(problem)}"[:200]}
+        yield {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def child(name: str, memory_gib: float, sender: Connection) -> None:
+    """What the process of one architecture does."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        sender.send(list(examine(name, memory_gib)))
+    except Exception as problem:  # noqa: BLE001  # timm's own failure, too
+        sender.send([{"result": "failed", "error": f"{type(problem).__name__}: {first_line(problem)}"[:200]}])
+
+
+def in_a_process(name: str, memory_gib: float, limit_s: float) -> list[Row]:
+    """The rows of one architecture, or one that says how its process ended."""
+    context = multiprocessing.get_context("forkserver")  # torch and timm are imported once
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(name, memory_gib, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(limit_s):
+            return receiver.recv()
+        return [{"result": "failed", "error": f"took longer than {limit_s:g} s"}]
+    except EOFError:
+        process.join()
+        return [{"result": "failed", "error": f"its process ended with code {process.exitcode}"}]
+    finally:
+        process.kill()
+        process.join()
+
+
+COLUMNS = ["architecture", "kind", "result", "device", "input", "parameters_m", "layers", "fused", "bn_difference"]
+COLUMNS += ["seconds", "error", "timm", "torch", "exnorm", "commit"]
+
+
+def read(path: Path) -> dict[str, list[Row]]:
+    """The rows of each architecture in a CSV; none if there is no file."""
+    found: dict[str, list[Row]] = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(row["architecture"], []).append(row)
+    return found
+
+
+def write(path: Path, found: dict[str, list[Row]]) -> None:
+    """The CSV as a whole, sorted by architecture, in place of the old one."""
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for _, rows in sorted(found.items()):
+            writer.writerows(rows)
+    part.replace(path)
+
+
+def main(
+    only: Annotated[str, typer.Option(help="a pattern of names, such as 'resnet*'")] = "*",
+    again: Annotated[bool, typer.Option("--again", help="measure also what was converted before")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="processes at a time")] = 2,
+    limit_s: Annotated[float, typer.Option(help="seconds for one architecture")] = 900,
+    memory_gib: Annotated[float, typer.Option(help="of one process; what needs more runs on the meta device")] = 7,
+    out: Annotated[Path, typer.Option(help="the CSV to go on with")] = TABLES / "timm_coverage.csv",
+) -> None:
+    """Convert timm's architectures to EN, train a step with each, and record what came of it."""
+    names = [name for name in timm.list_models() if fnmatch.fnmatch(name, only)]
+    if not names:
+        raise typer.BadParameter(f"no architecture of timm matches {only!r}; allowed: a pattern such as 'resnet*'")
+    found = read(out)
+    facts = collect([])
+    origin = {"timm": timm.__version__, "torch": facts["versions"]["torch"], "exnorm": exnorm.__version__}
+    origin["commit"] = (facts["git"] or {}).get("commit", "")[:12]
+    todo = [n for n in names if again or not found.get(n) or any(r["result"] == "failed" for r in found[n])]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["timm", "exnorm.surgery"])
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(in_a_process, name, memory_gib, limit_s): name for name in todo}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                name = futures[future]
+                found[name] = [{"architecture": name, **row, **origin} for row in future.result()]
+                write(out, found)
+                for row in found[name]:
+                    print(
+                        f"{done}/{len(todo)}", name, *(row.get(k, "") for k in ("kind", "result", "error")), flush=True
+                    )
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            sys.exit(130)
+    write_tables(out.parent)
+    failed = [name for name in names if any(row["result"] == "failed" for row in found[name])]
+    having = [name for name in names if any(row["result"] != "nothing to convert" for row in found[name])]
+    print(f"{len(having) - len(failed)} of {len(having)} architectures with a normalization layer converted")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
