@@ -6,7 +6,8 @@ python scripts/timm_coverage.py --only 'resnet*'    those that match; --again me
 A row per architecture and kind of normalization layer (`replace=`), each in a process of its own: that kind is
 converted to EN, and a forward, a backward and a step of SGD must leave every parameter finite and reach every layer
 that ran. Kind `batch` is converted to `bn` as well, which must leave the outputs of both modes as they were, in
-float64. What needs more memory than --memory-gib runs on the meta device: shapes, no values.
+float64, up to 1e-6 or what a change of the input's last digit does: deep networks on two images are chaotic in
+training. What needs more memory than --memory-gib runs on the meta device: shapes, no values.
 """
 
 import csv
@@ -37,6 +38,7 @@ from exnorm.surgery import KINDS
 BATCH = 2
 SMALL_PX = 128  # for a network that takes any size; four positions at a stride of 64
 BN_TOLERANCE = 1e-6  # of the largest output, in float64
+NOISE_FACTOR = 100  # rounding happens in every layer, the change that stands for it only in the first
 Row = dict[str, Any]
 
 
@@ -63,10 +65,12 @@ def build(name: str, device: str) -> nn.Module:
         return timm.create_model(name, pretrained=False)
 
 
-def run(model: nn.Module, size: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def run(
+    model: nn.Module, size: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, factor: float = 1
+) -> list[Tensor]:
     """The floating-point outputs for the same batch each time."""
     torch.manual_seed(1)
-    x = torch.randn(BATCH, *size, dtype=dtype).to(device)
+    x = torch.randn(BATCH, *size, dtype=dtype).to(device) * factor
     return [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
@@ -98,16 +102,35 @@ def train_step(model: nn.Module, size: tuple[int, ...], device: str) -> None:
         assert not bad, f"{bad[0]} is not finite after a step"
 
 
-def bn_difference(name: str, size: tuple[int, ...]) -> float:
-    """How far the outputs move when BN is replaced by our BN, over the largest output, in both modes."""
+def bn_difference(name: str, size: tuple[int, ...]) -> Row:
+    """How far the outputs move when BN is replaced by our BN, over the largest output, and what is allowed."""
 
-    def outputs(model: nn.Module) -> list[Tensor]:
+    def outputs(model: nn.Module, training: bool, factor: float = 1) -> list[Tensor]:
         with torch.no_grad():
-            return [y for mode in (True, False) for y in run(model.train(mode), size, "cpu", torch.float64)]
+            return run(model.train(training), size, "cpu", torch.float64, factor)
 
-    expected = outputs(build(name, "cpu").double())
-    got = outputs(exnorm.convert(build(name, "cpu").double(), "bn", replace=("batch",)))
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, got, strict=True))
+    original = _with_statistics(build(name, "cpu").double())
+    converted = exnorm.convert(_with_statistics(build(name, "cpu").double()), "bn", replace=("batch",))
+    evaluated = _distance(outputs(converted, False), outputs(original, False))
+    expected = outputs(original, True)
+    trained = _distance(outputs(converted, True), expected)
+    noise = _distance(outputs(original, True, factor=1 + torch.finfo(torch.float64).eps), expected)
+    assert evaluated <= BN_TOLERANCE, f"bn differs by {evaluated:.1e} in evaluation"
+    assert trained <= max(BN_TOLERANCE, NOISE_FACTOR * noise), f"bn differs by {trained:.1e}, rounding by {noise:.1e}"
+    return {"bn_difference": f"{max(evaluated, trained):.1e}", "bn_noise": f"{noise:.1e}"}
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    """The model with running statistics other than 0 and 1, the same each time."""
+    torch.manual_seed(2)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith(("running_mean", "running_var")):
+            buffer.add_(torch.rand_like(buffer) / 2)
+    return model
+
+
+def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
 
 
 def examine(name: str, memory_gib: float) -> Iterator[Row]:
@@ -128,8 +151,7 @@ def examine(name: str, memory_gib: float) -> Iterator[Row]:
             assert kind not in kinds_in(converted), f"layers of kind {kind} are left"
             train_step(converted, size, device)
             if kind == "batch" and device == "cpu":
-                row["bn_difference"] = f"{bn_difference(name, size):.1e}"
-                assert float(row["bn_difference"]) <= BN_TOLERANCE, f"bn differs by {row['bn_difference']}"
+                row |= bn_difference(name, size)
         except Exception as problem:  # noqa: BLE001  # whatever it is, it is the finding
             row |= {"result": "failed", "error": f"{type(problem).__name__}: {first_line(problem)}"[:200]}
         yield {**row, "seconds": round(time.perf_counter() - start, 1)}
@@ -165,7 +187,7 @@ def in_a_process(name: str, memory_gib: float, limit_s: float) -> list[Row]:
 
 
 COLUMNS = ["architecture", "kind", "result", "device", "input", "parameters_m", "layers", "fused", "bn_difference"]
-COLUMNS += ["seconds", "error", "timm", "torch", "exnorm", "commit"]
+COLUMNS += ["bn_noise", "seconds", "error", "timm", "torch", "exnorm", "commit"]
 
 
 def read(path: Path) -> dict[str, list[Row]]:
