@@ -1,18 +1,28 @@
 """Back ends: as accurate as eager torch in every dtype and memory format, and equal trainings whichever runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.utils.checkpoint
-from norm_cases import NORMS, SHAPES, assert_same, build, draw, gradients, randomize, state
+from norm_cases import SHAPES, assert_same, build, draw, gradients, randomize, state
 from torch import Tensor, nn
 
 from exnorm import ops
-from exnorm.norms import InstanceNorm, Moments, Norm
-from exnorm.ops import native
+from exnorm.norms import (
+    BatchNorm,
+    InstanceNorm,
+    Moments,
+    Norm,
+    coefficient_code,
+    coefficient_graphs,
+    compiled_layer,
+)
+from exnorm.ops import ahead, native
+from exnorm.surgery import convert
 
 torch.set_num_threads(1)
 
@@ -123,53 +133,155 @@ def run_layer(norm: Norm, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), **gradients(y, x, norm, grad), **state(norm)}
 
 
+# Each pair compiles for half a minute: those that differ in what they read; LN is compiled in the tests below.
+MODES = [("bn", True), ("gn", True), ("sn", True), ("en", True), ("en", False)]
+
+
 @pytest.mark.slow
-@compiling
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(("name", "training"), MODES)
 def test_a_compiled_layer_equals_the_eager_one(name: str, training: bool) -> None:
-    """Output, every gradient and the buffers, for sizes that were equal at compilation and are not later."""
-    ops.set_backend("compiled")
+    """Output, every gradient and the buffers; one sample, one group of channels and any others on the same code."""
     options: dict[str, Any] = {} if name in ("bn", "in", "ln") else {"act": "relu"}
-    for step, size in enumerate([(6, 6, 6, 6), (4, 12, 3, 5), (6, 6, 6), (2, 18, 2, 3, 4)]):
+    for size in [(6, 6, 6, 6), (4, 18, 3, 5), (1, 6, 6), (2, 30, 2, 3, 4)]:
         results = []
         for backend in ("eager", "compiled"):
             ops.set_backend(backend)
             norm = build(name, size[1], **options).train(training)
             results.append(run_layer(norm, draw(*size), draw(*size, seed=4)))
         assert_same(results[1], results[0], rtol=1e-6, atol=1e-8)
-        if step == 1 and name == "bn":
-            torch.compiler.reset()  # throws the compiled code away, and with it what was assumed of sizes
+    code = coefficient_code.code_of(norm, draw(2, 3), gradient=True)
+    assert code is not None and code.gradient is not None, "nothing was compiled"
 
 
 @pytest.mark.slow
+def test_a_compiled_layer_works_under_activation_checkpointing() -> None:
+    """Recomputed in the backward, with the same gradients; compiled although the first call is a checkpointed one."""
+    results = []
+    for backend in ("eager", "compiled"):
+        ops.set_backend(backend)
+        norm = build("ln", eps=1e-3)  # an eps of its own: nothing is compiled yet
+        x = draw(*SHAPES[4]).requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False)
+        results.append({"y": y.detach(), **gradients(y, x, norm, draw(*SHAPES[4], seed=6))})
+    assert_same(results[1], results[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_code_is_found_again_without_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has compiled nothing yet loads what another one left."""
+    ops.set_backend("compiled")
+    size = SHAPES[4]
+    results = [run_layer(build("ln", eps=1e-3), draw(*size), draw(*size, seed=4))]
+    monkeypatch.setattr(compiled_layer, "_codes", {})
+    monkeypatch.setattr(coefficient_code, "_codes", {})
+    monkeypatch.setattr(coefficient_code, "trace", lambda *_: pytest.fail("traced again"))
+    results.append(run_layer(build("ln", eps=1e-3), draw(*size), draw(*size, seed=4)))
+    assert_same(results[1], results[0], rtol=0, atol=0)
+
+
+def scaled_by(factor: float) -> type[Norm]:
+    """A normalizer of the user's, with statistics that it reads and moves in the same forward."""
+
+    class Scaled(BatchNorm):
+        def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+            assert self.running_var is not None
+            scale_NC, shift_NC = super().coefficients(moments)
+            return scale_NC * self.running_var.clone() * factor, shift_NC
+
+    return Scaled
+
+
+def run_users_class(factor: float, backend: str, run: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `run` makes of a layer of `scaled_by(factor)`."""
+    ops.set_backend(backend)
+    norm = scaled_by(factor)(6, dtype=torch.float64)
+    randomize(norm)
+    return run(norm, draw(*SHAPES[4]), draw(*SHAPES[4], seed=4))
+
+
+@pytest.mark.slow
+def test_a_users_class_has_code_of_its_own() -> None:
+    """The backward sees the buffers as the forward did; a class of the same name and another formula is another."""
+    results = [run_users_class(2.0, backend, run_layer) for backend in ("eager", "compiled")]
+    assert_same(results[1], results[0], rtol=1e-6, atol=1e-8)
+    with torch.no_grad():
+        results = [
+            run_users_class(3.0, backend, lambda norm, x, _: {"y": norm(x), **state(norm)})
+            for backend in ("eager", "compiled")
+        ]
+    assert_same(results[1], results[0], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_both_ways_to_compile_a_graph_agree() -> None:
+    """For this process, as on a GPU, and as the graph says; sizes other than those that it was traced with."""
+    norm = build("en", 12, reduction=3)
+    graph = coefficient_graphs.trace(norm, torch.float64, torch.device("cpu"), 2).coefficients
+    moments = [torch.rand(4, 12, dtype=torch.float64) for _ in range(2)]
+    sizes, length = torch.empty(4, 1), torch.tensor(5.0, dtype=torch.float64)
+    tensors = [t.detach() for t in (*norm.parameters(), *norm.buffers())]
+    expected = graph(sizes, length, *moments, *[t.clone() for t in tensors])
+    got = ahead.compile_here(graph)([sizes, length, *moments, *[t.clone() for t in tensors]])
+    for left, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+
+
+class _Undeclared(InstanceNorm):
+    """A normalizer with a parameter of C values that `channel_shapes` does not name."""
+
+    def __init__(self, num_features: int, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.gain = nn.Parameter(torch.full((num_features,), 2.0, dtype=torch.float64))
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        scale_NC, shift_NC = super().coefficients(moments)
+        return scale_NC * self.gain, shift_NC
+
+
+def test_a_tensor_that_grows_unnamed_is_seen_and_not_compiled_for_one_size() -> None:
+    """One warning; the result is the eager one for every number of channels."""
+    ops.set_backend("compiled")
+    narrow, wide = draw(2, 6, 3, 3), draw(2, 18, 3, 3)
+    with pytest.warns(UserWarning, match="could not be compiled and runs eagerly"):
+        y = _Undeclared(6, dtype=torch.float64)(narrow)
+    torch.testing.assert_close(y, 2 * nn.functional.instance_norm(narrow))
+    torch.testing.assert_close(_Undeclared(18, dtype=torch.float64)(wide), 2 * nn.functional.instance_norm(wide))
+
+
+def test_parameters_that_are_not_contiguous_are_read_right() -> None:
+    """The compiled code reads plain memory; such a layer runs eagerly."""
+    results = []
+    for backend in ("eager", "compiled"):
+        ops.set_backend(backend)
+        norm = build("en")
+        norm.weight = nn.Parameter(norm.weight.detach().t().contiguous().t())
+        results.append(run_layer(norm, draw(*SHAPES[4]), draw(*SHAPES[4], seed=4)))
+    assert_same(results[1], results[0], rtol=1e-6, atol=1e-8)
+
+
 @compiling
-@pytest.mark.parametrize("name", ["bn", "en"])
-def test_a_compiled_layer_saves_its_input_and_nothing_else_as_large(name: str) -> None:
-    """The bytes saved for backward, over deduplicated storages; the hooks do not keep the layer from compiling."""
+def test_a_reset_of_torchs_compiler_does_no_harm(without_native: None) -> None:
+    """It throws the compiled code away, and with it what was assumed of sizes."""
+    ops.set_backend("compiled")
+    x = draw(*SHAPES[4])
+    before = ops.moments(x)[:2]
+    torch.compiler.reset()
+    for left, right in zip(ops.moments(x)[:2], before, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_saves_its_input_and_nothing_else_as_large() -> None:
+    """The bytes saved for backward, over deduplicated storages."""
     ops.set_backend("compiled")
     x = draw(4, 6, 32, 32).requires_grad_()
-    norm, saved = build(name, eps=1e-4), {}  # an eps of its own: nothing is compiled yet
+    norm, saved = build("en"), {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
     ):
         norm(x)
     assert saved.pop(x.untyped_storage().data_ptr()) == x.numel() * 8
     assert sum(saved.values()) < 0.1 * x.numel() * 8
-
-
-@pytest.mark.slow
-@compiling
-def test_a_compiled_layer_works_under_activation_checkpointing() -> None:
-    """Recomputed in the backward, with the same gradients; compiled although the first call is a checkpointed one."""
-    results = []
-    for backend in ("eager", "compiled"):
-        ops.set_backend(backend)
-        norm = build("ln", eps=1e-3)
-        x = draw(*SHAPES[4]).requires_grad_()
-        y = torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False)
-        results.append({"y": y.detach(), **gradients(y, x, norm, draw(*SHAPES[4], seed=6))})
-    assert_same(results[1], results[0], rtol=1e-9, atol=1e-12)
 
 
 class _Untraceable(InstanceNorm):
@@ -222,27 +334,46 @@ def test_a_library_that_does_not_build_is_said_and_done_without(
         native._library.cache_clear()
 
 
+def losses_of(model: nn.Module, run: Callable[[Tensor], Tensor], size: tuple[int, ...], steps: int) -> Tensor:
+    """The losses of a training by SGD, on random images of four classes."""
+    x, labels = draw(*size), torch.arange(size[0]) % 4
+    run(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(run(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
 @pytest.mark.slow
-@compiling
 @pytest.mark.parametrize("name", ["bn", "en"])
 def test_a_hundred_steps_have_the_same_losses_on_either_back_end(name: str) -> None:
-    """A small network trained by SGD: the loss curves agree within rounding."""
-    x, labels = draw(64, 3, 8, 8), torch.arange(64) % 4
+    """A small network: the loss curves agree within rounding."""
     curves = []
     for backend in ("eager", "compiled"):
         ops.set_backend(backend)
         torch.manual_seed(0)
         layers = [nn.Conv2d(3, 6, 3), build(name, act="relu"), nn.Conv2d(6, 6, 3), build(name, act="relu", seed=1)]
         model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4)).double()
-        model(x)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        losses = []
-        for _ in range(100):
-            loss = nn.functional.cross_entropy(model(x), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(torch.tensor(losses))
+        curves.append(losses_of(model, model, (64, 3, 8, 8), 100))
     assert curves[0][-1] < 0.5 * curves[0][0]
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+@compiling
+def test_a_backbone_traced_as_a_whole_is_one_graph_with_the_same_losses() -> None:
+    """timm's ResNet with fused activations, as `trainer.compile` takes it; the layers' back end has no part in it."""
+    curves = []
+    for compile_whole in (False, True):
+        torch.manual_seed(0)
+        model = convert(timm.create_model("test_resnet", num_classes=4), "en").double()
+        assert any(isinstance(module, Norm) and module.fused_act for module in model.modules())
+        ops.set_backend("compiled" if compile_whole else "eager")
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compile_whole else model
+        curves.append(losses_of(model, run, (8, 3, 64, 64), 20))
     torch.testing.assert_close(curves[0], curves[1], rtol=1e-6, atol=1e-8)

@@ -5,6 +5,7 @@ A normalizer is a subclass of `Norm` with `coefficients(moments) -> (scale, shif
 `ratios(moments) -> dict[str, Tensor]`. Legend: N batch, C channels, L positions.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from exnorm import ops
 from exnorm.norms import compiled_layer
 from exnorm.norms.statistics import Moments
+
+_LANES = 16  # floats of the widest vector registers
 
 
 class Norm(nn.Module):
@@ -75,6 +78,15 @@ class Norm(nn.Module):
     def affine_shape(self) -> tuple[int, ...]:
         """The shape of `weight` and `bias`."""
         return (self.num_features,)
+
+    def channel_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters and buffers that grow with `num_features`."""
+        shape = self.affine_shape()
+        return {"weight": shape, "bias": shape}
+
+    def channel_multiple(self) -> int:
+        """A divisor of C, by which the small graph is compiled: for C = so many times a free size."""
+        return math.gcd(self.num_features, _LANES)
 
     def reset_parameters(self) -> None:
         """weight 1, bias 0."""

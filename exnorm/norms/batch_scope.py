@@ -71,6 +71,10 @@ class BatchScopeNorm(Norm):
             self.register_buffer("pending_var", torch.zeros(num_features, **factory), persistent=False)
             self.register_buffer("pending_count", torch.zeros((), **factory), persistent=False)
 
+    def channel_shapes(self) -> dict[str, tuple[int, ...]]:
+        names = ("running_mean", "running_var", "pending_mean", "pending_var")
+        return {**super().channel_shapes(), **dict.fromkeys(names, (self.num_features,))}
+
     def reset_running_stats(self) -> None:
         """running_mean 0, running_var 1, num_batches_tracked 0."""
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:

@@ -92,9 +92,9 @@ class ExemplarNorm(BatchScopeNorm):
         self.pi, self.hidden_act, self.initial = pi, hidden_act, initial
         count = len(self.normalizers)
         factory = {"device": options.get("device"), "dtype": options.get("dtype")}
-        outputs = num_features // self.reduction
-        self.conv_weight = nn.Parameter(torch.empty(outputs, self.reduction, **factory)) if conv else None
-        self.conv_bias = nn.Parameter(torch.empty(outputs, **factory)) if conv and conv_bias else None
+        shapes = self.channel_shapes()
+        self.conv_weight = nn.Parameter(torch.empty(shapes["conv_weight"], **factory)) if conv else None
+        self.conv_bias = nn.Parameter(torch.empty(shapes["conv_bias"], **factory)) if conv and conv_bias else None
         self.fc1_weight = nn.Parameter(torch.empty(pi * count, count * count, **factory))
         self.fc1_bias = nn.Parameter(torch.empty(pi * count, **factory))
         self.fc2_weight = nn.Parameter(torch.empty(count, pi * count, **factory))
@@ -103,6 +103,14 @@ class ExemplarNorm(BatchScopeNorm):
 
     def affine_shape(self) -> tuple[int, ...]:
         return (self.num_features,) if self.shared_affine else (len(self.normalizers), self.num_features)
+
+    def channel_shapes(self) -> dict[str, tuple[int, ...]]:
+        outputs = self.num_features // self.reduction
+        own: dict[str, tuple[int, ...]] = {"conv_weight": (outputs, self.reduction), "conv_bias": (outputs,)}
+        return {**super().channel_shapes(), **own}
+
+    def channel_multiple(self) -> int:
+        return math.lcm(super().channel_multiple(), self.reduction)
 
     @torch.no_grad()
     def reset_ratios(self) -> None:
@@ -163,7 +171,7 @@ class ExemplarNorm(BatchScopeNorm):
             return torch.zeros_like(like_NC) if pooled_NC is None else pooled_NC
         conv_weight = self.conv_weight.to(like_NC.dtype)
         if pooled_NC is None:
-            row_NG = like_NC.new_zeros(len(like_NC), len(conv_weight))
+            row_NG = like_NC.new_zeros(like_NC.shape[0], conv_weight.shape[0])
         else:
             row_NG = (pooled_NC.unflatten(1, (-1, self.reduction)) * conv_weight).sum(2)
         return row_NG if self.conv_bias is None else row_NG + self.conv_bias.to(like_NC.dtype)

@@ -8,6 +8,7 @@ Equals `torch.nn.GroupNorm` where `num_groups` divides the channels. Where it do
 largest divisor of C that is at most `num_groups` is taken, so that one setting fits every layer of a backbone.
 """
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +32,9 @@ class GroupNorm(Norm):
     def __init__(self, num_features: int, *, num_groups: int = 32, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.num_groups = largest_divisor(num_features, num_groups, "GroupNorm: num_groups")
+
+    def channel_multiple(self) -> int:
+        return math.lcm(super().channel_multiple(), self.num_groups)
 
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)

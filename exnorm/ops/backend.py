@@ -15,8 +15,8 @@ _name: str | None = None
 def set_backend(name: str) -> str:
     """Choose the back end of every normalizer in this process and return the name of what was chosen.
 
-    `auto`, which holds where nobody chooses, is `eager`: `compiled` trains faster once it has compiled, which takes
-    half a minute the first time on a machine and some seconds in each process.
+    `auto`, which holds where nobody chooses, is `eager`: `compiled` trains faster once it has compiled, which takes up
+    to a minute for each kind of layer that is new to this machine.
 
     Raises:
         ValueError: an unknown name.

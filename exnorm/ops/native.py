@@ -9,17 +9,17 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from exnorm.ops.cache import building_in, cache_folder, processor
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
@@ -44,25 +44,31 @@ def call(
     x: Tensor,
     channel_dim: int,
     act: str | None,
+    coefficients: Sequence[Tensor],
+    out: Tensor,
+    out2: Tensor | None = None,
     *,
     grad: Tensor | None = None,
-    coefficients: Sequence[Tensor] = (),
-    out: Sequence[Tensor],
 ) -> None:
-    """One pass over `x`, all tensors contiguous.
+    """One pass over `x`.
 
     Args:
-        x, grad: (N, C, L), or (N, L, C) with channel_dim -1.
+        x: dense: contiguous, or channels last in memory with channel_dim 1.
         coefficients: mean, scale, shift, slope, offset as far as the pass reads them, (N, C) in the moments' dtype.
-        out: one or two results.
+        out, out2: one or two results: contiguous moments or sums, or a tensor in the layout of `x`.
+        grad: in the layout of `x`.
     """
     library = _library()
     assert library is not None
-    columns = channel_dim == -1
-    samples, channels, length = (x.shape[0], x.shape[2], x.shape[1]) if columns else x.shape
-    tensors = [grad, x, *coefficients, *[None] * (5 - len(coefficients)), *out, *[None] * (2 - len(out))]
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    library(what, DTYPES[x.dtype], ACTIVATIONS[act], columns, samples, channels, length, *pointers)
+    samples, channels = x.shape[0], x.shape[channel_dim]
+    length = x.numel() // (samples * channels)
+    columns = channel_dim == -1 or not x.is_contiguous()
+    plain = [c.contiguous() for c in coefficients]  # kept: the pass reads them through their addresses
+    pointers = [c.data_ptr() for c in plain] + [None] * (5 - len(plain))
+    first = None if grad is None else grad.data_ptr()
+    last = None if out2 is None else out2.data_ptr()
+    facts = (DTYPES[x.dtype], ACTIVATIONS[act], columns, samples, channels, length)
+    library(what, *facts, first, x.data_ptr(), *pointers, out.data_ptr(), last)
 
 
 @functools.cache
@@ -85,35 +91,11 @@ def _built() -> Path:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler (g++ or clang++; or set CXX)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    facts = [SOURCE.read_text(), *FLAGS, version, _cpu()]
+    facts = [SOURCE.read_text(), *FLAGS, version, processor()]
     path = cache_folder() / f"native-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
+        with building_in(path) as built:
             openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
             command = [compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(built)]
             subprocess.run(command, capture_output=True, text=True, check=True)
-            built.replace(path)
     return path
-
-
-def _cpu() -> str:
-    """What -march=native means here: a home folder may be shared by machines of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def cache_folder() -> Path:
-    """Where compiled code stays: `exnorm` in $XDG_CACHE_HOME, in ~/.cache, or else in the temporary folder."""
-    for base in (os.environ.get("XDG_CACHE_HOME"), Path.home() / ".cache", tempfile.gettempdir()):
-        folder = Path(base or "/nonexistent") / "exnorm"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    raise FileNotFoundError("no folder to keep compiled code in; set XDG_CACHE_HOME")

@@ -7,7 +7,6 @@ any other way.
 """
 
 import contextlib
-import functools
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -20,24 +19,15 @@ from torch._dynamo.exc import BackendCompilerFailed
 from exnorm.config.errors import first_line
 
 
-class NotCompiledError(Exception):
-    """A function that could not be compiled."""
-
-
 class Piece:
-    """A function of tensors, numbers and None, compiled at its first call with arguments of a new kind.
+    """A function of tensors and None, compiled at its first call with arguments of a new kind.
 
-    Args:
-        function: what is compiled.
-        or_eager: where compilation fails, run the function as it is; otherwise raise `NotCompiledError`. One warning
-            is given either way.
-        options: inductor's.
+    Where that fails, it runs as it is, after one warning with its name.
     """
 
-    def __init__(self, function: Callable[..., Any], *, or_eager: bool = True, **options: Any) -> None:
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
         self.function = function
-        self.or_eager = or_eager
-        self.options = options
         self.compiled: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -57,12 +47,10 @@ class Piece:
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
         compiled = torch.compile(copy, fullgraph=True, dynamic=True, backend=self._backend, options=options)
         try:
-            with _without_saved_tensor_hooks(), _independent_sizes():
+            with without_saved_tensor_hooks(), _independent_sizes():
                 result = compiled(*args)
-        except Exception as problem:
-            _warn_once(f"{type(problem).__name__}: {first_line(problem)}")
-            if not self.or_eager:
-                raise NotCompiledError from problem
+        except Exception as problem:  # noqa: BLE001  # whatever a compiler stumbles over, the function is there
+            warn_once(self.name, problem)
             compiled, result = self.function, self.function(*args)
         self.compiled[key] = compiled
         return result
@@ -72,7 +60,7 @@ class Piece:
             raise RuntimeError("compiled outside of a first call")
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs, config_patches=self.options)
+        return compile_fx(graph, inputs)
 
 
 def _facts(arg: Any) -> Hashable:
@@ -80,11 +68,11 @@ def _facts(arg: Any) -> Hashable:
     if isinstance(arg, Tensor):
         shape = arg.shape
         return arg.dtype, arg.device, (tuple([size == 1 for size in shape]) if 1 in shape else len(shape))
-    return min(arg, 2) if isinstance(arg, int) else arg
+    return arg
 
 
 @contextlib.contextmanager
-def _without_saved_tensor_hooks() -> Iterator[None]:
+def without_saved_tensor_hooks() -> Iterator[None]:
     """Those of activation checkpointing, say, which `torch.func` refuses to be traced under."""
     autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009  # not in torch's stubs
     hooks = []
@@ -116,6 +104,12 @@ def _independent_sizes() -> Iterator[None]:
             _sizes_are_independent = False
 
 
-@functools.cache
-def _warn_once(problem: str) -> None:
-    warnings.warn(f"a layer could not be compiled and runs eagerly, which is slower: {problem}", stacklevel=2)
+_warned: set[str] = set()
+
+
+def warn_once(what: str, problem: Exception) -> None:
+    """Say why something runs eagerly, once in a process."""
+    if what not in _warned:
+        _warned.add(what)
+        why = f"{type(problem).__name__}: {first_line(problem)}"
+        warnings.warn(f"{what} could not be compiled and runs eagerly, which is slower: {why}", stacklevel=3)

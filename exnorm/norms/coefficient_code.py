@@ -1,0 +1,127 @@
+"""The compiled small graph of a kind of layer: traced once, compiled once per machine, found again by what it is.
+
+The libraries lie in the cache under a hash: for the normalizers of this package of the formula's options and of the
+package's sources, so that nothing is traced where they exist; for a class of somebody else's of the traced graphs.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from exnorm.norms.coefficient_graphs import Graphs, trace
+from exnorm.ops import ahead
+from exnorm.ops.cache import building_in, cache_folder, processor
+from exnorm.ops.layout import statistics_dtype
+from exnorm.ops.pieces import warn_once, without_saved_tensor_hooks
+
+_NOT_PART_OF_THE_FORMULA = ("num_features", "replaced", "took_over", "fused_act", "channel_dim")
+
+
+class CoefficientCode:
+    """The compiled coefficients of one kind of layer, and their gradient.
+
+    Attributes:
+        coefficients, gradient: see `exnorm.norms.coefficient_graphs`; None until `prepare` has seen to them.
+        read: the names of the buffers that the gradient reads.
+        multiple: the number of channels of one of the graph's G groups.
+    """
+
+    def __init__(self, key: Hashable, multiple: int) -> None:
+        self.coefficients: ahead.Run | None = None
+        self.gradient: ahead.Run | None = None
+        self.read: tuple[str, ...] = ()
+        self.multiple = multiple
+        self._key = key
+        self._graphs: Graphs | None = None
+
+    def prepare(self, norm: Any, like: Tensor, *, gradient: bool) -> None:
+        """Load or compile what is missing, with a layer of this kind and an input as the pattern."""
+        with without_saved_tensor_hooks():
+            if self.coefficients is None:
+                self.coefficients = self._function("coefficients", norm, like)
+            if gradient and self.gradient is None:
+                self.gradient = self._function("gradient", norm, like)
+        if self.gradient is not None:
+            self._graphs = None
+
+    def _function(self, which: str, norm: Any, like: Tensor) -> ahead.Run:
+        if like.device.type != "cpu":
+            graphs = self._traced(norm, like)
+            self.read = graphs.read
+            return ahead.compile_here(getattr(graphs, which))
+        folder = self._folder(norm, like)
+        library, facts = folder / f"{which}.so", folder / "facts.json"
+        if not library.exists():
+            graphs = self._traced(norm, like)
+            with building_in(facts) as part:
+                part.write_text(json.dumps({"read": graphs.read}), encoding="utf-8")
+            ahead.build(getattr(graphs, which), library)
+        self.read = tuple(json.loads(facts.read_text(encoding="utf-8"))["read"])
+        return ahead.load(library)
+
+    def _folder(self, norm: Any, like: Tensor) -> Path:
+        ours = all(cls.__module__.split(".")[0] in ("exnorm", "torch", "builtins") for cls in type(norm).__mro__)
+        formula = (self._key, _sources()) if ours else [_text(graph) for graph in self._traced(norm, like)[:2]]
+        facts = repr((formula, ahead.OPTIONS, torch.__version__, processor()))
+        folder = cache_folder() / f"{type(norm).__name__}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _traced(self, norm: Any, like: Tensor) -> Graphs:
+        if self._graphs is None:
+            self._graphs = trace(norm, statistics_dtype(like), like.device, norm.scope()[0])
+        return self._graphs
+
+
+def code_of(norm: Any, like: Tensor, *, gradient: bool) -> CoefficientCode | None:
+    """The code of a layer for an input like this, ready to run; None where it cannot be compiled, said once."""
+    key, code = _key(norm, like), None
+    if key not in _codes:
+        _codes[key] = CoefficientCode(key, norm.channel_multiple())
+    code = _codes[key]
+    try:
+        if code is not None:
+            code.prepare(norm, like, gradient=gradient)
+    except Exception as problem:  # noqa: BLE001  # whatever a compiler stumbles over, the eager formula is there
+        warn_once(type(norm).__name__, problem)
+        code = _codes[key] = None
+    return code
+
+
+_codes: dict[Hashable, CoefficientCode | None] = {}
+
+
+def _key(norm: Any, like: Tensor) -> Hashable:
+    """What the layers that share their code have in common: class, options, mode, and tensors up to C."""
+    growing = norm.channel_shapes()
+    tensors = [
+        (name, str(t.dtype), str(t.device), None if name in growing else tuple(t.shape))
+        for name, t in (*norm._parameters.items(), *norm._buffers.items())
+        if t is not None
+    ]
+    facts = (str(statistics_dtype(like)), str(like.device), norm.channel_multiple())
+    return (*options_of(norm), *facts, tuple(tensors))
+
+
+def options_of(norm: Any) -> tuple[Hashable, ...]:
+    """Class, options and mode of a layer as far as its coefficients may depend on them."""
+    values = [(n, v) for n, v in norm.__dict__.items() if n[0] != "_" and n not in _NOT_PART_OF_THE_FORMULA]
+    return type(norm), tuple(values), norm.scope()[0]
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of everything in this package from which a graph is made."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _text(graph: fx.GraphModule) -> str:
+    constants = [getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"]
+    return graph.code + repr([c.tolist() if isinstance(c, Tensor) else c for c in constants])

@@ -1,0 +1,150 @@
+"""The small graph of a normalizer, moments -> coefficients, and its gradient, as FX graphs with symbolic sizes.
+
+Both are traced from `coefficients`, so nothing is written by hand for a normalizer. The sizes are N and C = G times
+`channel_multiple()`, with N and G symbols that all inputs share: inductor then knows what divides what, without which
+its loops over (N, C) tensors are several times slower.
+
+    coefficients   (sizes, length, m, v, parameters, buffers)                -> a, b, copies of the buffers in `read`
+    gradient       (sizes, length, da, db, a, m, v, parameters, `read`)      -> 2 dv / L, dm / L, dparameters
+
+`sizes` is any (N, G) tensor, which binds the symbols; `length` a 0-dimensional one with L.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from exnorm.norms.statistics import Moments
+
+SAMPLES, GROUPS = 32, 17  # for which inductor decides what is worth a second thread; any sizes above 1 are right
+
+
+class Graphs(NamedTuple):
+    """The two graphs, and the names of the buffers that the gradient reads."""
+
+    coefficients: fx.GraphModule
+    gradient: fx.GraphModule
+    read: tuple[str, ...]
+
+
+def trace(norm: Any, dtype: torch.dtype, device: torch.device, replicas: int) -> Graphs:
+    """The graphs of a layer's formula, for any number of samples and channels.
+
+    Args:
+        dtype, device: of the moments.
+
+    Raises:
+        RuntimeError: a formula that holds only for some sizes.
+    """
+    sizes = _symbolic_sizes(samples=max(SAMPLES // replicas, 2) * replicas)
+    template = _template(norm, sizes.shape[1] * norm.channel_multiple())
+    tensors = _fakes(norm, template.norm.channel_shapes(), sizes)
+    shape_NC = (sizes.shape[0], template.norm.num_features)
+    with sizes.fake_mode:
+        length = torch.empty((), dtype=torch.float64, device=device)
+        moments_NC = [torch.empty(shape_NC, dtype=dtype, device=device) for _ in range(5)]
+    names, count = tuple(tensors), sum(tensor is not None for tensor in norm._parameters.values())
+
+    def call(values: Sequence[Tensor], mean_NC: Tensor, var_NC: Tensor, length: Any) -> Any:
+        moments = Moments(mean_NC, var_NC, length, replicas)
+        named = {f"norm.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(template, named, (moments,))
+
+    def gradient(_: Tensor, length: Tensor, *given: Tensor) -> Any:
+        dscale_NC, dshift_NC, scale_NC, mean_NC, var_NC, *values = given
+        buffers = values[count:]
+        moved = [buffer for buffer in buffers if buffer.is_floating_point()]
+
+        def formula(mean_NC: Tensor, var_NC: Tensor, *primals: Tensor) -> Any:
+            # The buffers move as they did in the forward, in copies: it may have read them before or after.
+            copies = iter([primal.clone() for primal in primals[count:]])
+            replayed = [next(copies) if buffer.is_floating_point() else buffer.clone() for buffer in buffers]
+            return call((*primals[:count], *replayed), mean_NC, var_NC, length)
+
+        transpose: Any = torch.func.vjp(formula, mean_NC, var_NC, *values[:count], *moved)[1]
+        dmean_NC, dvar_NC, *dlearned = transpose((dscale_NC, dshift_NC))[: 2 + count]
+        results = dvar_NC * (2 / length), (dmean_NC - scale_NC * dshift_NC) / length, *dlearned
+        return [result.contiguous() for result in results]
+
+    gradient_graph = _trace(torch.func.functionalize(gradient), sizes, length, *moments_NC, *tensors.values())
+    read = _drop_unread(gradient_graph, names[count:])
+
+    def coefficients(_: Tensor, length: Tensor, mean_NC: Tensor, var_NC: Tensor, *values: Tensor) -> Any:
+        # The backward must read what the forward read, also where the forward then changes it.
+        copies = [value.clone() for name, value in zip(names, values, strict=True) if name in read and norm.training]
+        return [c.contiguous() for c in call(values, mean_NC, var_NC, length)] + copies
+
+    graph = _trace(coefficients, sizes, length, *moments_NC[:2], *tensors.values())
+    return Graphs(graph, gradient_graph, read)
+
+
+def _fakes(norm: nn.Module, growing: dict[str, tuple[int, ...]], sizes: Any) -> dict[str, Tensor]:
+    """A layer's parameters, then its buffers, without values; those that grow with C in symbolic shapes."""
+    named = {n: t for n, t in (*norm._parameters.items(), *norm._buffers.items()) if t is not None}
+    with sizes.fake_mode:
+        return {
+            n: torch.empty(growing.get(n, tuple(t.shape)), dtype=t.dtype, device=t.device) for n, t in named.items()
+        }
+
+
+class _Coefficients(nn.Module):
+    """`norm.coefficients` as a forward, which `torch.func.functional_call` can give other tensors."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm: Any = norm
+
+    def forward(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        return self.norm.coefficients(moments)
+
+
+def _template(norm: nn.Module, num_features: Any) -> _Coefficients:
+    """A copy of a layer's options with a symbolic number of channels."""
+    template = object.__new__(type(norm))
+    template.__dict__ = {
+        **norm.__dict__,
+        "_parameters": dict(norm._parameters),
+        "_buffers": dict(norm._buffers),
+        "_modules": {},
+        "num_features": num_features,
+    }
+    return _Coefficients(template)
+
+
+def _symbolic_sizes(samples: int) -> Any:
+    """A fake (N, G) tensor with symbols for sizes; it knows its `fake_mode`."""
+    environment = ShapeEnv(duck_shape=False)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    mode = FakeTensorMode(shape_env=environment)
+    return mode.from_tensor(torch.empty(samples, GROUPS), symbolic_context=context)
+
+
+def _trace(function: Callable[..., Any], sizes: Tensor, *args: Tensor) -> fx.GraphModule:
+    with enable_python_dispatcher(), torch.no_grad():
+        graph = make_fx(function)(sizes, *args)
+    if not all(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in sizes.shape):
+        raise RuntimeError(
+            "its coefficients hold only for some sizes: a tensor that grows with num_features is missing in "
+            "channel_shapes(), or a size is used as a number"
+        )
+    return graph
+
+
+def _drop_unread(graph: fx.GraphModule, buffers: Sequence[str]) -> tuple[str, ...]:
+    """Remove the buffers, which are the last inputs, that a graph does not read; the names of the others."""
+    graph.graph.eliminate_dead_code()
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][-len(buffers) :] if buffers else []
+    read = []
+    for name, node in zip(buffers, inputs, strict=True):
+        if node.users:
+            read.append(name)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return tuple(read)
