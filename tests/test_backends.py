@@ -214,15 +214,16 @@ def test_a_users_class_has_code_of_its_own() -> None:
 
 @pytest.mark.slow
 def test_both_ways_to_compile_a_graph_agree() -> None:
-    """For this process, as on a GPU, and as the graph says; sizes other than those that it was traced with."""
+    """For this process, as on a GPU, and as the graph says, buffers included; other sizes than it was traced with."""
     norm = build("en", 12, reduction=3)
     graph = coefficient_graphs.trace(norm, torch.float64, torch.device("cpu"), 2).coefficients
     moments = [torch.rand(4, 12, dtype=torch.float64) for _ in range(2)]
-    sizes, length = torch.empty(4, 1), torch.tensor(5.0, dtype=torch.float64)
-    tensors = [t.detach() for t in (*norm.parameters(), *norm.buffers())]
-    expected = graph(sizes, length, *moments, *[t.clone() for t in tensors])
-    got = ahead.compile_here(graph)([sizes, length, *moments, *[t.clone() for t in tensors]])
-    for left, right in zip(got, expected, strict=True):
+    results = []
+    for run in (lambda tensors: graph(*tensors), ahead.compile_here(graph)):
+        tensors = [t.detach().clone() for t in (*norm.parameters(), *norm.buffers())]
+        sizes, length = torch.empty(4, 1), torch.tensor(5.0, dtype=torch.float64)
+        results.append([*run([sizes, length, *moments, *tensors]), *tensors])
+    for left, right in zip(*results, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
 
 
