@@ -127,8 +127,9 @@ def write_tables(folder: Path) -> None:
     if (folder / "timm_coverage.csv").exists():
         rows = pd.read_csv(folder / "timm_coverage.csv")
         note = (
-            f"`scripts/timm_coverage.py`: timm {rows.timm.iloc[-1]}, each architecture with each kind of its layers "
-            "converted to EN and trained a step; what is too large for the memory on the meta device."
+            f"`scripts/timm_coverage.py`: {rows.architecture.nunique()} architectures of timm {rows.timm.iloc[-1]} so "
+            "far, each kind of their layers converted to EN and trained a step; what is too large for the memory on "
+            "the meta device."
         )
         parts += ["## timm's architectures", note, markdown(coverage(rows))]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
