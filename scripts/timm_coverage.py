@@ -12,6 +12,7 @@ trained. What needs more memory than --memory-gib runs on the meta device: shape
 
 import csv
 import fnmatch
+import io
 import multiprocessing
 import sys
 import time
@@ -32,6 +33,7 @@ import exnorm
 from exnorm.config.errors import first_line
 from exnorm.diagnostics.bench import TABLES, saved_bytes, write_tables
 from exnorm.norms import Norm
+from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.provenance import collect
 from exnorm.surgery import KINDS
 
@@ -74,11 +76,13 @@ def run(
     return [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def needed_gib(name: str) -> float:
-    """Memory of a training step: what the backward keeps, and the weights four times over (float64 or gradients)."""
-    model = build(name, "meta").train()
+def needed_gib(model: nn.Module) -> float:
+    """Memory of a training step of a model on the meta device.
+
+    What the backward keeps, and the weights four times over (float64 or gradients).
+    """
     parameters = list(model.parameters())
-    saved = saved_bytes(lambda: run(model, input_size(model), "meta"), exclude=parameters)
+    saved = saved_bytes(lambda: run(model.train(), input_size(model), "meta"), exclude=parameters)
     return (saved + 4 * sum(p.nbytes for p in parameters)) / 2**30
 
 
@@ -132,19 +136,20 @@ def _with_values(model: nn.Module) -> nn.Module:
 
 
 def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
+    distances = [(a - b).abs().max() / b.abs().max() for a, b in zip(got, expected, strict=True)]
+    return float(torch.stack(distances).max())  # NaN if one is
 
 
 def examine(name: str, memory_gib: float) -> Iterator[Row]:
     """The rows of one architecture."""
-    device = "cpu" if needed_gib(name) <= memory_gib else "meta"
     model = build(name, "meta")
-    size = input_size(model)
+    device = "cpu" if needed_gib(model) <= memory_gib else "meta"
+    size, kinds = input_size(model), kinds_in(model)
     parameters_m = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
     common = {"input": "x".join(map(str, (BATCH, *size))), "parameters_m": parameters_m}
-    if not kinds_in(model):
+    if not kinds:
         yield {**common, "result": "nothing to convert"}
-    for kind in kinds_in(model):
+    for kind in kinds:
         start, row = time.perf_counter(), {**common, "kind": kind, "device": device, "result": "converted"}
         try:
             converted = exnorm.convert(build(name, device), "en", replace=(kind,))
@@ -155,8 +160,13 @@ def examine(name: str, memory_gib: float) -> Iterator[Row]:
             if kind == "batch" and device == "cpu":
                 row |= bn_difference(name, size)
         except Exception as problem:  # noqa: BLE001  # whatever it is, it is the finding
-            row |= {"result": "failed", "error": f"{type(problem).__name__}: {first_line(problem)}"[:200]}
+            row |= failure(problem)
         yield {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def failure(problem: Exception) -> Row:
+    """What a row says of what went wrong."""
+    return {"result": "failed", "error": f"{type(problem).__name__}: {first_line(problem)}"[:200]}
 
 
 def child(name: str, memory_gib: float, sender: Connection) -> None:
@@ -166,7 +176,7 @@ def child(name: str, memory_gib: float, sender: Connection) -> None:
     try:
         sender.send(list(examine(name, memory_gib)))
     except Exception as problem:  # noqa: BLE001  # timm's own failure, too
-        sender.send([{"result": "failed", "error": f"{type(problem).__name__}: {first_line(problem)}"[:200]}])
+        sender.send([failure(problem)])
 
 
 def in_a_process(name: str, memory_gib: float, limit_s: float) -> list[Row]:
@@ -204,13 +214,12 @@ def read(path: Path) -> dict[str, list[Row]]:
 
 def write(path: Path, found: dict[str, list[Row]]) -> None:
     """The CSV as a whole, sorted by architecture, in place of the old one."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for _, rows in sorted(found.items()):
-            writer.writerows(rows)
-    part.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    for _, rows in sorted(found.items()):
+        writer.writerows(rows)
+    write_text_atomic(path, text.getvalue())
 
 
 def main(

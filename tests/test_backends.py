@@ -310,6 +310,20 @@ def test_coefficients_that_do_not_compile_run_eagerly_after_one_warning() -> Non
     assert_same(run_layer(norm, x, grad), expected, rtol=1e-9, atol=1e-12)
 
 
+class _OneBatchSize(InstanceNorm):
+    """A normalizer that uses the number of samples as a number."""
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        scale_NC, shift_NC = super().coefficients(moments)
+        return scale_NC * float(moments.mean_NC.shape[0]), shift_NC
+
+
+def test_a_formula_that_holds_for_one_size_is_not_compiled_for_all() -> None:
+    """The trace that would carry the example's number of samples is refused."""
+    with pytest.raises(RuntimeError, match="its coefficients hold only for some sizes"):
+        coefficient_graphs.trace(_OneBatchSize(6), torch.float32, torch.device("cpu"), 1)
+
+
 def test_without_a_compiler_the_eager_back_end_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning, and a name that tells what runs."""
     monkeypatch.setenv("PATH", "")

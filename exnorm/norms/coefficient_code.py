@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from exnorm.norms.coefficient_graphs import Graphs, trace
 from exnorm.ops import ahead
-from exnorm.ops.cache import building_in, cache_folder, processor
+from exnorm.ops.cache import cache_folder, processor
 from exnorm.ops.layout import statistics_dtype
 from exnorm.ops.pieces import warn_once, without_saved_tensor_hooks
+from exnorm.runs.folder import write_json_atomic
 
 _NOT_PART_OF_THE_FORMULA = ("num_features", "replaced", "took_over", "fused_act", "channel_dim")
 
@@ -59,8 +60,7 @@ class CoefficientCode:
         library, facts = folder / f"{which}.so", folder / "facts.json"
         if not library.exists():
             graphs = self._traced(norm, like)
-            with building_in(facts) as part:
-                part.write_text(json.dumps({"read": graphs.read}), encoding="utf-8")
+            write_json_atomic(facts, {"read": graphs.read})
             ahead.build(getattr(graphs, which), library)
         self.read = tuple(json.loads(facts.read_text(encoding="utf-8"))["read"])
         return ahead.load(library)
@@ -81,7 +81,7 @@ class CoefficientCode:
 
 def code_of(norm: Any, like: Tensor, *, gradient: bool) -> CoefficientCode | None:
     """The code of a layer for an input like this, ready to run; None where it cannot be compiled, said once."""
-    key, code = _key(norm, like), None
+    key = _key(norm, like)
     if key not in _codes:
         _codes[key] = CoefficientCode(key, norm.channel_multiple())
     code = _codes[key]

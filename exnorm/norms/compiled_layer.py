@@ -69,8 +69,8 @@ class _Layer(torch.autograd.Function):
             mean_NC, var_NC = constant.mean_NC.contiguous(), constant.var_NC
         ctx.frame = _frame(x.shape[0], norm.num_features // code.multiple, ops.length(x, norm.channel_dim), x.device)
         assert code.coefficients is not None
-        results = code.coefficients([*ctx.frame, mean_NC, var_NC, *learned, *buffers.values()])
-        scale_NC, shift_NC, *read = results
+        inputs = [*ctx.frame, mean_NC, var_NC, *learned, *buffers.values()]
+        scale_NC, shift_NC, *read = code.coefficients(inputs)
         if not norm.training:
             read = [buffers[name] for name in code.read]
         ctx.save_for_backward(x, mean_NC, var_NC, scale_NC, shift_NC, *learned, *read)

@@ -17,7 +17,7 @@ from exnorm.ops.layout import statistics_dtype
 from exnorm.ops.pieces import Piece
 
 
-def dense(x: Tensor, channel_dim: int) -> Tensor:
+def _dense(x: Tensor, channel_dim: int) -> Tensor:
     """A tensor that is contiguous or, with its channels second, channels last in memory: `x` itself or a copy."""
     if x.is_contiguous() or (channel_dim == 1 and x.ndim > 2 and x.movedim(1, -1).is_contiguous()):
         return x
@@ -67,7 +67,7 @@ def _writing_piece(primitive: Callable[..., Tensor], channel_dim: int, act: str 
 
 def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     """See `exnorm.ops.eager.moments`."""
-    x = dense(x, channel_dim)
+    x = _dense(x, channel_dim)
     if not native.runs(x, None):
         flat, dim = _flatten(x, channel_dim)
         return _piece(eager.moments, dim)(flat)
@@ -79,7 +79,7 @@ def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
 
 def affine(x: Tensor, mean_NC: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int, act: str | None) -> Tensor:
     """See `exnorm.ops.eager.affine`."""
-    x = dense(x, channel_dim)
+    x = _dense(x, channel_dim)
     y = torch.empty_like(x)
     if native.runs(x, act):
         native.call(native.AFFINE, x, channel_dim, act, (mean_NC, scale_NC, shift_NC), y)
@@ -99,7 +99,7 @@ def affine_sums(
     act: str | None,
 ) -> tuple[Tensor, Tensor]:
     """See `exnorm.ops.eager.affine_sums`."""
-    x = dense(x, channel_dim)
+    x = _dense(x, channel_dim)
     grad = _like(grad, x)
     if not native.runs(x, act):
         flat, dim = _flatten(x, channel_dim)
@@ -122,7 +122,7 @@ def input_gradient(
     act: str | None,
 ) -> Tensor:
     """See `exnorm.ops.eager.input_gradient`."""
-    x = dense(x, channel_dim)
+    x = _dense(x, channel_dim)
     grad, dx = _like(grad, x), torch.empty_like(x)
     if slope_NC is None or offset_NC is None:
         slope_NC = offset_NC = torch.zeros_like(mean_NC, memory_format=torch.contiguous_format)
