@@ -12,12 +12,12 @@ from exnorm import ops
 torch.set_num_threads(1)
 
 
-def composed(x: Tensor, channel_dim: int, act: str | None) -> Tensor:
+def composed(x: Tensor, channel_dim: int, act: str | None, residual: Tensor | None = None) -> Tensor:
     """An affine map whose coefficients depend on both moments and mix the channels."""
-    mean_NC, var_NC, streamed = ops.moments(x, channel_dim=channel_dim, act=act)
+    mean_NC, var_NC, streamed = ops.moments(x, channel_dim=channel_dim, act=act if residual is None else None)
     scale_NC = 1 + var_NC.roll(1, 1) * mean_NC
     shift_NC = (mean_NC * var_NC).cumsum(1).sin() + 0.1
-    return ops.affine(streamed, mean_NC, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+    return ops.affine(streamed, mean_NC, scale_NC, shift_NC, residual=residual, channel_dim=channel_dim, act=act)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (3, 4, 2, 3), (2, 3, 2, 1, 3)])
@@ -48,6 +48,26 @@ def test_gradient_of_affine_alone(act: str | None) -> None:
     x = draw(2, 3, 2, 2).requires_grad_()
     coefficients = [draw(2, 3, seed=seed).requires_grad_() for seed in (3, 4, 5)]
     assert torch.autograd.gradcheck(lambda *args: ops.affine(*args, act=act), (x, *coefficients))
+
+
+@pytest.mark.parametrize("act", [None, "relu"])
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_gradient_with_a_residual(channel_dim: int, act: str | None) -> None:
+    """gradcheck of input and residual, with coefficients that depend on the moments and with free ones."""
+    x, residual = draw(2, 3, 2, 3).requires_grad_(), draw(2, 3, 2, 3, seed=8).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *args: composed(args[0], channel_dim, act, args[1]), (x, residual))
+    coefficients = [draw(2, 3, seed=seed).requires_grad_() for seed in (3, 4, 5)]
+    alone = lambda x, r, *args: ops.affine(x, *args, residual=r, act=act)  # noqa: E731
+    assert torch.autograd.gradcheck(alone, (x, residual, *coefficients))
+
+
+def test_a_residual_is_added_in_front_of_the_activation() -> None:
+    """And an activation whose gradient the output does not tell is refused there."""
+    x, residual = draw(2, 3, 4), draw(2, 3, 4, seed=8)
+    want = (composed(x, 1, None) + residual).relu()
+    torch.testing.assert_close(composed(x, 1, "relu", residual), want)
+    with pytest.raises(ValueError, match="'gelu' cannot be fused behind a residual; allowed: None, relu"):
+        composed(x, 1, "gelu", residual)
 
 
 def test_gradient_of_moments_without_an_affine_map() -> None:

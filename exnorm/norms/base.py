@@ -39,6 +39,7 @@ class Norm(nn.Module):
     group: Any = None
     replaced: str | None = None  # the type of the layer in whose place surgery put this one
     took_over: str | None = None  # where the activation was that this layer applies instead
+    adds_residual_of: str | None = None  # the block whose residual this layer adds
 
     def __init__(
         self,
@@ -109,30 +110,34 @@ class Norm(nn.Module):
         mean_NC, var_NC, _ = ops.moments(x, channel_dim=self.channel_dim)
         return self._scoped(mean_NC, var_NC, x)._replace(record=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The normalized input; `residual`, of its shape, is added before the activation, in the same pass."""
         self.check_input(x)
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"the residual's shape {tuple(residual.shape)} is not the input's, {tuple(x.shape)}")
         # Autocast knows no meta device and raises there.
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                y = self._normalize(x)
+                y = self._normalize(x, residual)
         else:
-            y = self._normalize(x)
+            y = self._normalize(x, residual)
         if self.drop is not None:
             y = self.drop(y)
         return y if self.act is None else self.act(y)
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if compiled_layer.runs_compiled(self, x):
-            y = compiled_layer.normalize(self, x)
+            y = compiled_layer.normalize(self, x, residual)
             if y is not None:
                 return y
         channel_dim, act = self.channel_dim, self.fused_act
         source, moments = x, self.constant_moments(x)
         if moments is None:
-            mean_NC, var_NC, source = ops.moments(x, channel_dim=channel_dim, act=act)
+            at_once = act if residual is None else None
+            mean_NC, var_NC, source = ops.moments(x, channel_dim=channel_dim, act=at_once)
             moments = self._scoped(mean_NC, var_NC, x)
-        scale_NC, shift_NC = self.coefficients(moments)
-        return ops.affine(source, moments.mean_NC, scale_NC, shift_NC, channel_dim=channel_dim, act=act)
+        coefficients = self.coefficients(moments)
+        return ops.affine(source, moments.mean_NC, *coefficients, residual=residual, channel_dim=channel_dim, act=act)
 
     def constant_moments(self, x: Tensor) -> Moments | None:
         """What stands for the moments of an input where no coefficient depends on it."""

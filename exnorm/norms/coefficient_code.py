@@ -21,7 +21,7 @@ from exnorm.ops.layout import statistics_dtype
 from exnorm.ops.pieces import warn_once, without_saved_tensor_hooks
 from exnorm.runs.folder import write_json_atomic
 
-_NOT_PART_OF_THE_FORMULA = ("num_features", "replaced", "took_over", "fused_act", "channel_dim")
+_NOT_PART_OF_THE_FORMULA = ("num_features", "replaced", "took_over", "adds_residual_of", "fused_act", "channel_dim")
 
 
 class CoefficientCode:

@@ -1,9 +1,9 @@
 """A whole layer on the compiled back end: streaming passes, and the small graph between them as one compiled piece.
 
-    forward    m, v = moments(x)        a, b = coefficients(m, v)         y = act(a * (x - m) + b)
+    forward    m, v = moments(x)        a, b = coefficients(m, v)         y = act(a * (x - m) + b + r)
     backward   da, db = sums(g, x)      dm, dv, parameters: the vector-Jacobian product of `coefficients`      dx
 
-Saved for backward are x and (N, C) tensors.
+Saved for backward are x and (N, C) tensors; and y where a ReLU follows a residual r (see `exnorm.ops.streaming`).
 """
 
 import functools
@@ -31,8 +31,8 @@ def runs_compiled(norm: Any, x: Tensor) -> bool:
     )
 
 
-def normalize(norm: Any, x: Tensor) -> Tensor | None:
-    """The normalized input, with the fused activation; None where the coefficients cannot be compiled."""
+def normalize(norm: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """The normalized input, with residual and fused activation; None where the coefficients cannot be compiled."""
     learned = [t for t in norm._parameters.values() if t is not None]
     buffers = {name: t for name, t in norm._buffers.items() if t is not None}
     tensors = [*learned, *buffers.values()]
@@ -49,7 +49,7 @@ def normalize(norm: Any, x: Tensor) -> Tensor | None:
     if key not in _codes:
         _codes[key] = code_of(norm, x, gradient=gradient)
     code = _codes[key]
-    return None if code is None else _Layer.apply(x, norm, code, buffers, *learned)  # type: ignore[no-any-return]
+    return None if code is None else _Layer.apply(x, residual, norm, code, buffers, *learned)  # type: ignore[no-any-return]
 
 
 _codes: dict[Hashable, CoefficientCode | None] = {}  # by exact shapes; many layers share a code
@@ -58,7 +58,13 @@ _codes: dict[Hashable, CoefficientCode | None] = {}  # by exact shapes; many lay
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: Any, code: CoefficientCode, buffers: dict[str, Tensor], *learned: Tensor
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: Any,
+        code: CoefficientCode,
+        buffers: dict[str, Tensor],
+        *learned: Tensor,
     ) -> Tensor:
         ctx.channel_dim, ctx.act, ctx.code = norm.channel_dim, norm.fused_act, code
         constant = norm.constant_moments(x)
@@ -73,14 +79,19 @@ class _Layer(torch.autograd.Function):
         scale_NC, shift_NC, *read = code.coefficients(inputs)
         if not norm.training:
             read = [buffers[name] for name in code.read]
-        ctx.save_for_backward(x, mean_NC, var_NC, scale_NC, shift_NC, *learned, *read)
-        return compiled.affine(x, mean_NC, scale_NC, shift_NC, ctx.channel_dim, ctx.act)
+        y = compiled.affine(x, mean_NC, scale_NC, shift_NC, residual, ctx.channel_dim, ctx.act)
+        ctx.activated_sum = residual is not None and ctx.act is not None
+        ctx.save_for_backward(y if ctx.activated_sum else None, x, mean_NC, var_NC, scale_NC, shift_NC, *learned, *read)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
-        layout = (ctx.channel_dim, ctx.act)
+        y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
+        act = ctx.act
+        if ctx.activated_sum:
+            grad, act = ops.through_relu(grad, y), None
+        layout = (ctx.channel_dim, act)
         sums = compiled.affine_sums(grad, x, mean_NC, scale_NC, shift_NC, *layout)
         moments = (scale_NC, mean_NC, var_NC)
         slope_NC, offset_NC, *dlearned = ctx.code.gradient([*ctx.frame, *sums, *moments, *tensors])
@@ -89,7 +100,7 @@ class _Layer(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = compiled.input_gradient(grad, x, mean_NC, scale_NC, shift_NC, slope_NC, offset_NC, *layout)
-        return dx, None, None, None, *dlearned
+        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, *dlearned
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,13 +2,13 @@
 
     x : (N, C, *spatial) or (N, *spatial, C)
     m, v = moments(x)                 mean and biased variance over the L positions, (N, C)
-    y = act(a * (x - m) + b)          a, b : (N, C), any differentiable function of m and v
+    y = act(a * (x - m) + b + r)      a, b : (N, C), any differentiable function of m and v; r a residual, or none
 
 Four passes over the big tensor in all (two forward, two backward) and one saved tensor, `x`, however many
 normalizers are mixed. See `exnorm.ops.streaming` for the gradient.
 """
 
-from exnorm.ops.activations import ACTIVATIONS
+from exnorm.ops.activations import ACTIVATIONS, through_relu
 from exnorm.ops.backend import BACKENDS, get_backend, set_backend
 from exnorm.ops.layout import expand_coefficients, length, spatial_dims, statistics_dtype
 from exnorm.ops.streaming import affine, moments
@@ -24,4 +24,5 @@ __all__ = [
     "set_backend",
     "spatial_dims",
     "statistics_dtype",
+    "through_relu",
 ]

@@ -28,6 +28,11 @@ def _relu_(u: Tensor) -> Tensor:
     return torch.relu(u) if torch.compiler.is_compiling() else torch.relu_(u)
 
 
+def through_relu(grad: Tensor, y: Tensor) -> Tensor:
+    """The gradient in front of a ReLU with the output y."""
+    return _aten.threshold_backward(grad, y, 0)
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(nn.ReLU, _relu_, lambda u, grad: _aten.threshold_backward(grad, u, 0)),
     "relu6": Activation(nn.ReLU6, nn.functional.relu6, lambda u, grad: _aten.hardtanh_backward(grad, u, 0, 6)),

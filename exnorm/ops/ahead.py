@@ -18,8 +18,14 @@ from exnorm.ops.cache import building_in
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
 # Inductor recomputes what is cheap in every loop that reads it; between small tensors storing it is cheaper. It tries
-# out the compiler's vector instructions for 9 seconds; where they fail, the build fails, and that is seen as well.
-OPTIONS: dict[str, Any] = {"realize_reads_threshold": 2, "realize_opcount_threshold": 8, "cpp.vec_isa_ok": True}
+# out the compiler's vector instructions for 9 seconds; where they fail, the build fails, and that is seen as well. On
+# two cores a second thread gains nothing, and where another process holds its core each of 20 loops waits for it.
+OPTIONS: dict[str, Any] = {
+    "realize_reads_threshold": 2,
+    "realize_opcount_threshold": 8,
+    "cpp.vec_isa_ok": True,
+    "cpp.threads": 1,
+}
 
 
 def load(library: Path) -> Run:

@@ -24,11 +24,11 @@ def _dense(x: Tensor, channel_dim: int) -> Tensor:
     return x.contiguous()
 
 
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """A gradient in the layout and dtype of a dense tensor."""
-    if grad.dtype == x.dtype and grad.stride() == x.stride():
-        return grad
-    return torch.empty_like(x).copy_(grad)
+def _like(other: Tensor, x: Tensor) -> Tensor:
+    """A tensor of the shape of `x`, which is dense, in its layout and dtype."""
+    if other.dtype == x.dtype and other.stride() == x.stride():
+        return other
+    return torch.empty_like(x).copy_(other)
 
 
 def _flatten(x: Tensor, channel_dim: int) -> tuple[Tensor, int]:
@@ -77,15 +77,27 @@ def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     return mean_NC, var_NC
 
 
-def affine(x: Tensor, mean_NC: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int, act: str | None) -> Tensor:
+def affine(
+    x: Tensor,
+    mean_NC: Tensor,
+    scale_NC: Tensor,
+    shift_NC: Tensor,
+    residual: Tensor | None,
+    channel_dim: int,
+    act: str | None,
+) -> Tensor:
     """See `exnorm.ops.eager.affine`."""
     x = _dense(x, channel_dim)
     y = torch.empty_like(x)
+    coefficients = (mean_NC, scale_NC, shift_NC)
+    if residual is not None:
+        residual = _like(residual, x)
     if native.runs(x, act):
-        native.call(native.AFFINE, x, channel_dim, act, (mean_NC, scale_NC, shift_NC), y)
+        native.call(native.AFFINE, x, channel_dim, act, coefficients, y, other=residual)
     else:
         flat, dim = _flatten(x, channel_dim)
-        _writing_piece(eager.affine, dim, act)(_flatten(y, channel_dim)[0], flat, *_plain(mean_NC, scale_NC, shift_NC))
+        flat_y, flat_residual = (t if t is None else _flatten(t, channel_dim)[0] for t in (y, residual))
+        _writing_piece(eager.affine, dim, act)(flat_y, flat, *_plain(*coefficients), flat_residual)
     return y
 
 
@@ -106,7 +118,7 @@ def affine_sums(
         flat_grad, _ = _flatten(grad, channel_dim)
         return _piece(eager.affine_sums, dim, act)(flat_grad, flat, *_plain(mean_NC, scale_NC, shift_NC))
     dscale_NC, dshift_NC = (torch.empty(mean_NC.shape, dtype=mean_NC.dtype) for _ in range(2))
-    native.call(native.SUMS, x, channel_dim, act, (mean_NC, scale_NC, shift_NC), dscale_NC, dshift_NC, grad=grad)
+    native.call(native.SUMS, x, channel_dim, act, (mean_NC, scale_NC, shift_NC), dscale_NC, dshift_NC, other=grad)
     return dscale_NC, dshift_NC
 
 
@@ -128,7 +140,7 @@ def input_gradient(
         slope_NC = offset_NC = torch.zeros_like(mean_NC, memory_format=torch.contiguous_format)
     coefficients = (mean_NC, scale_NC, shift_NC, slope_NC, offset_NC)
     if native.runs(x, act):
-        native.call(native.GRADIENT, x, channel_dim, act, coefficients, dx, grad=grad)
+        native.call(native.GRADIENT, x, channel_dim, act, coefficients, dx, other=grad)
     else:
         flat, dim = _flatten(x, channel_dim)
         flat_dx, flat_grad = _flatten(dx, channel_dim)[0], _flatten(grad, channel_dim)[0]

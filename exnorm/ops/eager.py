@@ -5,6 +5,7 @@ in float32 (float64 for float64 input), whatever the dtype of `x`. Everything is
 far larger than the deviation costs no digits.
 """
 
+import torch
 from torch import Tensor, addcmul
 
 from exnorm.ops.activations import ACTIVATIONS
@@ -32,9 +33,19 @@ def _preactivation(centred: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_
     return addcmul(expand_coefficients(shift_NC, centred, channel_dim), centred, scale)
 
 
-def affine(x: Tensor, mean_NC: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int, act: str | None) -> Tensor:
-    """act(scale * (x - mean) + shift) in the dtype and memory format of `x`."""
+def affine(
+    x: Tensor,
+    mean_NC: Tensor,
+    scale_NC: Tensor,
+    shift_NC: Tensor,
+    residual: Tensor | None,
+    channel_dim: int,
+    act: str | None,
+) -> Tensor:
+    """act(scale * (x - mean) + shift + residual) in the dtype and memory format of `x`."""
     y = _preactivation(_centred(x, mean_NC, channel_dim), scale_NC, shift_NC, channel_dim)
+    if residual is not None:
+        y = y.add(residual) if torch.compiler.is_compiling() else y.add_(residual)
     if act is not None:
         y = ACTIVATIONS[act].apply_(y)
     return cast(y, x.dtype)

@@ -165,25 +165,30 @@ void moments_columns(const Shape& s, const T* x, A* mean, A* var) {
   });
 }
 
-template <class Act, class T, class A, int64_t Fixed>
-void affine_rows(const Shape& s, const T* x, Affine<A> f, T* y) {
+template <class Act, class T, class A, int64_t Fixed, bool Residual>
+void affine_rows(const Shape& s, const T* r, const T* x, Affine<A> f, T* y) {
   const int64_t length = Fixed ? Fixed : s.length;
   each_row(s, [=](int64_t row) {
     const A mean = f.mean[row], scale = f.scale[row], shift = f.shift[row];
     const T* in = x + row * length;
     T* out = y + row * length;
 #pragma omp simd
-    for (int64_t l = 0; l < length; ++l) store(out + l, Act::apply((load(in + l) - mean) * scale + shift));
+    for (int64_t l = 0; l < length; ++l) {
+      const A u = (load(in + l) - mean) * scale + shift;
+      store(out + l, Act::apply(Residual ? u + load(r + row * length + l) : u));
+    }
   });
 }
 
-template <class Act, class T, class A>
-void affine_columns(const Shape& s, const T* x, Affine<A> f, T* y) {
+template <class Act, class T, class A, bool Residual>
+void affine_columns(const Shape& s, const T* r, const T* x, Affine<A> f, T* y) {
   each_line(s, [=](int64_t n, int64_t line, int64_t channels) {
     const A *mean = f.mean + n * channels, *scale = f.scale + n * channels, *shift = f.shift + n * channels;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c)
-      store(y + line + c, Act::apply((load(x + line + c) - mean[c]) * scale[c] + shift[c]));
+    for (int64_t c = 0; c < channels; ++c) {
+      const A u = (load(x + line + c) - mean[c]) * scale[c] + shift[c];
+      store(y + line + c, Act::apply(Residual ? u + load(r + line + c) : u));
+    }
   });
 }
 
@@ -284,7 +289,7 @@ void gradient_columns(const Shape& s, const T* g, const T* x, Affine<A> f, const
 }
 
 struct Buffers {
-  const void *grad, *x, *mean, *scale, *shift, *slope, *offset;
+  const void *other, *x, *mean, *scale, *shift, *slope, *offset;  // other: the gradient; for kAffine the residual
   void *out, *out2;
 };
 
@@ -302,18 +307,20 @@ enum Pass { kMoments, kAffine, kSums, kGradient };
 
 template <class Act, class T, class A, int64_t Fixed>
 void rows(Pass pass, const Shape& s, const Buffers& b, Affine<A> f) {
-  const T *g = static_cast<const T*>(b.grad), *x = static_cast<const T*>(b.x);
+  const T *g = static_cast<const T*>(b.other), *x = static_cast<const T*>(b.x);
   const A *slope = static_cast<const A*>(b.slope), *offset = static_cast<const A*>(b.offset);
-  if (pass == kAffine) affine_rows<Act, T, A, Fixed>(s, x, f, static_cast<T*>(b.out));
+  if (pass == kAffine && !g) affine_rows<Act, T, A, Fixed, false>(s, g, x, f, static_cast<T*>(b.out));
+  if (pass == kAffine && g) affine_rows<Act, T, A, Fixed, true>(s, g, x, f, static_cast<T*>(b.out));
   if (pass == kSums) sums_rows<Act, T, A, Fixed>(s, g, x, f, static_cast<A*>(b.out), static_cast<A*>(b.out2));
   if (pass == kGradient) gradient_rows<Act, T, A, Fixed>(s, g, x, f, slope, offset, static_cast<T*>(b.out));
 }
 
 template <class Act, class T, class A>
 void columns(Pass pass, const Shape& s, const Buffers& b, Affine<A> f) {
-  const T *g = static_cast<const T*>(b.grad), *x = static_cast<const T*>(b.x);
+  const T *g = static_cast<const T*>(b.other), *x = static_cast<const T*>(b.x);
   const A *slope = static_cast<const A*>(b.slope), *offset = static_cast<const A*>(b.offset);
-  if (pass == kAffine) affine_columns<Act, T, A>(s, x, f, static_cast<T*>(b.out));
+  if (pass == kAffine && !g) affine_columns<Act, T, A, false>(s, g, x, f, static_cast<T*>(b.out));
+  if (pass == kAffine && g) affine_columns<Act, T, A, true>(s, g, x, f, static_cast<T*>(b.out));
   if (pass == kSums) sums_columns<Act, T, A>(s, g, x, f, static_cast<A*>(b.out), static_cast<A*>(b.out2));
   if (pass == kGradient) gradient_columns<Act, T, A>(s, g, x, f, slope, offset, static_cast<T*>(b.out));
 }
@@ -341,11 +348,11 @@ void with_type(Pass pass, int act, const Shape& s, const Buffers& b) {
 
 // type: 0 float32, 1 float64, 2 bfloat16. act: 0 none, 1 relu, 2 relu6, 3 hardswish. pass: as the enum above.
 extern "C" void exnorm_pass(int pass, int type, int act, int columns, int64_t samples, int64_t channels, int64_t length,
-                            const void* grad, const void* x, const void* mean, const void* scale, const void* shift,
+                            const void* other, const void* x, const void* mean, const void* scale, const void* shift,
                             const void* slope, const void* offset, void* out, void* out2) {
   // One position a row is one line of columns, which runs over neighbours.
   const Shape s{samples, channels, length, columns != 0 || length == 1};
-  const Buffers b{grad, x, mean, scale, shift, slope, offset, out, out2};
+  const Buffers b{other, x, mean, scale, shift, slope, offset, out, out2};
   if (type == 0) with_type<float>(Pass(pass), act, s, b);
   else if (type == 1) with_type<double>(Pass(pass), act, s, b);
   else with_type<BFloat16>(Pass(pass), act, s, b);

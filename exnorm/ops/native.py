@@ -48,7 +48,7 @@ def call(
     out: Tensor,
     out2: Tensor | None = None,
     *,
-    grad: Tensor | None = None,
+    other: Tensor | None = None,
 ) -> None:
     """One pass over `x`.
 
@@ -56,7 +56,7 @@ def call(
         x: dense: contiguous, or channels last in memory with channel_dim 1.
         coefficients: mean, scale, shift, slope, offset as far as the pass reads them, (N, C) in the moments' dtype.
         out, out2: one or two results: contiguous moments or sums, or a tensor in the layout of `x`.
-        grad: in the layout of `x`.
+        other: in the layout of `x`: the gradient of the output; for AFFINE the residual.
     """
     library = _library()
     assert library is not None
@@ -65,7 +65,7 @@ def call(
     columns = channel_dim == -1 or not x.is_contiguous()
     plain = [c.contiguous() for c in coefficients]  # kept: the pass reads them through their addresses
     pointers = [c.data_ptr() for c in plain] + [None] * (5 - len(plain))
-    first = None if grad is None else grad.data_ptr()
+    first = None if other is None else other.data_ptr()
     last = None if out2 is None else out2.data_ptr()
     facts = (DTYPES[x.dtype], ACTIVATIONS[act], columns, samples, channels, length)
     library(what, *facts, first, x.data_ptr(), *pointers, out.data_ptr(), last)

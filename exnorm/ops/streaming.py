@@ -1,6 +1,6 @@
 """Moments and affine map as two autograd functions with ordinary autograd between them.
 
-    m, v, x', ca, cb = Moments(x)        a, b = f(m, v; parameters)        y = act(a * (x' - m) + b)
+    m, v, x', ca, cb = Moments(x)        a, b = f(m, v; parameters)        y = act(a * (x' - m) + b + r)
 
 With `g` the gradient at a * (x - m) + b:
 
@@ -11,6 +11,9 @@ With `g` the gradient at a * (x - m) + b:
 `x'` aliases `x`, and `ca`, `cb` are zero (N, C) carriers: `Affine.backward` returns the untouched gradient of `y`
 for `x'` and the *values* of a and b as the carriers' "gradients", so that `Moments.backward` holds all that it
 needs to write dx in one pass. Only `x` is saved. First order only.
+
+With a residual r, the activation is none or a ReLU, whose gradient follows from y (saved then, as `nn.ReLU` does): it
+is applied first, for it is the gradient of r too, and all else goes on as without activation.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from exnorm.ops.activations import ACTIVATIONS
+from exnorm.ops.activations import ACTIVATIONS, through_relu
 from exnorm.ops.backend import implementation
 from exnorm.ops.layout import length
 
@@ -61,27 +64,33 @@ class _Affine(torch.autograd.Function):
         shift_NC: Tensor,
         scale_carrier_NC: Tensor | None,
         shift_carrier_NC: Tensor | None,
+        residual: Tensor | None,
         channel_dim: int,
         act: str | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, mean_NC, scale_NC, shift_NC)
+        y = implementation().affine(x, mean_NC, scale_NC, shift_NC, residual, channel_dim, act)
+        ctx.activated_sum = residual is not None and act is not None
+        ctx.save_for_backward(x, mean_NC, scale_NC, shift_NC, *((y,) if ctx.activated_sum else ()))
         ctx.channel_dim, ctx.act, ctx.carried = channel_dim, act, scale_carrier_NC is not None
-        return implementation().affine(x, mean_NC, scale_NC, shift_NC, channel_dim, act)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, *coefficients = ctx.saved_tensors
-        _, scale_NC, shift_NC = coefficients
+        x, mean_NC, scale_NC, shift_NC, *output = ctx.saved_tensors
+        coefficients, act = (mean_NC, scale_NC, shift_NC), ctx.act
+        if ctx.activated_sum:
+            grad, act = through_relu(grad, output[0]), None
         dx = dmean_NC = dscale_NC = dshift_NC = None
         if any(ctx.needs_input_grad[1:4]):
-            dscale_NC, dshift_NC = implementation().affine_sums(grad, x, *coefficients, ctx.channel_dim, ctx.act)
+            dscale_NC, dshift_NC = implementation().affine_sums(grad, x, *coefficients, ctx.channel_dim, act)
             dmean_NC = -scale_NC * dshift_NC
+        dresidual = grad if ctx.needs_input_grad[6] else None
         if ctx.carried:
-            return grad, dmean_NC, dscale_NC, dshift_NC, scale_NC, shift_NC, None, None
+            return grad, dmean_NC, dscale_NC, dshift_NC, scale_NC, shift_NC, dresidual, None, None
         if ctx.needs_input_grad[0]:
-            dx = implementation().input_gradient(grad, x, *coefficients, None, None, ctx.channel_dim, ctx.act)
-        return dx, dmean_NC, dscale_NC, dshift_NC, None, None, None, None
+            dx = implementation().input_gradient(grad, x, *coefficients, None, None, ctx.channel_dim, act)
+        return dx, dmean_NC, dscale_NC, dshift_NC, None, None, dresidual, None, None
 
 
 def moments(x: Tensor, *, channel_dim: int = 1, act: str | None = None) -> tuple[Tensor, Tensor, Streamed]:
@@ -89,7 +98,8 @@ def moments(x: Tensor, *, channel_dim: int = 1, act: str | None = None) -> tuple
 
     Args:
         x: (N, C, *spatial), or (N, *spatial, C) with `channel_dim=-1`.
-        act: the activation that the following `affine` will apply: its derivative is part of the gradient of `x`.
+        act: the activation that the following `affine` will apply: its derivative is part of the gradient of `x`. None
+            where a residual is added.
 
     Returns:
         mean_NC, var_NC in float32 (float64 for float64 input), and what `affine` takes in place of `x`. The gradient
@@ -106,22 +116,26 @@ def affine(
     scale_NC: Tensor,
     shift_NC: Tensor,
     *,
+    residual: Tensor | None = None,
     channel_dim: int = 1,
     act: str | None = None,
 ) -> Tensor:
-    """act(scale * (x - mean) + shift), one pass, in the dtype of `x`.
+    """act(scale * (x - mean) + shift + residual), one pass, in the dtype of `x`.
 
     Args:
         x: what `moments` returned, or a plain tensor where the coefficients do not depend on its moments.
         mean_NC: the mean that `moments` returned; for a plain tensor any centre.
         scale_NC, shift_NC: (N, C), in the moments' dtype; `shift` is the preactivation at the mean.
-        act: None or a key of `ACTIVATIONS`; the same that `moments` was given.
+        residual: added before the activation, of the shape of `x`; None for nothing.
+        act: None or a key of `ACTIVATIONS`, the same that `moments` was given; with a residual None or "relu".
     """
     _check_activation(act)
+    if residual is not None and act not in (None, "relu"):
+        raise ValueError(f"activation {act!r} cannot be fused behind a residual; allowed: None, relu")
     if isinstance(x, Streamed):
         carriers = (x.scale_carrier_NC, x.shift_carrier_NC)
-        return _Affine.apply(x.x, mean_NC, scale_NC, shift_NC, *carriers, channel_dim, act)
-    return _Affine.apply(x, mean_NC, scale_NC, shift_NC, None, None, channel_dim, act)
+        return _Affine.apply(x.x, mean_NC, scale_NC, shift_NC, *carriers, residual, channel_dim, act)
+    return _Affine.apply(x, mean_NC, scale_NC, shift_NC, None, None, residual, channel_dim, act)
 
 
 def _check_activation(act: str | None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from exnorm.config.groups import group_options, option_values
 from exnorm.norms import BatchScopeNorm, Norm
 from exnorm.surgery.pairs import activation_name, following_activations
+from exnorm.surgery.residuals import fuse_residuals
 
 _CHANNELS_LAST: dict[str, tuple[type[nn.Module], ...]] = {
     "layer": (
@@ -75,6 +76,7 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 _KIND_OF = {cls: kind for kind, classes in KINDS.items() for cls in classes}
 _SYNCHRONIZED = (nn.SyncBatchNorm, timm.layers.SyncBatchNormAct)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WRAPPERS = (
     "DistributedDataParallel",
     "DataParallel",
@@ -128,7 +130,8 @@ def convert(
         replace: the kinds to replace, of batch, group, layer2d, layer, rms. `layer` and `rms` normalize each token on
             its own, which is no scope of ours: replacing them changes the function.
         fuse: apply activations inside the affine pass: those of norm-act layers, and those behind a layer where
-            `exnorm.surgery.pairs` proves the pair; a module whose work was taken over becomes an `nn.Identity`.
+            `exnorm.surgery.pairs` proves the pair; a module whose work was taken over becomes an `nn.Identity`. Add
+            residuals in it too, where `exnorm.surgery.residuals` proves the addition; such a block gets a subclass.
         options: of the normalizer's constructor.
 
     Raises:
@@ -151,6 +154,8 @@ def convert(
             return built[id(child)]
         parent._modules[name] = built[id(child)]
     _take_over(model, {act: built[id(norm)] for norm, act in followers.items()})
+    if fuse:
+        fuse_residuals(model)
     if not built:
         present = Counter(_KIND_OF[type(child)] for _, _, child in _normalization_layers(model))
         kinds = ", ".join(f"{kind} ({count})" for kind, count in present.items()) or "none"
@@ -167,8 +172,12 @@ def audit(model: nn.Module) -> list[AuditRow]:
         if isinstance(module, Norm):
             note = module.replaced
             new = f"{type(module).__name__}({module.extra_repr()})"
-            fused = f", with the activation of {module.took_over}" if module.took_over else ""
-            rows.append(AuditRow(name, note or original, new, ("replaced" if note else "built") + fused))
+            fused = (
+                f"the residual of {module.adds_residual_of}" if module.adds_residual_of else "",
+                f"the activation of {module.took_over}" if module.took_over else "",
+            )
+            reasons = ("replaced" if note else "built", " and ".join(filter(None, fused)))
+            rows.append(AuditRow(name, note or original, new, ", with ".join(filter(None, reasons))))
         elif kind is not None:
             rows.append(
                 AuditRow(
@@ -291,6 +300,7 @@ def _replacement(
             post = getattr(layer, name, None)
             setattr(new, name, None if isinstance(post, nn.Identity) else post)
     _carry_over(layer, new)
+    new.__dict__.update((name, value) for name, value in vars(layer).items() if name.startswith(_HOOKS))
     new.replaced = f"{type(layer).__module__}.{type(layer).__qualname__}"
     return new.train(layer.training)
 

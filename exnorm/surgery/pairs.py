@@ -4,19 +4,18 @@ A pair is proven if, in training and in evaluation mode, the layer runs once, it
 before anything else touches it, nothing reads it afterwards, and the activation runs for nothing else.
 """
 
-import copy
-import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import timm.layers
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from exnorm.ops import ACTIVATIONS
+from exnorm.surgery import meta
+from exnorm.surgery.meta import is_hooked
 
 
 def activation_name(module: nn.Module | None) -> str | None:
@@ -31,51 +30,17 @@ def following_activations(model: nn.Module, layers: Iterable[nn.Module]) -> dict
     """The activation behind each of these layers, where the pair is proven; empty if the model cannot be traced."""
     modules = dict(model.named_modules())
     paths = {module: path for path, module in modules.items()}
-    candidates = {paths[layer] for layer in layers if not _is_hooked(layer)}
-    activations = {path for module, path in paths.items() if activation_name(module) and not _is_hooked(module)}
+    candidates = {paths[layer] for layer in layers if not is_hooked(layer)}
+    activations = {path for module, path in paths.items() if activation_name(module) and not is_hooked(module)}
     if not candidates or not activations:
         return {}
     try:
-        clone = _meta_copy(model)
-        example = _example(model)
+        clone = meta.meta_copy(model)
+        example = meta.example_input(model)
         pairs = [_trace(clone.train(mode), example, candidates, activations) for mode in (True, False)]
     except Exception:  # noqa: BLE001  # what the meta device cannot run proves nothing
         return {}
     return {modules[k]: modules[v] for k, v in pairs[0].items() if pairs[1].get(k) == v}
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether somebody watches what goes in or comes out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(t): _meta(t) for t in tensors}
-    clone = copy.deepcopy(model, memo)
-    for module in clone.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return clone
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _example(model: nn.Module) -> Tensor:
-    """An input of the size that the model was made for, or one that fits its first layer."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    for module in model.modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            spatial = (64,) * (module.weight.ndim - 2)
-            if len(spatial) == 2 and "input_size" in config:
-                spatial = tuple(config["input_size"][1:])
-            return torch.zeros(2, module.in_channels, *spatial, device="meta", dtype=module.weight.dtype)
-        if isinstance(module, nn.Linear):
-            return torch.zeros(2, module.in_features, device="meta", dtype=module.weight.dtype)
-    raise ValueError("no layer from which the input's shape could be told")
 
 
 def _trace(model: nn.Module, example: Tensor, candidates: set[str], activations: set[str]) -> dict[str, str]:
@@ -87,12 +52,10 @@ def _trace(model: nn.Module, example: Tensor, candidates: set[str], activations:
         if path in activations:
             handles.append(module.register_forward_pre_hook(lambda m, a, path=path: trace.enter(path, a)))
             handles.append(module.register_forward_hook(lambda m, a, y, path=path: trace.leave(y)))
-    state = random.getstate()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), trace:
-            output = model(example)
+        with trace:
+            output = meta.run(model, example)
     finally:
-        random.setstate(state)
         for handle in handles:
             handle.remove()
     return dict(trace.pairs(output))

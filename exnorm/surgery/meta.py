@@ -1,0 +1,56 @@
+"""A copy of a model on the meta device, where a forward costs no arithmetic: what surgery looks at before it cuts."""
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches what goes in or comes out; of a copy, whether that is so in the model."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or getattr(module, "was_hooked", False)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The model without its values and hooks."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(t): _meta(t) for t in tensors}
+    clone = copy.deepcopy(model, memo)
+    for module in clone.modules():
+        module.was_hooked = is_hooked(module)
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return clone
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def example_input(model: nn.Module) -> Tensor:
+    """An input of the size that the model was made for, or one that fits its first layer."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            spatial = (64,) * (module.weight.ndim - 2)
+            if len(spatial) == 2 and "input_size" in config:
+                spatial = tuple(config["input_size"][1:])
+            return torch.zeros(2, module.in_channels, *spatial, device="meta", dtype=module.weight.dtype)
+        if isinstance(module, nn.Linear):
+            return torch.zeros(2, module.in_features, device="meta", dtype=module.weight.dtype)
+    raise ValueError("no layer from which the input's shape could be told")
+
+
+def run(forward: Callable[..., Any], *args: Any) -> Any:
+    """A forward on the meta device, which moves no random number generator and needs no gradient."""
+    state = random.getstate()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return forward(*args)
+    finally:
+        random.setstate(state)
