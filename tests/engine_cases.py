@@ -50,6 +50,7 @@ def tiny(root: Path, *more: str) -> list[str]:
         "logger=off",
         "trainer.epochs=2",
         "batch=1x8",
+        "ops.backend=eager",
         *more,
     ]
 

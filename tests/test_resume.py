@@ -54,10 +54,10 @@ def run_until_step(arguments: list[str], cwd: Path, step: int) -> tuple[int, obj
     return process.pid, process
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_run_killed_inside_an_epoch_ends_bit_equal(devices: int, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("devices", "backend"), [(1, "eager"), (2, "eager"), (1, "compiled")])
+def test_a_run_killed_inside_an_epoch_ends_bit_equal(devices: int, backend: str, images: Path, tmp_path: Path) -> None:
     """SIGKILL to controller and workers at a random step, twice; then on with two data workers."""
-    batch = ["batch=2x4", f"trainer.devices={devices}", EPOCHS]
+    batch = ["batch=2x4", f"trainer.devices={devices}", EPOCHS, f"ops.backend={backend}"]
     whole = train(tiny(images, *batch), tmp_path / "whole")
     killed = tmp_path / "killed"
     draw = random.Random(devices)

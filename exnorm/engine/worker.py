@@ -7,6 +7,7 @@ when the controller dies, however it dies. Exit codes: 0 done, 2 the user's mist
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -72,12 +73,21 @@ def _train(folder: Any, config: Any, stop_signal: Any) -> None:
     from exnorm.engine import distributed
     from exnorm.engine.train import train
 
-    lock = folder.lock() if os.environ.get("RANK", "0") == "0" else None
+    is_first = os.environ.get("RANK", "0") == "0"
+    lock = folder.lock() if is_first else None
+    if is_first:
+        _say_what_is_compiled()
     world = distributed.join(device_type(config.trainer.device))
     train(folder, config, world, stop_signal)
     world.wait()
     if lock is not None:
         lock.release()
+
+
+def _say_what_is_compiled() -> None:
+    log = logging.getLogger("exnorm")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler(sys.stdout))
 
 
 def _evaluate(folder: Any, config: Any, request: dict[str, Any]) -> None:

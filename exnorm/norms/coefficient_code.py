@@ -7,6 +7,7 @@ package's sources, so that nothing is traced where they exist; for a class of so
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, fx
 
 from exnorm.norms.coefficient_graphs import Graphs, trace
-from exnorm.ops import ahead
+from exnorm.ops import ahead, native
 from exnorm.ops.cache import cache_folder, processor
 from exnorm.ops.layout import statistics_dtype
 from exnorm.ops.pieces import warn_once, without_saved_tensor_hooks
 from exnorm.runs.folder import write_json_atomic
 
+_LOG = logging.getLogger(__name__)
 _NOT_PART_OF_THE_FORMULA = ("num_features", "replaced", "took_over", "adds_residual_of", "fused_act", "channel_dim")
 
 
@@ -61,7 +63,9 @@ class CoefficientCode:
         if not library.exists():
             graphs = self._traced(norm, like)
             write_json_atomic(facts, {"read": graphs.read})
-            ahead.build(getattr(graphs, which), library)
+            _LOG.info("compiling the %s of %s for this machine, once: a quarter minute", which, type(norm).__name__)
+            with native.compiled_meanwhile():
+                ahead.build(getattr(graphs, which), library)
         self.read = tuple(json.loads(facts.read_text(encoding="utf-8"))["read"])
         return ahead.load(library)
 

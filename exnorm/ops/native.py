@@ -5,6 +5,7 @@ inductor makes of the same formulas takes half as long or, on small images, long
 dtypes and activations are inductor's.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -69,6 +71,14 @@ def call(
     last = None if out2 is None else out2.data_ptr()
     facts = (DTYPES[x.dtype], ACTIVATIONS[act], columns, samples, channels, length)
     library(what, *facts, first, x.data_ptr(), *pointers, out.data_ptr(), last)
+
+
+@contextlib.contextmanager
+def compiled_meanwhile() -> Iterator[None]:
+    """Compile the library, where it is missing, while something else is compiled; a failure shows at its first use."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(_built)
+        yield
 
 
 @functools.cache

@@ -21,7 +21,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(t): _meta(t) for t in tensors}
     clone = copy.deepcopy(model, memo)
     for module in clone.modules():
-        module.was_hooked = is_hooked(module)
+        module.__dict__["was_hooked"] = is_hooked(module)
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return clone
