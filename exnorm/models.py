@@ -43,10 +43,11 @@ def _backbone(config: Any, num_classes: int) -> nn.Module:
     options = dict(config.options)
     if config.name.startswith(TORCHVISION_PREFIX):
         return _torchvision(config, num_classes, options)
-    if not timm.is_model(config.name):
-        raise ValueError(f"unknown model; {suggest(config.name, timm.list_models())}")
+    architecture = config.architecture or config.name
+    if not timm.is_model(architecture):
+        raise ValueError(f"unknown model; {suggest(architecture, timm.list_models())}")
     return timm.create_model(
-        config.name,
+        architecture,
         pretrained=config.pretrained,
         num_classes=num_classes,
         drop_rate=config.drop_rate,

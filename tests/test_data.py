@@ -107,18 +107,17 @@ def test_samples_do_not_depend_on_workers_or_on_where_the_epoch_was_entered(tmp_
     entered = epoch_of(dataset, epoch=3, workers=2, first_step=2)
     assert len(whole) == 6
     assert len(entered) == 4
-    for (x, y), (a, b) in zip(whole[2:], entered, strict=True):
-        assert torch.equal(x, a)
-        assert torch.equal(y, b)
+    for batch, same in zip(whole[2:], entered, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
 
 
 def test_the_shares_of_the_ranks_are_the_global_batch(tmp_path: Path) -> None:
     dataset = seeded(make_image_folder(tmp_path / "data"))
     whole = epoch_of(dataset, epoch=0, workers=0)
     shares = [epoch_of(dataset, epoch=0, workers=0, rank=rank, ranks=4) for rank in range(4)]
-    for step, (x, y) in enumerate(whole):
-        assert torch.equal(torch.cat([share[step][0] for share in shares]), x)
-        assert torch.equal(torch.cat([share[step][1] for share in shares]), y)
+    for step, batch in enumerate(whole):
+        for part, tensor in enumerate(batch):
+            assert torch.equal(torch.cat([share[step][part] for share in shares]), tensor)
 
 
 def test_epochs_and_seeds_differ_and_the_last_incomplete_batch_is_dropped(tmp_path: Path) -> None:

@@ -15,11 +15,21 @@ class ModelConfig:
     """A backbone, by its name in timm or torchvision."""
 
     name: str = MISSING
+    architecture: str | None = None  # its name in timm, where `name` is one of ours
     drop_rate: float = 0.0  # dropout before the classifier; SN's released code uses 0.5
     pretrained: bool = False  # weights from timm's hub
     init_from: str | None = None  # a run folder or a checkpoint file
     replace: list[str] = field(default_factory=lambda: ["batch"])  # kinds of layers the norm replaces
     options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the model's constructor
+
+
+@dataclass
+class NoiseConfig:
+    """Wrong labels in training; see `exnorm.data.noise`."""
+
+    kind: str = "none"  # none | symmetric | symmetric_exclusive | asymmetric
+    rate: float = 0.0  # the share of the training images whose label is touched
+    seed: int = 0
 
 
 @dataclass
@@ -38,6 +48,11 @@ class DataConfig:
     epochs: int = 100  # the length of training that goes with this data set
     schedule: str = "step"  # the learning rate that goes with it: step | cosine
     workers: int = 4  # loader processes per device
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    num_classes: int | None = None  # of a set that is drawn, as are the next three
+    num_train: int | None = None
+    num_val: int | None = None
+    seed: int | None = None  # of the drawing, not of the run
 
 
 @dataclass
@@ -97,7 +112,7 @@ class LoggerConfig:
 class OpsConfig:
     """The back end of the streaming primitives."""
 
-    backend: str = "auto"  # auto (eager) | eager | compiled
+    backend: str = "auto"  # auto (compiled on a CPU, eager on a GPU) | eager | compiled
 
 
 @dataclass

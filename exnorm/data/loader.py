@@ -26,8 +26,8 @@ def mixed_seed(*parts: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class SeededImages(Dataset[tuple[Tensor, int]]):
-    """Transformed images, addressed by (epoch, index)."""
+class SeededImages(Dataset[tuple[Tensor, int, int]]):
+    """Transformed images with their label and their clean label, addressed by (epoch, index)."""
 
     def __init__(self, images: Images, transform: Transform, *, seed: int) -> None:
         self.images = images
@@ -37,13 +37,15 @@ class SeededImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
         epoch, index = key
         seed = mixed_seed(self.seed, epoch, index)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
-        return self.transform(self.images.open_image(index)), self.images.labels[index]
+        label = self.images.labels[index]
+        clean = label if self.images.clean_labels is None else self.images.clean_labels[index]
+        return self.transform(self.images.open_image(index)), label, clean
 
 
 class TrainBatches(Sampler[list[Key]]):

@@ -8,10 +8,16 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images; `open_image(i)` returns image i as RGB."""
+    """Labelled images.
+
+    Attributes:
+        open_image: returns image i as RGB.
+        clean_labels: the labels before noise was added to them; None where none was.
+    """
 
     labels: Sequence[int]
     open_image: Callable[[int], Image.Image]
+    clean_labels: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -19,8 +25,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Splits:
-    """A training and a validation set over the same classes."""
+    """A training and a validation set over the same classes.
+
+    Attributes:
+        mistaken_for: for each class the one that asymmetric label noise makes of it; None for the next one.
+    """
 
     train: Images
     val: Images
     classes: Sequence[str]
+    mistaken_for: Sequence[int] | None = None

@@ -48,7 +48,7 @@ def batch_average(
     )
     count = torch.zeros(1, dtype=torch.float64)
     with _scope_on_this_device(model):
-        for images, _ in loader:
+        for images, _, _ in loader:
             with autocast(world.device, precision):
                 model(images.to(world.device))
             count += 1

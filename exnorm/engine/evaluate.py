@@ -40,13 +40,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
-    for images, labels in loader:
-        images, labels = (
-            images.to(world.device, non_blocking=True),
-            labels.to(world.device, non_blocking=True),
-        )
+    for batch in loader:
+        images, labels, clean = (tensor.to(world.device, non_blocking=True) for tensor in batch)
         with autocast(world.device, precision):
             logits = model(images)
-        sums += task.sums(logits, labels)
+        sums += task.sums(logits, labels, clean)
     model.train(was_training)
     return summarize(world.sum_(sums), "val")

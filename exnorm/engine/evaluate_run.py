@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from exnorm import ops
 from exnorm.config.errors import UserError
 from exnorm.config.schema import EvalConfig
-from exnorm.data import data_set
+from exnorm.data import load
 from exnorm.data.loader import SeededImages
 from exnorm.data.transforms import eval_transform
 from exnorm.engine import checkpoint
@@ -30,7 +30,7 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     wanted = OmegaConf.merge(OmegaConf.structured(EvalConfig), request)
     ops.set_backend(config.ops.backend)
     state = checkpoint.find(folder, wanted.checkpoint)
-    splits = data_set(wanted.data.name).load(wanted.data)
+    splits = load(wanted.data)
     if list(splits.classes) != list(state["classes"]):
         raise UserError(
             f"data={wanted.data.name} has {len(splits.classes)} classes ({', '.join(splits.classes[:3])}, ...), the "

@@ -1,6 +1,7 @@
 """What learns, and what is done with it: build, one step, check, save, restore."""
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,16 +89,17 @@ def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]
     )
 
 
-def train_step(learner: Learner, images: Tensor, labels: Tensor, *, seed: int) -> Tensor:
-    """One optimizer step over this worker's share of a global batch; returns the share's metric sums."""
+def train_step(learner: Learner, batch: Sequence[Tensor], *, seed: int) -> Tensor:
+    """One optimizer step over this worker's share of a global batch; returns the share's metric sums.
+
+    Args:
+        batch: images, labels and clean labels.
+    """
     world, plan = learner.world, learner.plan
     torch.manual_seed(mixed_seed(seed, learner.step, world.rank))  # dropout; no generator state to restore
-    images, labels = (
-        images.to(world.device, non_blocking=True),
-        labels.to(world.device, non_blocking=True),
-    )
+    passes = [tensor.to(world.device, non_blocking=True).chunk(plan.passes) for tensor in batch]
     batch_sums = torch.zeros_like(learner.sums)
-    for index, (x, y) in enumerate(zip(images.chunk(plan.passes), labels.chunk(plan.passes), strict=True)):
+    for index, (x, y, clean) in enumerate(zip(*passes, strict=True)):
         last = index == plan.passes - 1
         ddp = isinstance(learner.net, DistributedDataParallel)
         with learner.net.no_sync() if ddp and not last else nullcontext():  # type: ignore[operator]
@@ -107,7 +109,7 @@ def train_step(learner: Learner, images: Tensor, labels: Tensor, *, seed: int) -
             learner.scaler.scale(loss).backward()
         first_bad = torch.where(loss.detach().isfinite(), NO_BAD_STEP, learner.step + 1)
         learner.bad_step = torch.minimum(learner.bad_step, first_bad)
-        batch_sums += learner.task.sums(logits.detach(), y)
+        batch_sums += learner.task.sums(logits.detach(), y, clean)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)

@@ -42,7 +42,7 @@ class Progress:
         done, since = self.first
         rate = (step - done) / (now - since) if now > since else 0.0
         left = f"{(self.steps - step) / rate:.0f} s left" if rate else ""
-        loss, _, _, count = batch_sums.tolist()
+        loss, _, _, count, *_ = batch_sums.tolist()
         filled = 24 * step // self.steps
         bar = "#" * filled + "." * (24 - filled)
         line = f"[{bar}] epoch {epoch + 1}/{self.epochs} step {step}/{self.steps} loss {loss / count:.3f} {left}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from exnorm import ops
 from exnorm.analysis.ratios import LayerRatio, as_metrics, mean_ratios, measure_ratios
 from exnorm.config.errors import UserError
-from exnorm.data import data_set
+from exnorm.data import load, noise
 from exnorm.data.loader import SeededImages, TrainBatches, make_loader
 from exnorm.data.transforms import eval_transform, train_transform
 from exnorm.engine import checkpoint
@@ -24,7 +24,7 @@ from exnorm.engine.evaluate import eval_loader, evaluate
 from exnorm.engine.learner import Learner, build_learner, check, restore, save, train_step
 from exnorm.engine.progress import Progress
 from exnorm.optim import learning_rate, set_learning_rate
-from exnorm.runs.folder import RunFolder, write_json_atomic
+from exnorm.runs.folder import RunFolder, write_json_atomic, write_text_atomic
 from exnorm.runs.metrics import MetricsLog, plain
 from exnorm.runs.sinks import Sink, make_sinks
 from exnorm.tasks.classification import summarize
@@ -57,7 +57,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         torch.use_deterministic_algorithms(True)
 
     # Data
-    splits = data_set(config.data.name).load(config.data)
+    splits = load(config.data)
     plan = plan_batch(
         config.batch,
         devices=world.size,
@@ -106,6 +106,10 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     )
     progress = Progress(folder.log_file, steps=steps, epochs=trainer.epochs, active=world.is_first)
     progress.say(facts.text)
+    if world.is_first and config.data.noise.rate:
+        wrong = noise.wrong_labels(splits.train)
+        write_text_atomic(folder.noisy_labels_file, noise.as_csv(wrong))
+        progress.say(f"label noise: {len(wrong)} of {len(splits.train)} training labels are wrong (noisy_labels.csv)")
 
     # Metrics, as the last checkpoint knew them
     metrics: MetricsLog | None = None
@@ -132,7 +136,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     while learner.epoch < trainer.epochs:
         batches.start(learner.epoch, learner.step - learner.epoch * epoch_steps)
         learner.clock, first_step, before_s = time.monotonic(), learner.step, learner.train_s
-        for images, labels in train_loader:
+        for batch in train_loader:
             rate = learning_rate(
                 config.optim,
                 step=learner.step,
@@ -142,7 +146,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             )
             set_learning_rate(learner.optimizer, rate)
             learner.calibrated = None  # the statistics of other weights
-            batch_sums = train_step(learner, images, labels, seed=config.seed)
+            batch_sums = train_step(learner, batch, seed=config.seed)
             learner.step += 1
             progress.step(learner.step, learner.epoch, batch_sums)
             if learner.step % ROW_EVERY == 0:
@@ -217,6 +221,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             "inference": trainer.inference,
             "devices": world.size,
             **facts.record,
+            **({"noise": noise.facts(config.data.noise, splits.train)} if config.data.noise.rate else {}),
         }
         record["ratio"] = mean_ratios(ratios) if results else last_ratios(folder)
         write_json_atomic(folder.record_file, plain(record))

@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from exnorm.norms.coefficient_graphs import Graphs, trace
 from exnorm.ops import ahead, native
-from exnorm.ops.cache import cache_folder, processor
 from exnorm.ops.layout import statistics_dtype
 from exnorm.ops.pieces import warn_once, without_saved_tensor_hooks
+from exnorm.runs.cache import cache_folder, processor
 from exnorm.runs.folder import write_json_atomic
 
 _LOG = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from exnorm.ops.cache import building_in
+from exnorm.runs.cache import building_in
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 

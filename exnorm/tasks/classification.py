@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SUMS = ("loss", "top1", "top5", "count")
+SUMS = ("loss", "top1", "top5", "count", "noisy", "noisy_fitted", "noisy_recovered")
 
 
 class Classification:
@@ -25,25 +25,35 @@ class Classification:
         return self.criterion(logits.float(), labels)
 
     @torch.no_grad()
-    def sums(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sums over the samples in float64: loss without smoothing, hits in top 1 and top 5, samples."""
+    def sums(self, logits: Tensor, labels: Tensor, clean: Tensor) -> Tensor:
+        """Sums over the samples in float64, against labels of which some may be noisy.
+
+        Loss without smoothing, hits in top 1 and top 5, samples; wrong labels, and how many of them the prediction
+        agrees with (fitted), or with the clean label instead (recovered).
+        """
         logits = logits.float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        noisy = labels != clean
         parts = (
             loss,
             ranked[:, 0].sum(),
             ranked.any(1).sum(),
             labels.new_tensor(len(labels)),
+            noisy.sum(),
+            (ranked[:, 0] & noisy).sum(),
+            (noisy & (logits.argmax(1) == clean)).sum(),
         )
         return torch.stack([part.double() for part in parts])
 
 
 def summarize(sums: Tensor, split: str) -> dict[str, float]:
-    """Sums as metrics: loss, top-1 and top-5 in percent, under `<split>/`."""
-    loss, top1, top5, count = sums.tolist()
-    return {
-        f"{split}/loss": loss / count,
-        f"{split}/top1": 100 * top1 / count,
-        f"{split}/top5": 100 * top5 / count,
-    }
+    """Sums as metrics under `<split>/`: loss, top-1 and top-5 in percent.
+
+    Where labels are wrong: the percentage of them that was fitted, and of those that were recovered.
+    """
+    loss, top1, top5, count, noisy, fitted, recovered = sums.tolist()
+    metrics = {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    if noisy:
+        metrics |= {"noisy_fitted": 100 * fitted / noisy, "noisy_recovered": 100 * recovered / noisy}
+    return {f"{split}/{name}": value for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Where compiled code stays between processes."""
+"""Where what is made once per machine stays between processes: compiled code, rendered images."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ def cache_folder() -> Path:
             continue
         if os.access(folder, os.W_OK):
             return folder
-    raise FileNotFoundError("no folder to keep compiled code in; set XDG_CACHE_HOME")
+    raise FileNotFoundError("no folder to keep compiled code and rendered images in; set XDG_CACHE_HOME")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,106 @@
+"""Glyphs: characters in the fonts that matplotlib ships, each image in a style of its own; drawn here, not downloaded.
+
+Contrast, brightness, colour cast, background, noise, blur and compression vary strongly from image to image, which is
+what sample-wise normalization is about; validation shows fonts that training did not. The first 10 classes are the
+digits, then letters and symbols up to 52, then pairs of them up to 1,000. `glyphs` plays ImageNet's part,
+`glyphs_web` WebVision's.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exnorm.config.errors import UserError
+from exnorm.data import rendered
+from exnorm.data.drawing import Plan, Style, draw
+from exnorm.data.splits import Splits
+
+# No two of these look alike in all fonts (0 and O, 1 and I and l would), and cm fonts draw each of them.
+SINGLES = "0123456789" + "ABCDEFGHJKLMNPQRSTUVWXYZ" + "abdefghnqrt" + "#%&+=?@"
+PAIRED = SINGLES[:34]
+MIN_CLASSES, MAX_CLASSES = 10, 1000
+TRAIN_FONTS = (
+    *("DejaVuSans", "DejaVuSans-BoldOblique", "DejaVuSansMono", "DejaVuSerif-Bold", "DejaVuSerif-Italic"),
+    *("STIXGeneral", "cmss10"),
+)
+VAL_FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Oblique", "DejaVuSerif", "cmr10")
+STYLE = Style()
+
+
+def fingerprint(config: Any) -> str:
+    """The hash of what decides each pixel: fonts, styles, classes, numbers and seed."""
+    return fingerprint_of(*plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)
+
+
+def load(config: Any) -> Splits:
+    """Draw both sets, or find them in the cache."""
+    return splits(*plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)
+
+
+def class_names(count: int) -> list[str]:
+    """The text of each class: the singles, then pairs in an order that mixes them."""
+    pairs = ["".join(pair) for pair in permutations(PAIRED, 2)]
+    pairs.sort(key=lambda pair: hashlib.sha256(pair.encode()).digest())
+    return [*SINGLES, *pairs][:count]
+
+
+def plans(config: Any, style: Style, train_fonts: Sequence[str], val_fonts: Sequence[str]) -> tuple[Plan, Plan]:
+    """What is to be drawn for training and validation.
+
+    Raises:
+        UserError: an option that cannot be.
+    """
+    _check(config)
+    texts = class_names(config.num_classes)
+    train, val = (
+        Plan(texts, _font_files(fonts), style, config.image_size, f"{config.name}/{split}/{config.seed}")
+        for split, fonts in (("train", train_fonts), ("val", val_fonts))
+    )
+    return train, val
+
+
+def _check(config: Any) -> None:
+    if config.root is not None:
+        raise UserError(f"data.root={config.root}: {config.name} are drawn here and take no folder; leave it out")
+    if not MIN_CLASSES <= config.num_classes <= MAX_CLASSES:
+        raise UserError(f"data.num_classes={config.num_classes}: {config.name} has {MIN_CLASSES} to {MAX_CLASSES}")
+    for name in ("num_train", "num_val"):
+        if getattr(config, name) < config.num_classes:
+            raise UserError(f"data.{name}={getattr(config, name)} is less than an image for each of the classes")
+
+
+def _font_files(names: Sequence[str]) -> list[str]:
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return [str(folder / f"{name}.ttf") for name in names]
+
+
+def fingerprint_of(train: Plan, val: Plan, config: Any) -> str:
+    """Both plans' fingerprints as one."""
+    return rendered.fingerprint(train, config.num_train) + rendered.fingerprint(val, config.num_val)
+
+
+def splits(train: Plan, val: Plan, config: Any) -> Splits:
+    """The images of both plans, and which class each is most easily mistaken for."""
+    train_images, val_images = rendered.images(train, config.num_train), rendered.images(val, config.num_val)
+    return Splits(train_images, val_images, list(train.texts), mistaken_for(train))
+
+
+def mistaken_for(plan: Plan) -> list[int]:
+    """For each class the one whose character, drawn plainly, differs least from its own."""
+    plain = Style(*[(0.0, 0.0)] * len(Style._fields))._replace(
+        height=(0.9, 0.9), contrast=(1.0, 1.0), brightness=(0.5, 0.5), blur=(0.06, 0.06), quality=(95, 95)
+    )
+    reference = plan._replace(fonts=plan.fonts[:1], style=plain, size=16, seed="plain")
+    drawn = np.stack([draw(reference, index) for index in range(len(plan.texts))]).astype(np.int64)[..., 0]
+    # Which of character and background is brighter is random, so the corner decides.
+    shapes = np.abs(drawn - drawn[:, :1, :1]).reshape(len(drawn), -1)
+    distances = [np.abs(shapes - shape).sum(1) for shape in shapes]
+    for label, row in enumerate(distances):
+        row[label] = np.iinfo(np.int64).max
+    return [int(row.argmin()) for row in distances]

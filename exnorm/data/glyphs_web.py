@@ -1,0 +1,36 @@
+"""Glyphs from the web: the classes of `glyphs` in other fonts and another style, with wrong labels in training.
+
+The labels of a fifth of the training images are wrong (`data.noise`), and not at random: an image bears the class that
+its own is most easily mistaken for, as 3 and 8. Validation has clean labels and fonts that training did not have.
+"""
+
+from typing import Any
+
+from exnorm.data import glyphs
+from exnorm.data.drawing import Style
+from exnorm.data.splits import Splits
+
+TRAIN_FONTS = (
+    *("DejaVuSans-Oblique", "DejaVuSansMono-Bold", "DejaVuSerif-BoldItalic"),
+    *("STIXGeneralBol", "STIXGeneralItalic", "cmtt10"),
+)
+VAL_FONTS = ("DejaVuSansMono-BoldOblique", "STIXGeneralBolIta", "cmb10", "cmti10")
+STYLE = Style(
+    height=(0.4, 1.0),
+    shift=(-0.16, 0.16),
+    contrast=(0.15, 1.0),
+    cast=(-0.45, 0.45),
+    texture=(0.1, 0.45),
+    noise=(0.0, 0.15),
+    quality=(8, 60),
+)
+
+
+def fingerprint(config: Any) -> str:
+    """See `exnorm.data.glyphs.fingerprint`."""
+    return glyphs.fingerprint_of(*glyphs.plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)
+
+
+def load(config: Any) -> Splits:
+    """See `exnorm.data.glyphs.load`."""
+    return glyphs.splits(*glyphs.plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)

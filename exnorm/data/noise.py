@@ -1,0 +1,83 @@
+"""Label noise, in the conventions of the literature; the labels depend on the rate, the kind and the seed alone.
+
+    symmetric             int(rate * N) labels are drawn anew from all classes, their own included (DivideMix, Li et al.
+                          2020): of them 1 - 1/C are wrong
+    symmetric_exclusive   the same from all other classes: all of them are wrong
+    asymmetric            int(rate * N) labels become the class that theirs is mistaken for: the pairs that a data set
+                          names (those of CIFAR-10: Patrini et al. 2017), else the next class
+
+A class that no other is made of, as CIFAR-10's frog, keeps its labels.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from exnorm.config.errors import UserError, suggest
+from exnorm.data.splits import Images, Splits
+
+KINDS = ("none", "symmetric", "symmetric_exclusive", "asymmetric")
+
+
+def check(config: Any) -> None:
+    """Refuse a kind or rate that cannot be.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    if config.kind not in KINDS:
+        raise UserError(f"data.noise.kind={config.kind}: {suggest(config.kind, KINDS)}")
+    if not 0 <= config.rate <= 1:
+        raise UserError(f"data.noise.rate={config.rate}: a share of the labels, from 0 to 1")
+    if (config.kind == "none") != (config.rate == 0):
+        raise UserError(
+            f"data.noise.kind={config.kind} with data.noise.rate={config.rate} adds no noise; give both, as in "
+            "data.noise.kind=symmetric data.noise.rate=0.4, or data.noise.kind=none data.noise.rate=0"
+        )
+
+
+def with_noise(splits: Splits, config: Any) -> Splits:
+    """The same sets with noise in the labels of the training images; validation stays clean."""
+    if config.kind == "none":
+        return splits
+    clean, classes = list(splits.train.labels), len(splits.classes)
+    mistaken_for = splits.mistaken_for or [(label + 1) % classes for label in range(classes)]
+    rng = random.Random(config.seed)
+    # Only random() is the same in every version of Python; sorting by it shuffles.
+    order = sorted(range(len(clean)), key=[rng.random() for _ in clean].__getitem__)
+    labels = clean.copy()
+    for index in order[: int(config.rate * len(clean))]:
+        if config.kind == "asymmetric":
+            labels[index] = mistaken_for[clean[index]]
+        elif config.kind == "symmetric":
+            labels[index] = int(rng.random() * classes)
+        else:
+            labels[index] = (clean[index] + 1 + int(rng.random() * (classes - 1))) % classes
+    return replace(splits, train=replace(splits.train, labels=labels, clean_labels=clean))
+
+
+def wrong_labels(images: Images) -> list[tuple[int, int, int]]:
+    """(index, clean label, noisy label) of each image whose label noise has changed."""
+    clean: Sequence[int] = images.labels if images.clean_labels is None else images.clean_labels
+    both = enumerate(zip(clean, images.labels, strict=True))
+    return [(index, before, after) for index, (before, after) in both if before != after]
+
+
+def as_csv(wrong: Sequence[tuple[int, int, int]]) -> str:
+    """The wrong labels as text, one row each."""
+    return "".join(["index,clean,noisy\n", *[f"{index},{clean},{noisy}\n" for index, clean, noisy in wrong]])
+
+
+def facts(config: Any, images: Images) -> dict[str, Any]:
+    """What a record says of the noise: what was asked for, how many labels are wrong, and the hash of them."""
+    wrong = wrong_labels(images)
+    return {
+        "kind": config.kind,
+        "rate": config.rate,
+        "seed": config.seed,
+        "wrong_labels": len(wrong),
+        "images": len(images),
+        "sha256": hashlib.sha256(as_csv(wrong).encode()).hexdigest(),
+    }

@@ -1,0 +1,120 @@
+"""Sets of drawn images: drawn once per machine into one file of the cache, which is mapped into memory.
+
+The file is a line of JSON, padded to 4,096 bytes, with a checksum of what follows: the images, one after the other.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from exnorm.data.drawing import VERSION, Plan, draw_into
+from exnorm.data.splits import Images
+from exnorm.runs.cache import building_in, cache_folder
+
+HEADER = 4096  # bytes
+FEW = 200  # images that are drawn before a process has started
+
+
+def images(plan: Plan, count: int) -> Images:
+    """The images of a plan, drawn where the cache lacks them."""
+    path = cache_folder() / f"images-{fingerprint(plan, count)[:24]}.bin"
+    with _alone(path):
+        if not _is_whole(path):
+            _build(plan, count, path)
+    labels = [index % len(plan.texts) for index in range(count)]
+    return Images(labels, partial(_open, str(path), plan.size))
+
+
+def fingerprint(plan: Plan, count: int) -> str:
+    """A text that changes with the images."""
+    fonts = [(Path(font).name, _hash(font)) for font in plan.fonts]
+    return hashlib.sha256(repr((VERSION, count, plan._replace(fonts=fonts))).encode()).hexdigest()
+
+
+@functools.cache
+def _hash(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Of several processes that want a file one builds it, and the others wait."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with path.open("rb") as file:
+            whole = json.loads(file.read(HEADER)) == _facts(path)
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
+        print(f"exnorm: warning: {path} is damaged; its images are drawn again", file=sys.stderr, flush=True)
+    return whole
+
+
+def _build(plan: Plan, count: int, path: Path) -> None:
+    with building_in(path) as part:
+        with part.open("wb") as file:
+            file.truncate(HEADER + count * plan.size * plan.size * 3)
+        _draw_all(plan, count, part)
+        facts = json.dumps(_facts(part))
+        with part.open("r+b") as file:
+            file.write(facts.encode().ljust(HEADER))
+
+
+def _facts(path: Path) -> dict[str, int]:
+    """The size and the checksum of a file's images."""
+    checksum = 0
+    with path.open("rb") as file:
+        file.seek(HEADER)
+        while chunk := file.read(1 << 24):
+            checksum = zlib.crc32(chunk, checksum)
+    return {"bytes": path.stat().st_size - HEADER, "crc32": checksum}
+
+
+def _draw_all(plan: Plan, count: int, file: Path) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if count <= FEW:
+        draw_into(plan, file, HEADER, 0, count)
+        return
+    bounds = [count * share // cores for share in range(cores + 1)]
+    command = [sys.executable, "-m", "exnorm.data.drawing", json.dumps(plan), str(file), str(HEADER)]
+    # The package may be importable through sys.path alone.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    painters = [
+        subprocess.Popen([*command, str(start), str(stop)], env=environment) for start, stop in pairwise(bounds)
+    ]
+    try:
+        if any(painter.wait() for painter in painters):
+            raise RuntimeError(f"drawing {count} images failed; its processes said why")
+    finally:
+        for painter in painters:
+            painter.kill()
+
+
+@functools.cache
+def _pixels(path: str, size: int) -> Any:
+    return np.memmap(path, np.uint8, "r", HEADER).reshape(-1, size, size, 3)
+
+
+def _open(path: str, size: int, index: int) -> Image.Image:
+    return Image.fromarray(_pixels(path, size)[index])
