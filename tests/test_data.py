@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from engine_cases import CLASSES, make_image_folder
 from omegaconf import OmegaConf
 from PIL import Image
@@ -12,7 +14,7 @@ from PIL import Image
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.data import data_set, fingerprint
-from exnorm.data.loader import SeededImages, TrainBatches, fixed_batches, make_loader
+from exnorm.data.loader import Loader, SeededImages, TrainBatches, fixed_batches
 from exnorm.data.transforms import eval_transform, train_transform
 
 
@@ -98,7 +100,7 @@ def epoch_of(dataset: SeededImages, *, epoch: int, workers: int, first_step: int
     """The batches of an epoch from a step on."""
     batches = TrainBatches(len(dataset), total=8, seed=dataset.seed, **share)
     batches.start(epoch, first_step)
-    return list(make_loader(dataset, batches, workers=workers, pin_memory=False))
+    return list(Loader(dataset, batches, workers=workers, device=torch.device("cpu")))
 
 
 def test_samples_do_not_depend_on_workers_or_on_where_the_epoch_was_entered(tmp_path: Path) -> None:
@@ -133,14 +135,27 @@ def test_validation_resizes_the_shorter_side_and_crops_the_centre(tmp_path: Path
     """A white square in the middle of a black image fills the crop of a quarter of the resized side."""
     image = Image.new("RGB", (80, 40))
     image.paste((255, 255, 255), (30, 10, 50, 30))
-    config = folder_config(tmp_path, image_size=20, resize=40, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
-    assert eval_transform(config)(image).equal(torch.ones(3, 20, 20))
+    crop = np.asarray(eval_transform(folder_config(tmp_path, image_size=20, resize=40)).crop(image))
+    assert crop.shape == (3, 20, 20) and crop.dtype == np.uint8 and (crop == 255).all()
+
+
+def test_a_batch_is_normalized_as_an_image_would_be(tmp_path: Path) -> None:
+    """Against torchvision's conversion and normalization of the same pixels."""
+    dataset = seeded(make_image_folder(tmp_path / "data"))
+    config = folder_config(None)
+    (images, labels, clean), *_ = epoch_of(dataset, epoch=0, workers=0)
+    order = [index for _, index in next(iter(TrainBatches(len(dataset), total=8, seed=0)))]
+    assert labels.tolist() == clean.tolist() == [dataset.images.labels[index] for index in order]
+    for image, index in zip(images, order, strict=True):
+        pixels = dataset[0, index][0].numpy().transpose(1, 2, 0)
+        want = torchvision.transforms.Normalize(config.mean, config.std)(torchvision.transforms.ToTensor()(pixels))
+        torch.testing.assert_close(image, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("image_size", "resize"), [(160, 212), (384, 450), (224, 256), (32, 32)])
 def test_validation_resizes_to_exactly_the_pixels_asked_for(tmp_path: Path, image_size: int, resize: int) -> None:
     config = folder_config(tmp_path, image_size=image_size, resize=resize)
-    assert f"size={resize}" in str(eval_transform(config)).replace("(", "").replace("[", "").split("CenterCrop")[0]
+    assert f"size={resize}" in str(eval_transform(config).crop).replace("(", "").replace("[", "").split("CenterCrop")[0]
 
 
 def test_fixed_batches_hold_every_index_once() -> None:

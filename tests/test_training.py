@@ -151,7 +151,8 @@ def test_batch_average_is_the_total_variance_over_the_batches(images: Path) -> N
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = batch_average(model, dataset, scope=8, batches=6, workers=0, precision="fp32", world=world)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    every = torch.stack([dataset[0, index][0] for index in range(len(dataset))])
+    pixels = torch.stack([dataset[0, index][0] for index in range(len(dataset))])
+    every = dataset.transform.normalize(pixels)
     first = model.conv1[0](every)
     assert torch.allclose(found["conv1.1.running_mean"], first.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(found["conv1.1.running_var"], first.var((0, 2, 3), correction=0), rtol=1e-5)

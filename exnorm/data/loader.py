@@ -27,7 +27,7 @@ def mixed_seed(*parts: int) -> int:
 
 
 class SeededImages(Dataset[tuple[Tensor, int, int]]):
-    """Transformed images with their label and their clean label, addressed by (epoch, index)."""
+    """Cropped images in uint8 with their label and their clean label, addressed by (epoch, index)."""
 
     def __init__(self, images: Images, transform: Transform, *, seed: int) -> None:
         self.images = images
@@ -45,7 +45,7 @@ class SeededImages(Dataset[tuple[Tensor, int, int]]):
         torch.default_generator.manual_seed(seed)
         label = self.images.labels[index]
         clean = label if self.images.clean_labels is None else self.images.clean_labels[index]
-        return self.transform(self.images.open_image(index)), label, clean
+        return torch.as_tensor(self.transform.crop(self.images.open_image(index))), label, clean
 
 
 class TrainBatches(Sampler[list[Key]]):
@@ -86,23 +86,35 @@ def fixed_batches(indices: Sequence[int], size: int, *, epoch: int = 0) -> list[
     return [[(epoch, index) for index in indices[i : i + size]] for i in range(0, len(indices), size)]
 
 
-def make_loader(
-    dataset: SeededImages,
-    batches: Sampler[list[Key]] | list[list[Key]],
-    *,
-    workers: int,
-    pin_memory: bool,
-) -> DataLoader[Any]:
-    """A loader over given batches; its workers, no more than there are cores, stay alive between epochs."""
-    workers = min(workers, os.cpu_count() or 1)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-        worker_init_fn=_obey_trainer_alone,
-    )
+class Loader:
+    """Given batches of a set, on a device: normalized images, labels, clean labels.
+
+    Its processes, no more than there are cores, stay alive between epochs.
+    """
+
+    def __init__(
+        self,
+        dataset: SeededImages,
+        batches: Sampler[list[Key]] | list[list[Key]],
+        *,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        workers = min(workers, os.cpu_count() or 1)
+        self.dataset, self.device = dataset, device
+        self.batches: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_obey_trainer_alone,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in self.batches:
+            pixels, labels, clean = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            yield self.dataset.transform.normalize(pixels), labels, clean
 
 
 def _obey_trainer_alone(worker: int) -> None:

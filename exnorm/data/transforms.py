@@ -1,41 +1,62 @@
 """Images to tensors, in timm's transforms with the papers' crop rules.
 
 Training: random resized crop and horizontal flip, bilinear, nothing else. Validation: resize the shorter side to
-`resize`, centre crop of `image_size`, bilinear.
+`resize`, centre crop of `image_size`, bilinear. An image stays in bytes until it is on the device, as with timm's
+prefetcher: a quarter of the memory to copy, and for small images half the work of a loader.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-Transform = Callable[[Image.Image], Tensor]
+
+@dataclass(frozen=True)
+class Transform:
+    """What is done to an image, and to the batch that it comes in.
+
+    Attributes:
+        crop: from an image to (3, height, width) in uint8.
+        mean, std: of the channels, over 255.
+    """
+
+    crop: Callable[[Image.Image], np.ndarray | Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """(N, 3, height, width) in uint8 as (pixels / 255 - mean) / std in float32."""
+        mean, std = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels.float() - 255 * mean).div_(255 * std)
 
 
 def train_transform(config: Any) -> Transform:
     """Random resized crop, flip, normalization."""
-    return create_transform(
+    crop = create_transform(
         input_size=config.image_size,
         is_training=True,
+        use_prefetcher=True,
         scale=tuple(config.scale),
         ratio=tuple(config.ratio),
         hflip=config.hflip,
         color_jitter=None,  # pyright: ignore[reportArgumentType]
         interpolation="bilinear",
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-    )  # type: ignore[return-value]
+    )
+    return Transform(crop, tuple(config.mean), tuple(config.std))  # type: ignore[arg-type]
 
 
 def eval_transform(config: Any) -> Transform:
     """Resize, centre crop, normalization."""
-    return create_transform(
+    crop = create_transform(
         input_size=config.image_size,
         is_training=False,
+        use_prefetcher=True,
         interpolation="bilinear",
-        mean=tuple(config.mean),
-        std=tuple(config.std),
         crop_pct=config.image_size / (config.resize + 0.5),  # timm rounds image_size / crop_pct down
-    )  # type: ignore[return-value]
+    )
+    return Transform(crop, tuple(config.mean), tuple(config.std))  # type: ignore[arg-type]

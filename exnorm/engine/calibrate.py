@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exnorm.config.errors import UserError
-from exnorm.data.loader import SeededImages, fixed_batches, make_loader, mixed_seed
+from exnorm.data.loader import Loader, SeededImages, fixed_batches, mixed_seed
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import autocast
 from exnorm.norms.batch_scope import BatchScopeNorm, batch_scope_norms, take_pending
@@ -40,17 +40,12 @@ def batch_average(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchScopeNorm)}
     layers = {name: module for name, module in layers.items() if module.running_mean is not None}
     totals = {name: torch.zeros(3, layer.num_features, dtype=torch.float64) for name, layer in layers.items()}
-    loader = make_loader(
-        dataset,
-        _batches(dataset, scope, batches, world),
-        workers=workers,
-        pin_memory=False,
-    )
+    loader = Loader(dataset, _batches(dataset, scope, batches, world), workers=workers, device=world.device)
     count = torch.zeros(1, dtype=torch.float64)
     with _scope_on_this_device(model):
         for images, _, _ in loader:
             with autocast(world.device, precision):
-                model(images.to(world.device))
+                model(images)
             count += 1
             for name, layer in layers.items():
                 mean_C, var_C = (statistic.double().cpu() for statistic in take_pending(layer))

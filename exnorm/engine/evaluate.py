@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from exnorm.data.loader import SeededImages, fixed_batches, make_loader
+from exnorm.data.loader import Loader, SeededImages, fixed_batches
 from exnorm.engine.distributed import World
 from exnorm.tasks.classification import SUMS, Classification, summarize
 
@@ -20,17 +19,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def eval_loader(dataset: SeededImages, *, batch_size: int, workers: int, world: World) -> DataLoader[Any]:
+def eval_loader(dataset: SeededImages, *, batch_size: int, workers: int, world: World) -> Loader:
     """This worker's share of a set: every world.size-th image, none twice."""
     indices = range(world.rank, len(dataset), world.size)
     batches = fixed_batches(indices, batch_size)
-    return make_loader(dataset, batches, workers=workers, pin_memory=world.device.type == "cuda")
+    return Loader(dataset, batches, workers=workers, device=world.device)
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader[Any],
+    loader: Loader,
     task: Classification,
     *,
     precision: str,
@@ -40,8 +39,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
-    for batch in loader:
-        images, labels, clean = (tensor.to(world.device, non_blocking=True) for tensor in batch)
+    for images, labels, clean in loader:
         with autocast(world.device, precision):
             logits = model(images)
         sums += task.sums(logits, labels, clean)

@@ -97,7 +97,7 @@ def train_step(learner: Learner, batch: Sequence[Tensor], *, seed: int) -> Tenso
     """
     world, plan = learner.world, learner.plan
     torch.manual_seed(mixed_seed(seed, learner.step, world.rank))  # dropout; no generator state to restore
-    passes = [tensor.to(world.device, non_blocking=True).chunk(plan.passes) for tensor in batch]
+    passes = [tensor.chunk(plan.passes) for tensor in batch]
     batch_sums = torch.zeros_like(learner.sums)
     for index, (x, y, clean) in enumerate(zip(*passes, strict=True)):
         last = index == plan.passes - 1

@@ -13,7 +13,7 @@ from exnorm import ops
 from exnorm.analysis.ratios import LayerRatio, as_metrics, mean_ratios, measure_ratios
 from exnorm.config.errors import UserError
 from exnorm.data import load, noise
-from exnorm.data.loader import SeededImages, TrainBatches, make_loader
+from exnorm.data.loader import Loader, SeededImages, TrainBatches
 from exnorm.data.transforms import eval_transform, train_transform
 from exnorm.engine import checkpoint
 from exnorm.engine.banner import describe_run, seconds_per_step
@@ -77,7 +77,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     calibration_set = SeededImages(splits.train, eval_transform(config.data), seed=config.seed)
     val_set = SeededImages(splits.val, eval_transform(config.data), seed=config.seed)
     on_gpu = world.device.type == "cuda"
-    train_loader = make_loader(train_set, batches, workers=config.data.workers, pin_memory=on_gpu)
+    train_loader = Loader(train_set, batches, workers=config.data.workers, device=world.device)
     val_loader = eval_loader(
         val_set,
         batch_size=trainer.eval_batch_size,
@@ -248,7 +248,8 @@ def probe_images(dataset: SeededImages, count: int, world: World) -> Tensor | No
         return None
     count = min(count, len(dataset))
     stride = len(dataset) / count
-    return torch.stack([dataset[0, math.floor(i * stride)][0] for i in range(count)]).to(world.device)
+    pixels = torch.stack([dataset[0, math.floor(i * stride)][0] for i in range(count)])
+    return dataset.transform.normalize(pixels.to(world.device))
 
 
 def last_results(folder: RunFolder) -> dict[str, float]:
