@@ -15,6 +15,7 @@ from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.data import data_set, fingerprint
 from exnorm.data.loader import Loader, SeededImages, TrainBatches, fixed_batches
+from exnorm.data.matching import matched
 from exnorm.data.transforms import eval_transform, train_transform
 
 
@@ -156,6 +157,28 @@ def test_a_batch_is_normalized_as_an_image_would_be(tmp_path: Path) -> None:
 def test_validation_resizes_to_exactly_the_pixels_asked_for(tmp_path: Path, image_size: int, resize: int) -> None:
     config = folder_config(tmp_path, image_size=image_size, resize=resize)
     assert f"size={resize}" in str(eval_transform(config).crop).replace("(", "").replace("[", "").split("CenterCrop")[0]
+
+
+def test_a_set_is_matched_to_the_classes_of_a_run_by_name(tmp_path: Path) -> None:
+    """Labels in the run's order, images of other classes left out, each image still with its own class."""
+    splits = data_set("imagefolder").load(folder_config(make_image_folder(tmp_path / "data")))
+    assert matched(splits, list(CLASSES), name="imagefolder") is splits
+    for classes in (["elk", "cat", "dog"], ["dog", "cat"]):
+        found = matched(splits, classes, name="imagefolder")
+        assert found.classes == classes and len(found.val) == 7 * len(classes)
+        for mine, whole in ((found.train, splits.train), (found.val, splits.val)):
+            names = {whole.open_image(i).tobytes(): splits.classes[whole.labels[i]] for i in range(len(whole))}
+            assert all(names[mine.open_image(i).tobytes()] == classes[mine.labels[i]] for i in range(len(mine)))
+
+
+def test_a_run_with_classes_that_a_set_lacks_is_told_which(tmp_path: Path) -> None:
+    splits = data_set("imagefolder").load(folder_config(make_image_folder(tmp_path / "data")))
+    with pytest.raises(UserError) as problem:
+        matched(splits, ["cat", "yak", "zebra"], name="imagefolder")
+    assert str(problem.value) == (
+        "data=imagefolder has 3 classes, and 2 of the run's 3 are not among them, such as yak, zebra; it has dog, elk "
+        "instead"
+    )
 
 
 def test_fixed_batches_hold_every_index_once() -> None:

@@ -5,10 +5,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from exnorm import ops
-from exnorm.config.errors import UserError
 from exnorm.config.schema import EvalConfig
 from exnorm.data import load
 from exnorm.data.loader import SeededImages
+from exnorm.data.matching import matched
 from exnorm.data.transforms import eval_transform
 from exnorm.engine import checkpoint
 from exnorm.engine.batch import plan_batch
@@ -25,17 +25,13 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     """Evaluate a checkpoint; the first worker appends a row to `evaluations.jsonl`.
 
     Raises:
-        UserError: no usable checkpoint, other classes than the run was trained on, a broken image.
+        UserError: no usable checkpoint, a class of the run that the set lacks, a broken image.
     """
     wanted = OmegaConf.merge(OmegaConf.structured(EvalConfig), request)
     ops.set_backend(config.ops.backend)
     state = checkpoint.find(folder, wanted.checkpoint)
-    splits = load(wanted.data)
-    if list(splits.classes) != list(state["classes"]):
-        raise UserError(
-            f"data={wanted.data.name} has {len(splits.classes)} classes ({', '.join(splits.classes[:3])}, ...), the "
-            f"run has {len(state['classes'])} ({', '.join(state['classes'][:3])}, ...); they must be the same"
-        )
+    own = load(wanted.data)
+    splits = matched(own, state["classes"], name=wanted.data.name)
     model = checkpoint.build_trained(config, {**state, "calibrated": None}).to(world.device)
     configure_scope(model)
     calibrated = {}
@@ -68,6 +64,7 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
             "calibration_batches": wanted.calibration_batches if calibrated else None,
             "precision": wanted.precision,
             "images": len(val_set),
+            "images_of_other_classes": len(own.val) - len(val_set),
             "devices": world.size,
             **results,
         }

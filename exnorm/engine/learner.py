@@ -169,4 +169,4 @@ def restore(learner: Learner, state: dict[str, Any]) -> None:
         state["calibrated"],
     )
     if learner.world.is_first:
-        learner.sums.copy_(state["sums"])
+        learner.sums[: len(state["sums"])] = state["sums"]  # an older version counted less
