@@ -163,7 +163,7 @@ def test_a_set_is_matched_to_the_classes_of_a_run_by_name(tmp_path: Path) -> Non
     """Labels in the run's order, images of other classes left out, each image still with its own class."""
     splits = data_set("imagefolder").load(folder_config(make_image_folder(tmp_path / "data")))
     assert matched(splits, list(CLASSES), name="imagefolder") is splits
-    for classes in (["elk", "cat", "dog"], ["dog", "cat"]):
+    for classes in (["elk", "cat", "dog"], ["elk", "dog"]):
         found = matched(splits, classes, name="imagefolder")
         assert found.classes == classes and len(found.val) == 7 * len(classes)
         for mine, whole in ((found.train, splits.train), (found.val, splits.val)):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from norm_cases import assert_same, randomize, state
 from torch import Tensor, nn
 
-from exnorm.norms import ExemplarNorm, Norm
-from exnorm.surgery import audit, convert
+from exnorm import ops
+from exnorm.norms import BatchNorm, ExemplarNorm, Norm
+from exnorm.surgery import audit, convert, residuals
 
 torch.set_num_threads(1)
 
@@ -34,6 +36,72 @@ class Optional(Block):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         return self.act(self.bn(self.conv(x)) + (x if shortcut is None else shortcut))
+
+
+class Frozen(Block):
+    """A mode of torch that a trace does not hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            shortcut = self.project(x)
+        return self.act(self.bn(self.conv(x)) + shortcut)
+
+
+class Keeping(Block):
+    """A value that others may read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        self.last = y.mean()
+        return self.act(y + x)
+
+
+class Random(Block):
+    """A number that decides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)) + x) if random.random() < 2 else x
+
+
+class Scaled(Block):
+    """A tensor of its own."""
+
+    def __init__(self, run: Callable[["Block", Tensor], Tensor]) -> None:
+        super().__init__(run)
+        self.gamma = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)) + x) * self.gamma
+
+
+class Inner(Block):
+    """A residual block that ends with a norm, which a block around it could use for its own addition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn(self.conv(x)) + x)
+        return self.project[1](self.project[0](y))
+
+
+class Outer(nn.Module):
+    """A block around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.act = Inner(in_place), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.inner(x) + x)
+
+
+class Lender(nn.Module):
+    """A block around one whose activation it uses itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = Block(in_place), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block.act(self.head(self.block(x)) - 0.3)
 
 
 class Fusible(Block):
@@ -130,6 +198,13 @@ def adding(model: nn.Module) -> dict[str, str | None]:
     return {n: m.fused_act for n, m in model.named_modules() if isinstance(m, Norm) and m.adds_residual_of is not None}
 
 
+@pytest.fixture(autouse=True)
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of this file are seen as timm's are."""
+    monkeypatch.setattr(residuals, "TRUSTED", (*residuals.TRUSTED, __name__))
+    residuals._is_plain_class.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("run", "layers"),
     [
@@ -157,8 +232,7 @@ def test_an_addition_behind_a_norm_is_taken_over(
     [
         *map(Block, (read_twice, training_only, on_values, on_a_type, broadcast, with_a_number, scaled, with_itself)),
         *map(Block, (into_the_shortcut, input_changed_meanwhile)),
-        Optional(in_place),
-        Fusible(in_place),
+        *[cls(in_place) for cls in (Optional, Fusible, Frozen, Keeping, Random, Scaled)],
     ],
     ids=lambda block: block.run.__name__ if type(block) is Block else type(block).__name__,
 )
@@ -187,6 +261,25 @@ def test_a_block_that_runs_twice_or_is_watched_is_left_alone() -> None:
         assert adding(model) == layers
         outcome(model)
         assert len(seen) == 2
+
+
+def test_a_block_in_a_rewritten_block_and_a_lent_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outer block does not use the inner one's old forward; a ReLU that others call as well stays there."""
+    for block, layers in ((Outer(), {"1.inner.bn": "relu"}), (Lender(), {"1.block.bn": "relu"})):
+        model = model_of(block)
+        converted = convert(copy.deepcopy(model), "bn")
+        assert adding(converted) == layers
+        assert_same(outcome(converted), outcome(model), rtol=1e-8, atol=1e-10)
+
+
+def test_blocks_of_other_packages_and_other_forwards_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not timm's or torchvision's, or was changed by somebody, may do more than its operations show."""
+    block = Block(in_place)
+    block.forward = lambda x: block.act(0.5 * block.bn(block.conv(x)) + x)  # type: ignore[method-assign]
+    assert adding(convert(model_of(block), "bn")) == {}
+    monkeypatch.setattr(residuals, "TRUSTED", ("timm.", "torchvision."))
+    residuals._is_plain_class.cache_clear()
+    assert adding(convert(model_of(Block(in_place)), "bn")) == {}
 
 
 def test_it_is_not_done_unasked() -> None:
@@ -222,7 +315,30 @@ def test_a_rewritten_block_stays_what_it_was() -> None:
         assert all(a is not b for a, b in zip(other.parameters(), model.parameters(), strict=True))
 
 
-def test_a_residual_of_another_shape_is_refused() -> None:
-    """No silent broadcasting."""
-    with pytest.raises(ValueError, match=r"residual's shape \(2, 6, 1, 1\) is not the input's, \(2, 6, 3, 3\)"):
-        ExemplarNorm(6)(torch.randn(2, 6, 3, 3), torch.randn(2, 6, 1, 1))
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_a_residual_of_another_shape_or_dtype_is_added_as_torch_adds(backend: str) -> None:
+    """Broadcast, and promoted, as under autocast with a shortcut in float32."""
+    ops.set_backend(backend)
+    try:
+        norm = BatchNorm(6, act="relu").requires_grad_(False)
+        x = torch.randn(2, 6, 3, 3, dtype=torch.bfloat16)
+        for residual in (torch.randn(2, 6, 1, 1, dtype=torch.bfloat16), torch.randn(2, 6, 3, 3)):
+            plain = BatchNorm(6)(x)
+            torch.testing.assert_close(norm(x, residual), (plain + residual).relu(), rtol=1e-2, atol=1e-2)
+            assert norm(x, residual).dtype == residual.dtype
+    finally:
+        ops.set_backend("eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_a_gradient_that_only_the_residual_needs(backend: str) -> None:
+    """A frozen branch beside a shortcut that learns."""
+    ops.set_backend(backend)
+    try:
+        residual = torch.randn(2, 6, 3, 3, requires_grad=True)
+        y = BatchNorm(6, act="relu").requires_grad_(False)(torch.randn(2, 6, 3, 3), residual)
+        y.sum().backward()
+        assert residual.grad is not None and torch.equal(residual.grad, (y > 0).float())
+    finally:
+        ops.set_backend("eager")

@@ -4,15 +4,18 @@ The bytes depend on the font files and the seed alone. So the random numbers are
 that Python promises, and SHAKE-128; shapes move by whole pixels, and the arithmetic is elementwise in float32, which
 IEEE 754 defines to the last bit. A change of anything here needs another `VERSION`.
 
-`python -m exnorm.data.drawing PLAN FILE OFFSET START STOP` draws the images START to STOP into a file.
+`python -m exnorm.data.drawing PLAN FILE OFFSET START STOP` draws the images START to STOP into a file, and ends when
+its standard input closes.
 """
 
 import functools
 import hashlib
 import io
 import json
+import os
 import random
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,9 +158,16 @@ def draw_into(plan: Plan, file: Path, offset: int, start: int, stop: int) -> Non
 
 def main(arguments: Sequence[str]) -> None:
     """The command in the module's docstring."""
+    threading.Thread(target=_end_with_caller, daemon=True).start()
     values, file, *numbers = arguments
     texts, fonts, style, size, seed = json.loads(values)
     draw_into(Plan(texts, fonts, Style(*map(tuple, style)), size, seed), Path(file), *map(int, numbers))
+
+
+def _end_with_caller() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":

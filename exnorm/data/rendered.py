@@ -23,7 +23,7 @@ from PIL import Image
 
 from exnorm.data.drawing import VERSION, Plan, draw_into
 from exnorm.data.splits import Images
-from exnorm.runs.cache import building_in, cache_folder
+from exnorm.runs.cache import cache_folder
 
 HEADER = 4096  # bytes
 FEW = 200  # images that are drawn before a process has started
@@ -72,13 +72,15 @@ def _is_whole(path: Path) -> bool:
 
 
 def _build(plan: Plan, count: int, path: Path) -> None:
-    with building_in(path) as part:
-        with part.open("wb") as file:
-            file.truncate(HEADER + count * plan.size * plan.size * 3)
-        _draw_all(plan, count, part)
-        facts = json.dumps(_facts(part))
-        with part.open("r+b") as file:
-            file.write(facts.encode().ljust(HEADER))
+    part = path.with_suffix(".part")  # one builder at a time: what a killed one left is overwritten
+    with part.open("wb") as file:
+        file.truncate(HEADER + count * plan.size * plan.size * 3)
+    _draw_all(plan, count, part)
+    facts = json.dumps(_facts(part))
+    with part.open("r+b") as file:
+        file.write(facts.encode().ljust(HEADER))
+    part.replace(path)
+    _pixels.cache_clear()
 
 
 def _facts(path: Path) -> dict[str, int]:
@@ -100,15 +102,15 @@ def _draw_all(plan: Plan, count: int, file: Path) -> None:
     command = [sys.executable, "-m", "exnorm.data.drawing", json.dumps(plan), str(file), str(HEADER)]
     # The package may be importable through sys.path alone.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    painters = [
-        subprocess.Popen([*command, str(start), str(stop)], env=environment) for start, stop in pairwise(bounds)
-    ]
-    try:
-        if any(painter.wait() for painter in painters):
+    # Signals to all processes of a job are the trainer's to answer; whatever ends this one closes the pipes.
+    options: dict[str, Any] = {"env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
+    with contextlib.ExitStack() as stack:
+        painters = [
+            stack.enter_context(subprocess.Popen([*command, str(start), str(stop)], **options))
+            for start, stop in pairwise(bounds)
+        ]
+        if any([painter.wait() for painter in painters]):  # noqa: C419  # all are waited for before a pipe closes
             raise RuntimeError(f"drawing {count} images failed; its processes said why")
-    finally:
-        for painter in painters:
-            painter.kill()
 
 
 @functools.cache

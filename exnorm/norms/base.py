@@ -111,26 +111,30 @@ class Norm(nn.Module):
         return self._scoped(mean_NC, var_NC, x)._replace(record=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The normalized input; `residual`, of its shape, is added before the activation, in the same pass."""
+        """The normalized input; `residual` is added before the activation, in the same pass if it is a tensor alike."""
+        if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+            y = self._forward(x, None, None) + residual
+            return y if self.fused_act is None else ops.ACTIVATIONS[self.fused_act].apply_(y)
+        return self._forward(x, residual, self.fused_act)
+
+    def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         self.check_input(x)
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"the residual's shape {tuple(residual.shape)} is not the input's, {tuple(x.shape)}")
         # Autocast knows no meta device and raises there.
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                y = self._normalize(x, residual)
+                y = self._normalize(x, residual, act)
         else:
-            y = self._normalize(x, residual)
+            y = self._normalize(x, residual, act)
         if self.drop is not None:
             y = self.drop(y)
         return y if self.act is None else self.act(y)
 
-    def _normalize(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _normalize(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         if compiled_layer.runs_compiled(self, x):
-            y = compiled_layer.normalize(self, x, residual)
+            y = compiled_layer.normalize(self, x, residual, act)
             if y is not None:
                 return y
-        channel_dim, act = self.channel_dim, self.fused_act
+        channel_dim = self.channel_dim
         source, moments = x, self.constant_moments(x)
         if moments is None:
             at_once = act if residual is None else None

@@ -31,8 +31,8 @@ def runs_compiled(norm: Any, x: Tensor) -> bool:
     )
 
 
-def normalize(norm: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """The normalized input, with residual and fused activation; None where the coefficients cannot be compiled."""
+def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
+    """The normalized input, with residual and activation; None where the coefficients cannot be compiled."""
     learned = [t for t in norm._parameters.values() if t is not None]
     buffers = {name: t for name, t in norm._buffers.items() if t is not None}
     tensors = [*learned, *buffers.values()]
@@ -49,7 +49,7 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     if key not in _codes:
         _codes[key] = code_of(norm, x, gradient=gradient)
     code = _codes[key]
-    return None if code is None else _Layer.apply(x, residual, norm, code, buffers, *learned)  # type: ignore[no-any-return]
+    return None if code is None else _Layer.apply(x, residual, norm, act, code, buffers, *learned)  # type: ignore[no-any-return]
 
 
 _codes: dict[Hashable, CoefficientCode | None] = {}  # by exact shapes; many layers share a code
@@ -62,11 +62,12 @@ class _Layer(torch.autograd.Function):
         x: Tensor,
         residual: Tensor | None,
         norm: Any,
+        act: str | None,
         code: CoefficientCode,
         buffers: dict[str, Tensor],
         *learned: Tensor,
     ) -> Tensor:
-        ctx.channel_dim, ctx.act, ctx.code = norm.channel_dim, norm.fused_act, code
+        ctx.channel_dim, ctx.act, ctx.code = norm.channel_dim, act, code
         constant = norm.constant_moments(x)
         ctx.is_constant = constant is not None
         if constant is None:
@@ -91,6 +92,9 @@ class _Layer(torch.autograd.Function):
         act = ctx.act
         if ctx.activated_sum:
             grad, act = ops.through_relu(grad, y), None
+        dresidual = grad if ctx.needs_input_grad[1] else None
+        if not any((ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])):
+            return None, dresidual, *[None] * (len(ctx.needs_input_grad) - 2)
         layout = (ctx.channel_dim, act)
         sums = compiled.affine_sums(grad, x, mean_NC, scale_NC, shift_NC, *layout)
         moments = (scale_NC, mean_NC, var_NC)
@@ -100,7 +104,7 @@ class _Layer(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = compiled.input_gradient(grad, x, mean_NC, scale_NC, shift_NC, slope_NC, offset_NC, *layout)
-        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, *dlearned
+        return dx, dresidual, None, None, None, None, *dlearned
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody watches what goes in or comes out; of a copy, whether that is so in the model."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks) or getattr(module, "was_hooked", False)
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names) or getattr(module, "was_hooked", False)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

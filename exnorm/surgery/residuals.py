@@ -5,17 +5,22 @@ A block of a backbone adds in its `forward`, out of reach for a swap of modules.
 gets a class of its own, derived from its class, with the rewritten forward. All else stays: the block is the same
 object with the same children, attributes and state, and still an instance of its class; it can be copied and pickled.
 
-A trace is believed if the block traces alike in training and in evaluation mode and does, on the input that it has in
-the model, the same operations as the block itself; seen on a copy of the model on the meta device.
+A trace is believed if the block's class is timm's or torchvision's and does nothing that a trace cannot hold (switch
+modes of torch, keep values, draw numbers, checkpoint), if it traces alike in training and in evaluation mode, and does,
+on the input that it has in the model, the same operations as the block itself; seen on a copy of the model on the meta
+device. Blocks of other packages are left alone: their forward may do more than can be seen in its operations.
 """
 
 import functools
+import inspect
 import operator
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +31,8 @@ from exnorm.surgery import meta
 _ADDITIONS = (operator.add, torch.add, "add", "add_")
 # What a block's class may define beside `forward`: nothing that changes later on what `forward` does.
 _HARMLESS = ("init_weights", "reset_parameters", "zero_init_last", "extra_repr", "feature_info")
+TRUSTED = ("timm.", "torchvision.")
+_NOT_IN_A_TRACE = re.compile(r"(?m)^ *with .*:$|\bself\.\w+ *=[^=]|checkpoint|\.apply\(|random|grad_enabled|autocast")
 
 
 class _Rewrite(NamedTuple):
@@ -45,21 +52,26 @@ def fuse_residuals(model: nn.Module) -> None:
         return
     try:
         clone = _without_arithmetic(meta.meta_copy(model))
-        inputs = _inputs(clone, {*blocks, *free})
+        inputs = _inputs(clone, {*blocks, *free, *(path for path, m in modules.items() if type(m) is nn.ReLU)})
     except Exception:  # noqa: BLE001  # what the meta device cannot run proves nothing
         return
+    once = inputs.keys()
     for path in blocks:
-        layers = {name.removeprefix(f"{path}.") for name in free & inputs.keys() if name.startswith(f"{path}.")}
-        if path in inputs and layers:
-            rewrite = _rewrite(clone.get_submodule(path), layers, inputs[path])
+        # What is called once in the model is called by this block, and by nobody else.
+        own = {name.removeprefix(f"{path}.") for name in once if name.startswith(f"{path}.")}
+        layers = {name for name in own if f"{path}.{name}" in free}
+        if path in once and layers:
+            rewrite = _rewrite(clone.get_submodule(path), layers, own, inputs[path])
             if rewrite is not None:
                 _apply(rewrite, modules[path], path)
-                free -= {f"{path}.{name}" for name in rewrite.layers}
+                # Another block that looked into this one would still see its old forward.
+                free -= {name for name in free if name.startswith(f"{path}.")}
 
 
 def _can_add(module: nn.Module) -> bool:
-    no_act = isinstance(module, Norm) and module.fused_act is None and module.act is None and module.drop is None
-    return no_act and not meta.is_hooked(module)
+    if not isinstance(module, Norm) or type(module).forward is not Norm.forward or meta.is_hooked(module):
+        return False
+    return module.fused_act is None and module.act is None and module.drop is None
 
 
 def _blocks(modules: dict[str, nn.Module], layers: set[str]) -> Iterator[str]:
@@ -67,12 +79,28 @@ def _blocks(modules: dict[str, nn.Module], layers: set[str]) -> Iterator[str]:
     parents = {path.rpartition(".")[0] for path in layers}
     parents |= {path.rpartition(".")[0] for path in parents}
     for path in sorted(parents, key=lambda path: (-path.count("."), path)):
-        module = modules[path]
-        if path and not isinstance(module, nn.Sequential | _Rewritten):
-            classes = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
-            public = {name for cls in classes for name, value in vars(cls).items() if callable(value)}
-            if "forward" in public and all(name.startswith("_") or name in ("forward", *_HARMLESS) for name in public):
-                yield path
+        if path and not isinstance(modules[path], nn.Sequential) and _is_plain(modules[path]):
+            yield path
+
+
+@functools.cache
+def _is_plain_class(cls: type[nn.Module]) -> bool:
+    """Whether what a class does is in its forward, and in a trace of it."""
+    if cls is nn.Sequential:
+        return True
+    classes = [base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    if not all(base.__module__.startswith((*TRUSTED, "torch.nn.")) for base in classes):
+        return False
+    methods = [(name, value) for base in classes for name, value in vars(base).items() if inspect.isfunction(value)]
+    if not all(name.startswith("_") or name in ("forward", *_HARMLESS) for name, _ in methods):
+        return False
+    run = [value for name, value in methods if not name.startswith("__") and name not in _HARMLESS]
+    return not any(_NOT_IN_A_TRACE.search(inspect.getsource(method)) for method in run)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """The same of a block itself: its forward is its class's, and nobody has rewritten it yet."""
+    return "forward" not in vars(module) and not isinstance(module, _Rewritten) and _is_plain_class(type(module))
 
 
 def _without_arithmetic(clone: nn.Module) -> nn.Module:
@@ -106,16 +134,20 @@ def _inputs(clone: nn.Module, paths: set[str]) -> dict[str, tuple[Any, ...]]:
     return {path: args[0] for path, args in calls.items() if len(args) == 1}
 
 
-def _rewrite(block: nn.Module, layers: set[str], args: tuple[Any, ...]) -> _Rewrite | None:
-    """The block's forward with the additions that these layers can do; None if there are none or nothing is proven."""
+def _rewrite(block: nn.Module, layers: set[str], once: set[str], args: tuple[Any, ...]) -> _Rewrite | None:
+    """The block's forward with the additions that these layers can do; None if there are none or nothing is proven.
+
+    Args:
+        once: the layers and ReLUs that run once in the model.
+    """
     try:
-        found = _fuse(_trace(block, _parents(layers)), block, layers)
+        found = _fuse(_trace(block, _parents(layers)), block, layers, once)
         # What was looked into loses the hooks that it gets later on: it is done only where it helps.
         opened = _parents(set(found.layers))
         if not found.layers or not _is_faithful(block, opened, set(found.layers), args):
             return None
-        rewrite = _fuse(_trace(block, opened), block, layers)
-        meta.run(_function(rewrite.source), block, *_fresh(args))  # shapes that do not agree show here
+        rewrite = _fuse(_trace(block, opened), block, layers, once)
+        meta.run(rewritten(type(block), rewrite.source).forward, block, *_fresh(args))  # so do shapes that differ
     except Exception:  # noqa: BLE001  # what cannot be traced or run is left as it is
         return None
     return rewrite
@@ -129,8 +161,12 @@ def _trace(block: nn.Module, opened: set[str]) -> fx.Graph:
     """The block's forward as calls of its children; those named are looked into."""
     tracer = fx.Tracer()
     inside = {block.get_submodule(path) for path in opened}
-    tracer.is_leaf_module = lambda module, path: module not in inside or meta.is_hooked(module)  # type: ignore[method-assign]
-    return tracer.trace(block)
+    inside = {module for module in inside if _is_plain(module) and not meta.is_hooked(module)}
+    tracer.is_leaf_module = lambda module, path: module not in inside  # type: ignore[method-assign]
+    graph = meta.run(tracer.trace, block)
+    if any(node.op == "get_attr" for node in graph.nodes):
+        raise ValueError("a tensor of the block's own, which the trace would keep as it is")
+    return graph
 
 
 def _is_faithful(block: nn.Module, opened: set[str], layers: set[str], args: tuple[Any, ...]) -> bool:
@@ -187,7 +223,7 @@ def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
-def _fuse(graph: fx.Graph, block: nn.Module, layers: set[str]) -> _Rewrite:
+def _fuse(graph: fx.Graph, block: nn.Module, layers: set[str], once: set[str]) -> _Rewrite:
     """Let layers do the additions behind them, in the graph."""
     done: dict[str, str | None] = {}
     for addition in list(graph.nodes):
@@ -206,7 +242,7 @@ def _fuse(graph: fx.Graph, block: nn.Module, layers: set[str]) -> _Rewrite:
             break
     graph.lint()
     called = {node.target for node in graph.nodes}
-    idle = {relu for relu in done.values() if relu is not None and relu not in called}
+    idle = {relu for relu in done.values() if relu in once and relu not in called}
     return _Rewrite(graph.python_code("self").src, done, idle)
 
 
@@ -227,13 +263,18 @@ def _chain(node: fx.Node, block: nn.Module, layers: set[str]) -> list[fx.Node] |
         chain.append(node)
         before = node.args[0]
         if node.target in layers:
-            # The layer moves to its addition, so its input must be a result that nobody changes until then.
-            alone = isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
-            return chain if alone else None
-        if type(block.get_submodule(str(node.target))) is not nn.Identity or not isinstance(before, fx.Node):
+            # The layer moves to its addition, so its input must be a new tensor that nobody changes until then.
+            return chain if isinstance(before, fx.Node) and _is_new(before, block) and len(before.users) == 1 else None
+        between = block.get_submodule(str(node.target))
+        if type(between) is not nn.Identity or meta.is_hooked(between) or not isinstance(before, fx.Node):
             return None
         node = before
     return None
+
+
+def _is_new(node: fx.Node, block: nn.Module) -> bool:
+    """Whether a value is a layer's own result and no view of another tensor."""
+    return node.op == "call_module" and isinstance(block.get_submodule(str(node.target)), _ConvNd | nn.Linear)
 
 
 def _relu_behind(addition: fx.Node, block: nn.Module) -> fx.Node | None:
@@ -246,6 +287,7 @@ def _relu_behind(addition: fx.Node, block: nn.Module) -> fx.Node | None:
 
 
 def _apply(rewrite: _Rewrite, block: nn.Module, path: str) -> None:
+    block.__class__ = rewritten(type(block), rewrite.source)
     for name, relu in rewrite.layers.items():
         layer = block.get_submodule(name)
         assert isinstance(layer, Norm)
@@ -254,7 +296,6 @@ def _apply(rewrite: _Rewrite, block: nn.Module, path: str) -> None:
             layer.fused_act, layer.took_over = "relu", f"{path}.{relu}"
     for relu in rewrite.idle:
         block.set_submodule(relu, nn.Identity())
-    block.__class__ = rewritten(type(block), rewrite.source)
 
 
 class _Rewritten:
@@ -263,8 +304,11 @@ class _Rewritten:
     original: type[nn.Module]
     source: str
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Not a class of its own to those who count the subclasses of a block's."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.original, self.source), self.__dict__
+        return _rebuild, (self.original, self.source), self.__getstate__()
 
 
 @functools.cache
