@@ -12,16 +12,16 @@ import functools
 import hashlib
 import io
 import json
-import os
 import random
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from exnorm.runs.children import end_with_parent
 
 VERSION = 1
 FINE = 2  # a character is drawn and sheared in a grid finer by this
@@ -158,16 +158,10 @@ def draw_into(plan: Plan, file: Path, offset: int, start: int, stop: int) -> Non
 
 def main(arguments: Sequence[str]) -> None:
     """The command in the module's docstring."""
-    threading.Thread(target=_end_with_caller, daemon=True).start()
+    end_with_parent()
     values, file, *numbers = arguments
     texts, fonts, style, size, seed = json.loads(values)
     draw_into(Plan(texts, fonts, Style(*map(tuple, style)), size, seed), Path(file), *map(int, numbers))
-
-
-def _end_with_caller() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

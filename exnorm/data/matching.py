@@ -23,15 +23,16 @@ def matched(splits: Splits, classes: Sequence[str], *, name: str) -> Splits:
     """
     if list(splits.classes) == list(classes):
         return splits
-    lacking = [label for label in classes if label not in set(splits.classes)]
+    positions = {label: index for index, label in enumerate(classes)}
+    own = set(splits.classes)
+    lacking = [label for label in classes if label not in own]
     if lacking:
-        others = [label for label in splits.classes if label not in set(classes)]
+        others = [label for label in splits.classes if label not in positions]
         raise UserError(
             f"data={name} has {len(splits.classes)} classes, and {len(lacking)} of the run's {len(classes)} are not "
             f"among them, such as {', '.join(lacking[:SHOWN])}"
             + (f"; it has {', '.join(others[:SHOWN])} instead" if others else "")
         )
-    positions = {label: index for index, label in enumerate(classes)}
     new_labels = [positions.get(label) for label in splits.classes]
     return Splits(_relabelled(splits.train, new_labels), _relabelled(splits.val, new_labels), classes)
 
@@ -39,8 +40,8 @@ def matched(splits: Splits, classes: Sequence[str], *, name: str) -> Splits:
 def _relabelled(images: Images, new_labels: Sequence[int | None]) -> Images:
     """Images with a new label for each old class, by their clean label; those of classes without are left out."""
     clean = images.labels if images.clean_labels is None else images.clean_labels
-    kept = [index for index, label in enumerate(clean) if new_labels[label] is not None]
-    labels = [label for index in kept if (label := new_labels[clean[index]]) is not None]
+    pairs = [(index, label) for index, old in enumerate(clean) if (label := new_labels[old]) is not None]
+    kept, labels = [index for index, _ in pairs], [label for _, label in pairs]
     return replace(images, labels=labels, open_image=partial(_open, images, kept), clean_labels=None)
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from exnorm.data.drawing import VERSION, Plan, draw_into
 from exnorm.data.splits import Images
 from exnorm.runs.cache import cache_folder
+from exnorm.runs.children import available_cores
 
 HEADER = 4096  # bytes
 FEW = 200  # images that are drawn before a process has started
@@ -94,10 +95,10 @@ def _facts(path: Path) -> dict[str, int]:
 
 
 def _draw_all(plan: Plan, count: int, file: Path) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if count <= FEW:
         draw_into(plan, file, HEADER, 0, count)
         return
+    cores = available_cores()
     bounds = [count * share // cores for share in range(cores + 1)]
     command = [sys.executable, "-m", "exnorm.data.drawing", json.dumps(plan), str(file), str(HEADER)]
     # The package may be importable through sys.path alone.

@@ -5,6 +5,7 @@ Training: random resized crop and horizontal flip, bilinear, nothing else. Valid
 prefetcher: a quarter of the memory to copy, and for small images half the work of a loader.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,14 @@ class Transform:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(N, 3, height, width) in uint8 as (pixels / 255 - mean) / std in float32."""
-        mean, std = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (pixels.float() - 255 * mean).div_(255 * std)
+        mean, std = (_of_channels(values, pixels.device) for values in (self.mean, self.std))
+        return (pixels.float() - mean).div_(std)
+
+
+@functools.cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values over 255 as a (3, 1, 1) tensor in pixels; made once, for a copy to a GPU makes the next step wait."""
+    return 255 * torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def train_transform(config: Any) -> Transform:

@@ -73,9 +73,9 @@ def _normalizers() -> str:
 
 def _data() -> str:
     from exnorm.config.compose import compose_train
-    from exnorm.data import data_set
+    from exnorm.data import load
 
-    splits = data_set("digits").load(compose_train(["data=digits"]).data)
+    splits = load(compose_train(["data=digits"]).data)
     splits.train.open_image(0)
     return f"digits: {len(splits.train)} training and {len(splits.val)} validation images"
 

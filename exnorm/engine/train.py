@@ -14,6 +14,7 @@ from exnorm.analysis.ratios import LayerRatio, as_metrics, mean_ratios, measure_
 from exnorm.config.errors import UserError
 from exnorm.data import load, noise
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
+from exnorm.data.splits import Images
 from exnorm.data.transforms import eval_transform, train_transform
 from exnorm.engine import checkpoint
 from exnorm.engine.banner import describe_run, seconds_per_step
@@ -106,10 +107,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     )
     progress = Progress(folder.log_file, steps=steps, epochs=trainer.epochs, active=world.is_first)
     progress.say(facts.text)
-    if world.is_first and config.data.noise.rate:
-        wrong = noise.wrong_labels(splits.train)
-        write_text_atomic(folder.noisy_labels_file, noise.as_csv(wrong))
-        progress.say(f"label noise: {len(wrong)} of {len(splits.train)} training labels are wrong (noisy_labels.csv)")
+    noise_facts = keep_noise(folder, config.data.noise, splits.train, progress) if world.is_first else {}
 
     # Metrics, as the last checkpoint knew them
     metrics: MetricsLog | None = None
@@ -221,10 +219,21 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             "inference": trainer.inference,
             "devices": world.size,
             **facts.record,
-            **({"noise": noise.facts(config.data.noise, splits.train)} if config.data.noise.rate else {}),
+            **noise_facts,
         }
         record["ratio"] = mean_ratios(ratios) if results else last_ratios(folder)
         write_json_atomic(folder.record_file, plain(record))
+
+
+def keep_noise(folder: RunFolder, config: Any, images: Images, progress: Progress) -> dict[str, Any]:
+    """Write down and announce the wrong labels; return what the record says of them."""
+    if not config.rate:
+        return {}
+    facts = noise.facts(config, images)
+    write_text_atomic(folder.noisy_labels_file, noise.as_csv(noise.wrong_labels(images)))
+    wrong = facts["wrong_labels"]
+    progress.say(f"label noise: {wrong} of {len(images)} training labels are wrong (noisy_labels.csv)")
+    return {"noise": facts}
 
 
 def calibrate(learner: Learner, dataset: SeededImages, config: Any) -> Calibrated | None:

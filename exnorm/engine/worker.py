@@ -11,10 +11,11 @@ import logging
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from exnorm.runs.children import available_cores, end_with_parent
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
@@ -25,7 +26,7 @@ EXIT_LOCKED = 3
 def main(arguments: list[str]) -> int:
     """Run a worker; return its exit code."""
     if os.environ.get(CONTROLLED):
-        threading.Thread(target=_end_with_controller, daemon=True).start()
+        end_with_parent()
     folder_name, *request = arguments
     received = _listen() if not request else []
     if request:  # an evaluation has nothing to save: it dies at once, without a traceback
@@ -38,8 +39,7 @@ def main(arguments: list[str]) -> int:
 
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local))
+        torch.set_num_threads(max(1, available_cores() // local))
     folder = RunFolder(folder_name)
     try:
         config = checkpoint.read_config(folder)
@@ -108,13 +108,6 @@ def _listen() -> list[int]:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, note)
     return received
-
-
-def _end_with_controller() -> None:
-    # The descriptor, not sys.stdin: loader processes are forked, and a buffer's lock held here would be held there.
-    while os.read(0, 1):
-        pass
-    os._exit(1)
 
 
 def _report(problem: ValueError) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from exnorm.config.groups import group_options, option_values
 from exnorm.norms import BatchScopeNorm, Norm
+from exnorm.surgery.meta import HOOKS
 from exnorm.surgery.pairs import activation_name, following_activations
 from exnorm.surgery.residuals import fuse_residuals
 
@@ -76,7 +77,6 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 _KIND_OF = {cls: kind for kind, classes in KINDS.items() for cls in classes}
 _SYNCHRONIZED = (nn.SyncBatchNorm, timm.layers.SyncBatchNormAct)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WRAPPERS = (
     "DistributedDataParallel",
     "DataParallel",
@@ -300,7 +300,7 @@ def _replacement(
             post = getattr(layer, name, None)
             setattr(new, name, None if isinstance(post, nn.Identity) else post)
     _carry_over(layer, new)
-    new.__dict__.update((name, value) for name, value in vars(layer).items() if name.startswith(_HOOKS))
+    new.__dict__.update((name, value) for name, value in vars(layer).items() if name.startswith(HOOKS))
     new.replaced = f"{type(layer).__module__}.{type(layer).__qualname__}"
     return new.train(layer.training)
 

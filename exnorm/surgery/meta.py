@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody watches what goes in or comes out; of a copy, whether that is so in the model."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names) or getattr(module, "was_hooked", False)
+    return any(getattr(module, name) for name in HOOKS) or getattr(module, "was_hooked", False)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

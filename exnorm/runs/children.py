@@ -1,0 +1,21 @@
+"""What a process needs to know that works for another one. Imports no torch."""
+
+import os
+import threading
+
+
+def available_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with_parent() -> None:
+    """End this process, at once, when its standard input closes: when whoever started it dies, however that happens."""
+    threading.Thread(target=_wait_for_end_of_input, daemon=True).start()
+
+
+def _wait_for_end_of_input() -> None:
+    # The descriptor, not sys.stdin: loader processes are forked, and a buffer's lock held here would be held there.
+    while os.read(0, 1):
+        pass
+    os._exit(1)
