@@ -38,19 +38,28 @@ class DataConfig:
 
     name: str = MISSING
     root: str | None = None
+    roots: str | None = "${oc.env:EXNORM_DATA,null}"  # a folder that holds each set in a folder of its name
+    train_list: str | None = None  # lines `path label` instead of class folders
+    val_list: str | None = None
+    source: str | None = None  # tar, or what timm reads: hfds/NAME
+    origin: str | None = None  # of WebVision's images: google | flickr | all
+    exclude: str | None = None  # a file with the paths of images to leave out
+    max_bad_fraction: float = 0.01  # of the training images; more broken ones end a run
+    val: list[str] | None = None  # sets to validate on, the first one first; null: the set itself
     image_size: int = 224  # px, the side of a training crop and of the centre crop in validation
     resize: int = 256  # px, the shorter side before the centre crop
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # area of a random resized crop
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # its width : height
     hflip: float = 0.5  # probability of a horizontal flip
+    padding: int | None = None  # px around an image, and a random crop of it instead of a resized one
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     epochs: int = 100  # the length of training that goes with this data set
     schedule: str = "step"  # the learning rate that goes with it: step | cosine
     workers: int = 4  # loader processes per device
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-    num_classes: int | None = None  # of a set that is drawn, as are the next three
-    num_train: int | None = None
+    num_classes: int | None = None  # of a set that is drawn; the first ones of WebVision
+    num_train: int | None = None  # of a set that is drawn, as are the next two
     num_val: int | None = None
     seed: int | None = None  # of the drawing, not of the run
 

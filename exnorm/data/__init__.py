@@ -1,7 +1,8 @@
 """Data sets: one file each, named as in `conf/data/`, and the loaders that all of them share.
 
-A data set's file has two functions: `fingerprint(config)`, which imports no torch because the controller calls it,
-checks that the files are there and returns a text that changes with them; and `load(config) -> Splits`.
+A data set's file has two functions: `fingerprint(config, train=True)`, which imports no torch because the controller
+calls it, checks that the files are there and returns a text that changes with them; and
+`load(config, train=True) -> Splits`. With `train=False` the training images need not be there.
 """
 
 import importlib
@@ -10,10 +11,11 @@ from typing import Any
 
 from exnorm.config.errors import UserError
 from exnorm.config.groups import option_values
-from exnorm.data import noise
-from exnorm.data.splits import Splits
+from exnorm.data import noise, validation
+from exnorm.data.splits import Images, Splits
 
-MADE_TO_ORDER = ("num_classes", "num_train", "num_val", "seed")  # options of sets that are drawn
+# Options that some sets have, and the others refuse.
+PARTICULAR = ("num_classes", "num_train", "num_val", "seed", "train_list", "val_list", "source", "origin", "exclude")
 
 
 def data_set(name: str) -> ModuleType:
@@ -21,20 +23,42 @@ def data_set(name: str) -> ModuleType:
     return importlib.import_module(f"exnorm.data.{name}")
 
 
-def fingerprint(data_config: Any) -> str:
-    """A text that changes with the files of a data set; without importing torch.
+def fingerprint(config: Any, *, train: bool = True) -> str:
+    """A text that changes with the files of a data set and of the further sets for validation; imports no torch.
+
+    Args:
+        train: whether the training images are needed.
 
     Raises:
         UserError: the files are not there, with the layout that was expected; an option that cannot be.
     """
-    noise.check(data_config.noise)
-    known = option_values("data", data_config.name)
-    for option in MADE_TO_ORDER:
-        if data_config[option] is not None and option not in known:
-            raise UserError(f"data.{option}: {data_config.name} is as it is; leave the option out")
-    return data_set(data_config.name).fingerprint(data_config)
+    noise.check(config.noise)
+    if not 0 <= config.max_bad_fraction < 1:
+        raise UserError(f"data.max_bad_fraction={config.max_bad_fraction}: a share of the images, from 0 to below 1")
+    known = option_values("data", config.name)
+    for option in PARTICULAR:
+        if config[option] is not None and option not in known:
+            raise UserError(f"data.{option}={config[option]}: {config.name} has no such option; leave it out")
+    own = data_set(config.name).fingerprint(config, train=train)
+    others = validation.others(config)
+    return own + "".join(data_set(name).fingerprint(other, train=False) for name, other in others.items())
 
 
-def load(data_config: Any) -> Splits:
+def load(config: Any, *, train: bool = True) -> Splits:
     """The images of a data set, with label noise in training if that is asked for."""
-    return noise.with_noise(data_set(data_config.name).load(data_config), data_config.noise)
+    return noise.with_noise(data_set(config.name).load(config, train=train), config.noise)
+
+
+def validation_sets(config: Any, splits: Splits) -> dict[str, Images]:
+    """The validation images of each set in `data.val`, by its name; without it, those of the set itself.
+
+    Raises:
+        UserError: a set that lacks a class of `splits`.
+    """
+    others = validation.others(config)
+    return {
+        name: validation.matched(load(others[name], train=False), splits.classes, name=name).val
+        if name in others
+        else splits.val
+        for name in config.val or [config.name]
+    }

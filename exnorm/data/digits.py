@@ -21,7 +21,7 @@ SPLIT_SEED = 0
 MAX_VALUE = 16  # of a pixel in the scans
 
 
-def fingerprint(config: Any) -> str:
+def fingerprint(config: Any, *, train: bool = True) -> str:
     """The hash of the file inside scikit-learn."""
     if config.root is not None:
         raise UserError(f"data.root={config.root}: digits come with scikit-learn and take no folder; leave it out")
@@ -32,7 +32,7 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(scans.read_bytes()).hexdigest()
 
 
-def load(config: Any) -> Splits:
+def load(config: Any, *, train: bool = True) -> Splits:
     """The scans, split into four fifths and one."""
     from sklearn.datasets import load_digits
 
@@ -41,10 +41,10 @@ def load(config: Any) -> Splits:
     order = list(range(len(labels)))
     random.Random(SPLIT_SEED).shuffle(order)
     cut = len(order) // HELD_OUT
-    val, train = sorted(order[:cut]), sorted(order[cut:])
+    held_out, others = sorted(order[:cut]), sorted(order[cut:])
     return Splits(
-        _subset(scans, labels, train),
-        _subset(scans, labels, val),
+        _subset(scans, labels, others),
+        _subset(scans, labels, held_out),
         [str(digit) for digit in range(10)],
     )
 

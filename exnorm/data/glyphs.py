@@ -4,6 +4,10 @@ Contrast, brightness, colour cast, background, noise, blur and compression vary 
 what sample-wise normalization is about; validation shows fonts that training did not. The first 10 classes are the
 digits, then letters and symbols up to 52, then pairs of them up to 1,000. `glyphs` plays ImageNet's part,
 `glyphs_web` WebVision's.
+
+How hard it is: `resnet_mini` with BN reaches 86.4 % on the 10 classes at the mini scale (batch=8x32 trainer.epochs=13
+optim.lr_per_256=0.3 optim.warmup=0.1 seed=100, that is 598 updates), and 80.4 % with batch=1x16
+trainer.epochs=4. With more contrast (to 0.9), less texture (to 0.3) and less noise (to 0.25) it was 92.9 %.
 """
 
 import hashlib
@@ -17,7 +21,7 @@ import numpy as np
 from exnorm.config.errors import UserError
 from exnorm.data import rendered
 from exnorm.data.drawing import Plan, Style, draw
-from exnorm.data.splits import Splits
+from exnorm.data.splits import NO_IMAGES, Splits
 
 # No two of these look alike in all fonts (0 and O, 1 and I and l would), and cm fonts draw each of them.
 SINGLES = "0123456789" + "ABCDEFGHJKLMNPQRSTUVWXYZ" + "abdefghnqrt" + "#%&+=?@"
@@ -31,14 +35,14 @@ VAL_FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Oblique", "DejaVuSerif", "cmr10"
 STYLE = Style()
 
 
-def fingerprint(config: Any) -> str:
+def fingerprint(config: Any, *, train: bool = True) -> str:
     """The hash of what decides each pixel: fonts, styles, classes, numbers and seed."""
     return fingerprint_of(*plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)
 
 
-def load(config: Any) -> Splits:
+def load(config: Any, *, train: bool = True) -> Splits:
     """Draw both sets, or find them in the cache."""
-    return splits(*plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)
+    return splits(*plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config, with_train=train)
 
 
 def class_names(count: int) -> list[str]:
@@ -85,10 +89,10 @@ def fingerprint_of(train: Plan, val: Plan, config: Any) -> str:
     return rendered.fingerprint(train, config.num_train) + rendered.fingerprint(val, config.num_val)
 
 
-def splits(train: Plan, val: Plan, config: Any) -> Splits:
+def splits(train: Plan, val: Plan, config: Any, *, with_train: bool) -> Splits:
     """The images of both plans, and which class each is most easily mistaken for."""
-    train_images, val_images = rendered.images(train, config.num_train), rendered.images(val, config.num_val)
-    return Splits(train_images, val_images, list(train.texts), mistaken_for(train))
+    train_images = rendered.images(train, config.num_train) if with_train else NO_IMAGES
+    return Splits(train_images, rendered.images(val, config.num_val), list(train.texts), mistaken_for(train))
 
 
 def mistaken_for(plan: Plan) -> list[int]:

@@ -26,11 +26,11 @@ STYLE = Style(
 )
 
 
-def fingerprint(config: Any) -> str:
+def fingerprint(config: Any, *, train: bool = True) -> str:
     """See `exnorm.data.glyphs.fingerprint`."""
     return glyphs.fingerprint_of(*glyphs.plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)
 
 
-def load(config: Any) -> Splits:
+def load(config: Any, *, train: bool = True) -> Splits:
     """See `exnorm.data.glyphs.load`."""
-    return glyphs.splits(*glyphs.plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)
+    return glyphs.splits(*glyphs.plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config, with_train=train)

@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from exnorm.config.errors import UserError
+from exnorm.data.bad_images import BadImages
+from exnorm.data.files import BadImage
 from exnorm.data.splits import Images
 from exnorm.data.transforms import Transform
 
@@ -27,25 +31,47 @@ def mixed_seed(*parts: int) -> int:
 
 
 class SeededImages(Dataset[tuple[Tensor, int, int]]):
-    """Cropped images in uint8 with their label and their clean label, addressed by (epoch, index)."""
+    """Cropped images in uint8 with their label and their clean label, addressed by (epoch, index).
 
-    def __init__(self, images: Images, transform: Transform, *, seed: int) -> None:
+    Args:
+        bad_images: what stands in for broken images; without it they are errors.
+    """
+
+    def __init__(self, images: Images, transform: Transform, *, seed: int, bad_images: BadImages | None = None) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
+        self.bad_images = bad_images
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
+        """(height, width, 3) in uint8, the label, the clean label.
+
+        Raises:
+            UserError: a broken image, where nothing may stand in for it.
+        """
         epoch, index = key
         seed = mixed_seed(self.seed, epoch, index)
+        index, image = self._open(index)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
         label = self.images.labels[index]
         clean = label if self.images.clean_labels is None else self.images.clean_labels[index]
-        return torch.as_tensor(self.transform.crop(self.images.open_image(index))), label, clean
+        return torch.as_tensor(self.transform.crop(image)).permute(1, 2, 0), int(label), int(clean)
+
+    def _open(self, index: int) -> tuple[int, Image.Image]:
+        if self.bad_images is not None:
+            return self.bad_images.open_image(self.images, index)
+        try:
+            return index, self.images.open_image(index)
+        except BadImage as bad:
+            raise UserError(
+                f"{bad.name} is no readable image ({bad.reason}), and leaving it out would change the result: mend it, "
+                "or name it in a file with a path on each line, data.exclude=FILE, which the record then says"
+            ) from None
 
 
 class TrainBatches(Sampler[list[Key]]):
@@ -89,7 +115,11 @@ def fixed_batches(indices: Sequence[int], size: int, *, epoch: int = 0) -> list[
 class Loader:
     """Given batches of a set, on a device: normalized images, labels, clean labels.
 
-    Its processes, no more than there are cores, stay alive between epochs.
+    Its processes, no more than there are cores, stay alive between epochs. A batch lies in memory as its images do, the
+    channels last, which costs no transposing copy.
+
+    Args:
+        channels_last: False for a copy with the channels first.
     """
 
     def __init__(
@@ -99,9 +129,10 @@ class Loader:
         *,
         workers: int,
         device: torch.device,
+        channels_last: bool = True,
     ) -> None:
         workers = min(workers, os.cpu_count() or 1)
-        self.dataset, self.device = dataset, device
+        self.dataset, self.device, self.channels_last = dataset, device, channels_last
         self.batches: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -114,7 +145,8 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for batch in self.batches:
             pixels, labels, clean = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            yield self.dataset.transform.normalize(pixels), labels, clean
+            images = self.dataset.transform.normalize(pixels)
+            yield images if self.channels_last else images.contiguous(), labels, clean
 
 
 def _obey_trainer_alone(worker: int) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from exnorm.config.errors import UserError, suggest
 from exnorm.data.splits import Images, Splits
 
@@ -42,7 +44,7 @@ def with_noise(splits: Splits, config: Any) -> Splits:
     """The same sets with noise in the labels of the training images; validation stays clean."""
     if config.kind == "none":
         return splits
-    clean, classes = list(splits.train.labels), len(splits.classes)
+    clean, classes = np.asarray(splits.train.labels).tolist(), len(splits.classes)
     mistaken_for = splits.mistaken_for or [(label + 1) % classes for label in range(classes)]
     rng = random.Random(config.seed)
     # Only random() is the same in every version of Python; sorting by it shuffles.
@@ -60,7 +62,7 @@ def with_noise(splits: Splits, config: Any) -> Splits:
 
 def wrong_labels(images: Images) -> list[tuple[int, int, int]]:
     """(index, clean label, noisy label) of each image whose label noise has changed."""
-    clean: Sequence[int] = images.labels if images.clean_labels is None else images.clean_labels
+    clean = images.labels if images.clean_labels is None else images.clean_labels
     both = enumerate(zip(clean, images.labels, strict=True))
     return [(index, before, after) for index, (before, after) in both if before != after]
 

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
+
+Labels = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -11,16 +14,27 @@ class Images:
     """Labelled images.
 
     Attributes:
-        open_image: returns image i as RGB.
+        open_image: returns image i as RGB; raises `files.BadImage` where its file is broken.
         clean_labels: the labels before noise was added to them; None where none was.
+        excluded: how many the user left out.
+        of_other_classes: how many were left out because a run does not have their class.
     """
 
-    labels: Sequence[int]
+    labels: Labels
     open_image: Callable[[int], Image.Image]
-    clean_labels: Sequence[int] | None = None
+    clean_labels: Labels | None = None
+    excluded: int = 0
+    of_other_classes: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def _none(index: int) -> Image.Image:
+    raise IndexError(index)
+
+
+NO_IMAGES = Images([], _none)
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class Splits:
     """A training and a validation set over the same classes.
 
     Attributes:
+        train: empty where only validation was asked for.
         mistaken_for: for each class the one that asymmetric label noise makes of it; None for the next one.
     """
 

@@ -1,8 +1,9 @@
 """Images to tensors, in timm's transforms with the papers' crop rules.
 
-Training: random resized crop and horizontal flip, bilinear, nothing else. Validation: resize the shorter side to
-`resize`, centre crop of `image_size`, bilinear. An image stays in bytes until it is on the device, as with timm's
-prefetcher: a quarter of the memory to copy, and for small images half the work of a loader.
+Training: random resized crop and horizontal flip, bilinear, nothing else (with `padding`, CIFAR's random crop of the
+padded image). Validation: resize the shorter side to `resize`, centre crop of `image_size`, bilinear. An image stays in
+bytes until it is on the device, as with timm's prefetcher: a quarter of the memory to copy, and for small images half
+the work of a loader.
 """
 
 import functools
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
+from torchvision import transforms
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,12 @@ class Transform:
     std: tuple[float, ...]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """(N, 3, height, width) in uint8 as (pixels / 255 - mean) / std in float32."""
+        """(N, height, width, 3) in uint8 as (N, 3, height, width): (pixels / 255 - mean) / std in float32.
+
+        The channels stay last in memory.
+        """
         mean, std = (_of_channels(values, pixels.device) for values in (self.mean, self.std))
-        return (pixels.float() - mean).div_(std)
+        return (pixels.permute(0, 3, 1, 2).float() - mean).div_(std)
 
 
 @functools.cache
@@ -43,18 +48,33 @@ def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def train_transform(config: Any) -> Transform:
-    """Random resized crop, flip, normalization."""
-    crop = create_transform(
-        input_size=config.image_size,
-        is_training=True,
-        use_prefetcher=True,
-        scale=tuple(config.scale),
-        ratio=tuple(config.ratio),
-        hflip=config.hflip,
-        color_jitter=None,  # pyright: ignore[reportArgumentType]
-        interpolation="bilinear",
+    """Random resized crop, or a random crop of the padded image; flip, normalization."""
+    crop = (
+        _padded_crop(config)
+        if config.padding is not None
+        else create_transform(
+            input_size=config.image_size,
+            is_training=True,
+            use_prefetcher=True,
+            scale=tuple(config.scale),
+            ratio=tuple(config.ratio),
+            hflip=config.hflip,
+            color_jitter=None,  # pyright: ignore[reportArgumentType]
+            interpolation="bilinear",
+        )
     )
     return Transform(crop, tuple(config.mean), tuple(config.std))  # type: ignore[arg-type]
+
+
+def _padded_crop(config: Any) -> Callable[[Image.Image], Tensor]:
+    return transforms.Compose(
+        [
+            transforms.Resize(config.image_size),
+            transforms.RandomCrop(config.image_size, config.padding),
+            transforms.RandomHorizontalFlip(config.hflip),
+            transforms.PILToTensor(),
+        ]
+    )
 
 
 def eval_transform(config: Any) -> Transform:

@@ -1,5 +1,6 @@
 """Exact evaluation: every image counts once, on any number of devices."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,7 +36,7 @@ def evaluate(
     precision: str,
     world: World,
 ) -> dict[str, float]:
-    """val/loss, val/top1 and val/top5 in percent over all workers' images; the model's mode is restored."""
+    """loss, top1 and top5 in percent over all workers' images, as `val/top1`; the model's mode is restored."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
@@ -45,3 +46,20 @@ def evaluate(
         sums += task.sums(logits, labels, clean)
     model.train(was_training)
     return summarize(world.sum_(sums), "val")
+
+
+def evaluate_all(
+    model: nn.Module,
+    loaders: Mapping[str, Loader],
+    task: Classification,
+    *,
+    precision: str,
+    world: World,
+) -> dict[str, float]:
+    """The metrics of the first set as `val/top1`; of several also each one's as `val/<set>/top1`."""
+    each = {name: evaluate(model, loader, task, precision=precision, world=world) for name, loader in loaders.items()}
+    results = dict(next(iter(each.values())))
+    if len(each) > 1:
+        for name, metrics in each.items():
+            results |= {key.replace("val/", f"val/{name}/", 1): value for key, value in metrics.items()}
+    return results

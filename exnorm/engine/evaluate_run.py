@@ -6,10 +6,11 @@ from omegaconf import OmegaConf
 
 from exnorm import ops
 from exnorm.config.schema import EvalConfig
-from exnorm.data import load
+from exnorm.data import load, validation_sets
+from exnorm.data.bad_images import BadImages
 from exnorm.data.loader import SeededImages
-from exnorm.data.matching import matched
 from exnorm.data.transforms import eval_transform
+from exnorm.data.validation import matched
 from exnorm.engine import checkpoint
 from exnorm.engine.batch import plan_batch
 from exnorm.engine.calibrate import batch_average, using
@@ -22,7 +23,7 @@ from exnorm.tasks.classification import Classification
 
 
 def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world: World) -> None:
-    """Evaluate a checkpoint; the first worker appends a row to `evaluations.jsonl`.
+    """Evaluate a checkpoint; the first worker appends a row per validation set to `evaluations.jsonl`.
 
     Raises:
         UserError: no usable checkpoint, a class of the run that the set lacks, a broken image.
@@ -30,13 +31,20 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     wanted = OmegaConf.merge(OmegaConf.structured(EvalConfig), request)
     ops.set_backend(config.ops.backend)
     state = checkpoint.find(folder, wanted.checkpoint)
-    own = load(wanted.data)
-    splits = matched(own, state["classes"], name=wanted.data.name)
+    averages = wanted.inference == "batch_average"
+    splits = matched(load(wanted.data, train=averages), state["classes"], name=wanted.data.name)
+    val_sets = validation_sets(wanted.data, splits)
     model = checkpoint.build_trained(config, {**state, "calibrated": None}).to(world.device)
     configure_scope(model)
     calibrated = {}
-    if wanted.inference == "batch_average":
-        train_set = SeededImages(splits.train, eval_transform(wanted.data), seed=config.seed)
+    if averages:
+        bad_images = BadImages(
+            folder.bad_images_file,
+            data=wanted.data.name,
+            images=len(splits.train),
+            max_fraction=wanted.data.max_bad_fraction,
+        )
+        train_set = SeededImages(splits.train, eval_transform(wanted.data), seed=config.seed, bad_images=bad_images)
         plan = plan_batch(config.batch, devices=1, sync=bool(config.norm.get("sync", False)))
         calibrated = batch_average(
             model,
@@ -47,25 +55,25 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
             precision=wanted.precision,
             world=world,
         )
-    val_set = SeededImages(splits.val, eval_transform(wanted.data), seed=config.seed)
-    loader = eval_loader(val_set, batch_size=wanted.batch_size, workers=wanted.data.workers, world=world)
-    with using(model, calibrated):
-        task = Classification(config.task)
-        results = evaluate(model, loader, task, precision=wanted.precision, world=world)
-    if world.is_first:
-        row = {
-            "step": state["step"],
-            "time": utc_now(),
-            "data": wanted.data.name,
-            "checkpoint": wanted.checkpoint,
-        }
-        row |= {
-            "inference": wanted.inference,
-            "calibration_batches": wanted.calibration_batches if calibrated else None,
-            "precision": wanted.precision,
-            "images": len(val_set),
-            "images_of_other_classes": len(own.val) - len(val_set),
-            "devices": world.size,
-            **results,
-        }
-        MetricsLog(folder.path / "evaluations.jsonl").append(row)
+        bad_images.check()
+    for name, images in val_sets.items():
+        val_set = SeededImages(images, eval_transform(wanted.data), seed=config.seed)
+        loader = eval_loader(val_set, batch_size=wanted.batch_size, workers=wanted.data.workers, world=world)
+        with using(model, calibrated):
+            results = evaluate(model, loader, Classification(config.task), precision=wanted.precision, world=world)
+        if world.is_first:
+            row = {
+                "step": state["step"],
+                "time": utc_now(),
+                "data": name,
+                "checkpoint": wanted.checkpoint,
+                "inference": wanted.inference,
+                "calibration_batches": wanted.calibration_batches if calibrated else None,
+                "precision": wanted.precision,
+                "images": len(images),
+                "images_of_other_classes": images.of_other_classes,
+                "images_excluded": images.excluded,
+                "devices": world.size,
+                **results,
+            }
+            MetricsLog(folder.path / "evaluations.jsonl").append(row)

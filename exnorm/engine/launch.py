@@ -19,7 +19,7 @@ from exnorm.config.errors import UserError
 from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
 from exnorm.engine.processes import run_workers, visible_gpus
-from exnorm.engine.summary import print_evaluation, print_result
+from exnorm.engine.summary import print_evaluations, print_result
 from exnorm.runs.folder import (
     RunFolder,
     RunLocked,
@@ -76,7 +76,8 @@ def run(config: DictConfig) -> None:
         gpu = on_gpu(config.trainer.device, "trainer.device")
         run_workers([str(folder.path)], count=plan.devices, on_gpu=gpu, resumable=True)
     except UserError as problem:
-        if made and not any(folder.checkpoints.glob("*.pt")) and not folder.metrics_file.is_file():
+        kept = (folder.metrics_file, folder.bad_images_file)
+        if made and not any(folder.checkpoints.glob("*.pt")) and not any(file.is_file() for file in kept):
             _remove(folder)
         else:
             write_text_atomic(folder.error_file, f"{problem}\n")
@@ -103,7 +104,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
     gpu = on_gpu(config.device, "device")
     if config.precision == "fp16" and not gpu:
         raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or precision=fp32")
-    fingerprint(config.data)
+    fingerprint(config.data, train=config.inference == "batch_average")
     values: Any = OmegaConf.to_container(config, resolve=True)
     run_workers(
         [str(folder.path), json.dumps(values)],
@@ -111,7 +112,8 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
         on_gpu=gpu,
         resumable=False,
     )
-    print_evaluation(MetricsLog.read(folder.path / "evaluations.jsonl")[-1])
+    sets = len(config.data.val or [config.data.name])
+    print_evaluations(MetricsLog.read(folder.path / "evaluations.jsonl")[-sets:])
 
 
 def check(config: DictConfig) -> BatchPlan:

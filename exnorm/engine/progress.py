@@ -54,9 +54,16 @@ class Progress:
         self.say(
             f"epoch {epoch + 1}/{self.epochs}: train loss {row['train/loss']:.3f}, top-1 {row['train/top1']:.1f}; "
             f"val loss {row['val/loss']:.3f}, top-1 {row['val/top1']:.2f}, top-5 {row['val/top5']:.2f}"
+            + "".join(f"; {name} top-1 {top1:.2f}" for name, top1 in _each_set(row).items())
             + (f"; ratios {shares}" if shares else "")
         )
 
     def _clear(self) -> None:
         if self.on_terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _each_set(row: dict[str, float]) -> dict[str, float]:
+    """The top-1 of each of several validation sets: `val/<set>/top1`."""
+    parts = {key: key.split("/") for key in row}
+    return {words[1]: row[key] for key, words in parts.items() if len(words) == 3 and words[2] == "top1"}

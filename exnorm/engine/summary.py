@@ -34,24 +34,28 @@ def print_result(folder: RunFolder) -> None:
         print(f"the same on ImageNet: exnorm train model={model} norm={norm} batch=8x32 data=imagefolder data.root=DIR")
 
 
-def print_evaluation(row: dict[str, Any]) -> None:
-    """One evaluation: accuracy and loss, and what they were measured on."""
+def print_evaluations(rows: list[dict[str, Any]]) -> None:
+    """Evaluations, one row each: accuracy and loss, and what they were measured on."""
     _print_table(
-        {
-            "top-1 %": f"{row['val/top1']:.2f}",
-            "top-5 %": f"{row['val/top5']:.2f}",
-            "loss": _loss(row["val/loss"]),
-            "images": str(row["images"]),
-            "data": row["data"],
-            "checkpoint": f"{row['checkpoint']} (step {row['step']})",
-            "inference": row["inference"],
-        }
+        *(
+            {
+                "top-1 %": f"{row['val/top1']:.2f}",
+                "top-5 %": f"{row['val/top5']:.2f}",
+                "loss": _loss(row["val/loss"]),
+                "images": str(row["images"]),
+                "data": row["data"],
+                "checkpoint": f"{row['checkpoint']} (step {row['step']})",
+                "inference": row["inference"],
+            }
+            for row in rows
+        )
     )
 
 
-def _print_table(cells: dict[str, str]) -> None:
-    table = Table(*cells)
-    table.add_row(*cells.values())
+def _print_table(*rows: dict[str, str]) -> None:
+    table = Table(*rows[0])
+    for cells in rows:
+        table.add_row(*cells.values())
     console = Console()
     console.print(table, width=max(console.width, 100) if not console.is_terminal else None)
 

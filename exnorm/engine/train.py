@@ -12,16 +12,17 @@ from torch import Tensor
 from exnorm import ops
 from exnorm.analysis.ratios import LayerRatio, as_metrics, mean_ratios, measure_ratios
 from exnorm.config.errors import UserError
-from exnorm.data import load, noise
+from exnorm.data import load, noise, validation_sets
+from exnorm.data.bad_images import BadImages
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
-from exnorm.data.splits import Images
+from exnorm.data.splits import Images, Splits
 from exnorm.data.transforms import eval_transform, train_transform
 from exnorm.engine import checkpoint
 from exnorm.engine.banner import describe_run, seconds_per_step
 from exnorm.engine.batch import plan_batch
 from exnorm.engine.calibrate import Calibrated, batch_average, using
 from exnorm.engine.distributed import World
-from exnorm.engine.evaluate import eval_loader, evaluate
+from exnorm.engine.evaluate import eval_loader, evaluate_all
 from exnorm.engine.learner import Learner, build_learner, check, restore, save, train_step
 from exnorm.engine.progress import Progress
 from exnorm.optim import learning_rate, set_learning_rate
@@ -74,17 +75,30 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     )
     if batches.steps_per_epoch == 0:
         raise UserError(f"batch={config.batch} takes {plan.total} images a step; data has {len(splits.train)}")
-    train_set = SeededImages(splits.train, train_transform(config.data), seed=config.seed)
-    calibration_set = SeededImages(splits.train, eval_transform(config.data), seed=config.seed)
-    val_set = SeededImages(splits.val, eval_transform(config.data), seed=config.seed)
-    on_gpu = world.device.type == "cuda"
-    train_loader = Loader(train_set, batches, workers=config.data.workers, device=world.device)
-    val_loader = eval_loader(
-        val_set,
-        batch_size=trainer.eval_batch_size,
-        workers=config.data.workers,
-        world=world,
+    bad_images = BadImages(
+        folder.bad_images_file,
+        data=config.data.name,
+        images=len(splits.train),
+        max_fraction=config.data.max_bad_fraction,
     )
+    train_set = SeededImages(splits.train, train_transform(config.data), seed=config.seed, bad_images=bad_images)
+    calibration_set = SeededImages(splits.train, eval_transform(config.data), seed=config.seed, bad_images=bad_images)
+    val_sets = {
+        name: SeededImages(images, eval_transform(config.data), seed=config.seed)
+        for name, images in validation_sets(config.data, splits).items()
+    }
+    on_gpu = world.device.type == "cuda"
+    train_loader = Loader(
+        train_set,
+        batches,
+        workers=config.data.workers,
+        device=world.device,
+        channels_last=trainer.channels_last,
+    )
+    val_loaders = {
+        name: eval_loader(val_set, batch_size=trainer.eval_batch_size, workers=config.data.workers, world=world)
+        for name, val_set in val_sets.items()
+    }
 
     # Model, optimizer, and where the last checkpoint left them
     learner = build_learner(config, plan, world, list(splits.classes))
@@ -127,7 +141,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                 sink.log({"epoch": learner.epoch + 1, **row}, learner.step)
 
     # Steps
-    probe = probe_images(val_set, config.logger.probe_images, world)
+    probe = probe_images(next(iter(val_sets.values())), config.logger.probe_images, world)
     ratios: list[LayerRatio] = []
     results: dict[str, float] = {}
     check_every = GPU_CHECK_EVERY if on_gpu else 1
@@ -152,12 +166,14 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             save_now = trainer.checkpoint_every_steps and learner.step % trainer.checkpoint_every_steps == 0
             if learner.step % check_every == 0 or save_now:
                 signum = check(learner, stop_signal())
+                bad_images.check()
                 if save_now or signum:
                     learner.read_clock()
                     save(folder, learner)
                 if signum:
                     raise Stopped(signum)
         check(learner, 0)
+        bad_images.check()
         train_s = learner.read_clock() - before_s
 
         # End of an epoch: validate, measure the ratios, keep it
@@ -165,9 +181,9 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         sums = world.sum_(learner.sums.clone())
         learner.calibrated = calibrate(learner, calibration_set, config)
         with using(learner.model, learner.calibrated or {}):
-            results = evaluate(
+            results = evaluate_all(
                 learner.model,
-                val_loader,
+                val_loaders,
                 learner.task,
                 precision=trainer.precision,
                 world=world,
@@ -220,7 +236,9 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             "devices": world.size,
             **facts.record,
             **noise_facts,
+            **facts_of_images(bad_images, splits, val_sets),
         }
+        bad_images.tidy()
         record["ratio"] = mean_ratios(ratios) if results else last_ratios(folder)
         write_json_atomic(folder.record_file, plain(record))
 
@@ -234,6 +252,18 @@ def keep_noise(folder: RunFolder, config: Any, images: Images, progress: Progres
     wrong = facts["wrong_labels"]
     progress.say(f"label noise: {wrong} of {len(images)} training labels are wrong (noisy_labels.csv)")
     return {"noise": facts}
+
+
+def facts_of_images(bad_images: BadImages, splits: Splits, val_sets: dict[str, SeededImages]) -> dict[str, Any]:
+    """What a record says of the images: how many, how many broken ones were replaced, how many the user left out."""
+    facts: dict[str, Any] = {
+        "train_images": len(splits.train),
+        "val_images": {name: len(val_set) for name, val_set in val_sets.items()},
+        "bad_images": len(bad_images.rows()),
+    }
+    excluded = {"train": splits.train.excluded}
+    excluded |= {f"val/{name}": val_set.images.excluded for name, val_set in val_sets.items()}
+    return facts | ({"excluded_images": excluded} if any(excluded.values()) else {})
 
 
 def calibrate(learner: Learner, dataset: SeededImages, config: Any) -> Calibrated | None:
@@ -264,7 +294,7 @@ def probe_images(dataset: SeededImages, count: int, world: World) -> Tensor | No
 def last_results(folder: RunFolder) -> dict[str, float]:
     """The validation metrics of the last epoch in the log, for a run whose record alone was missing."""
     rows = [row for row in MetricsLog.read(folder.metrics_file) if "val/top1" in row]
-    return {key: rows[-1][key] for key in ("val/loss", "val/top1", "val/top5")} if rows else {}
+    return {key: value for key, value in rows[-1].items() if key.startswith("val/")} if rows else {}
 
 
 def last_ratios(folder: RunFolder) -> dict[str, float]:

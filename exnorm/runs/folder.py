@@ -35,6 +35,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.csv_file = self.path / "metrics.csv"
         self.noisy_labels_file = self.path / "noisy_labels.csv"
+        self.bad_images_file = self.path / "bad_images.csv"
         self.wandb_dir = self.path / "wandb"
         self.wandb_id_file = self.path / "wandb-id.txt"
         self.log_file = self.path / "log.txt"

@@ -14,6 +14,11 @@ from typing import Any
 EXCLUDED = frozenset(
     {
         "data.root",
+        "data.roots",
+        "data.exclude",  # what is in this file and the next two counts, with the images
+        "data.train_list",
+        "data.val_list",
+        "data.max_bad_fraction",
         "data.epochs",  # trainer.epochs and optim.schedule say what was done
         "data.schedule",
         "data.workers",

@@ -1,0 +1,50 @@
+"""What CIFAR-10 and CIFAR-100 share: the python version of their archives, unpacked, as torchvision reads it."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from exnorm.config.errors import UserError
+from exnorm.data.places import root_of
+from exnorm.data.splits import Images, Splits
+
+ARCHIVES = {"cifar-10-batches-py": "cifar-10-python.tar.gz", "cifar-100-python": "cifar-100-python.tar.gz"}
+
+
+def fingerprint(config: Any, folder: str) -> str:
+    """The hash of the files' names and sizes; torchvision checks their content.
+
+    Raises:
+        UserError: the folder is not there.
+    """
+    archive = ARCHIVES[folder]
+    layout = f"expected DIR/{folder}/, as {archive} of www.cs.toronto.edu/~kriz unpacks"
+    root = root_of(config, layout=layout) / folder
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; {layout}")
+    parts = sorted((file.name, file.stat().st_size) for file in root.iterdir())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def load(config: Any, name: str, mistaken_for: Sequence[int] | None) -> Splits:
+    """Both sets of torchvision's class `name`."""
+    from torchvision import datasets
+
+    root = root_of(config, layout="")
+    try:
+        train, test = (getattr(datasets, name)(root, train=split) for split in (True, False))
+    except RuntimeError as problem:
+        raise UserError(f"{root}: {' '.join(str(problem).split())}") from None
+    return Splits(_images(train), _images(test), list(train.classes), mistaken_for)
+
+
+def _images(part: Any) -> Images:
+    return Images(list(part.targets), partial(_open, part.data))
+
+
+def _open(pixels: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])

@@ -1,0 +1,142 @@
+"""ImageNet-1k (ILSVRC 2012): 1,281,167 training and 50,000 validation images in 1,000 classes.
+
+O. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015. Classes are WordNet ids, in
+sorted order, which is timm's and torchvision's; a part of them (ImageNet-100) is as good. What is read:
+
+    train/<wnid>/, val/<wnid>/       as `extract_ILSVRC.sh` leaves it
+    val/ILSVRC2012_val_*.JPEG        as unpacked, with its labels in one of: val.txt (lines `file label`),
+                                     LOC_val_solution.csv (Kaggle), ILSVRC2012_devkit_t12/ (with meta.mat),
+                                     imagenet_2012_validation_synset_labels.txt; or data.val_list=FILE
+    data.train_list, data.val_list   list files, as of SN's authors
+    data.source=tar                  tar files, one for each class or in WebDataset's shards
+    data.source=hfds/NAME            what timm reads from Hugging Face's `datasets`
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exnorm.config.errors import UserError
+from exnorm.data import from_timm, imagefolder
+from exnorm.data.entries import Entries
+from exnorm.data.packed import Packed
+from exnorm.data.places import file_of, root_of
+from exnorm.data.splits import Splits
+
+LAYOUT = "expected DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG"
+DEVKIT = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+TRUTHS = ("val.txt", "LOC_val_solution.csv", DEVKIT, "imagenet_2012_validation_synset_labels.txt")
+WNID = re.compile(r"n\d{8}")
+
+
+def fingerprint(config: Any, *, train: bool = True) -> str:
+    """The hash of the sorted relative paths, labels and sizes of all images, or of the source's name."""
+    if from_timm.is_named(config.source):
+        return from_timm.fingerprint(config)
+    root = root_of(config, layout=LAYOUT)
+    return imagefolder.fingerprint_of(config, root, found(config, root, train=train))
+
+
+def load(config: Any, *, train: bool = True) -> Splits:
+    """List both splits; images are opened one by one.
+
+    Raises:
+        UserError: a class that is none of ImageNet's.
+    """
+    if from_timm.is_named(config.source):
+        both = from_timm.load(config, train=train)
+        return replace(both, classes=synsets()) if len(both.classes) == len(synsets()) else both
+    root = root_of(config, layout=LAYOUT)
+    both = found(config, root, train=train)
+    names = class_names(both.get("train", both["val"]))
+    check(names, root)
+    return imagefolder.splits(config, root, imagefolder.named(both, names, root), sorted(names))
+
+
+def found(config: Any, root: Path, *, train: bool) -> imagefolder.Found:
+    """The files of both splits; those of validation may lie in one folder, with their labels in a file."""
+    val = root / "val"
+    raw = config.source is None and val.is_dir() and not any(entry.is_dir() for entry in val.iterdir())
+    if not raw and config.val_list is None:
+        return imagefolder.found(config, root, train=train)
+    both = {"val": ground_truth(_truth_file(config, root), root)}
+    if train or (root / "train").is_dir() or config.train_list is not None:
+        both["train"] = imagefolder.entries(config, root, "train")
+    return both
+
+
+def _truth_file(config: Any, root: Path) -> Path:
+    if config.val_list is not None:
+        return file_of(config.val_list, root, "data.val_list")
+    for name in TRUTHS:
+        if (root / name).is_file():
+            return root / name
+    raise UserError(
+        f"{root}/val has no class folders; its labels are in none of {', '.join(TRUTHS)} in {root}: give "
+        "data.val_list=FILE, or sort the images into val/<wnid>/"
+    )
+
+
+def ground_truth(file: Path, root: Path) -> Entries:
+    """The images of `val/` with their labels from one of the files that go with them.
+
+    Raises:
+        UserError: a file of another format, or for another number of images.
+    """
+    with file.open(encoding="utf-8") as lines:
+        first = lines.readline().strip()
+    if len(first.split()) > 1 and not first.startswith("ImageId"):
+        return imagefolder.from_list(file, root, "val")
+    names = sorted(entry.name for entry in (root / "val").iterdir() if entry.is_file())
+    lines = file.read_text(encoding="utf-8").splitlines()
+    if first.startswith("ImageId"):
+        label_of = {name: rest.split()[0] for name, _, rest in (line.partition(",") for line in lines[1:])}
+        labels = [label_of.get(name.rpartition(".")[0]) for name in names]
+    else:
+        labels = [line.strip() for line in lines if line.strip()]
+        if not WNID.fullmatch(first):
+            wnid_of = _devkit_ids(file.with_name("meta.mat"))
+            labels = [wnid_of.get(label) for label in labels]
+    if len(labels) != len(names) or None in labels:
+        raise UserError(f"{file} does not label the {len(names)} files in {root}/val one by one")
+    classes = sorted({label for label in labels if label is not None})
+    places = {name: place for place, name in enumerate(classes)}
+    numbers = np.array([places[label] for label in labels if label is not None], np.int32)
+    return Entries(Packed.of(name.encode() for name in names), numbers, classes, str(root / "val"))
+
+
+def _devkit_ids(file: Path) -> dict[str, str]:
+    """The WordNet id of each number in the development kit, whose order is its own."""
+    from scipy.io import loadmat
+
+    if not file.is_file():
+        raise UserError(f"{file.parent}: the numbers of the development kit need its meta.mat beside them")
+    return {str(row[0]): str(row[1]) for row in loadmat(file, squeeze_me=True)["synsets"]}
+
+
+def class_names(part: Entries) -> list[str]:
+    """The WordNet id of each label: its folder's, or else the one at its place among all thousand."""
+    names = imagefolder.class_names(part)
+    if all(WNID.fullmatch(name) for name in names):
+        return names
+    return synsets() if imagefolder.is_numbered(part) else names
+
+
+def synsets() -> list[str]:
+    """The thousand WordNet ids in timm's order, which is sorted."""
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo().label_names()
+
+
+def check(names: list[str], root: Path) -> None:
+    """Refuse classes that are none of ImageNet's."""
+    strange = sorted(set(names) - set(synsets()))
+    if strange:
+        raise UserError(
+            f"{root}: {len(strange)} classes are no WordNet ids of ImageNet-1k, such as {strange[0]}; for classes of "
+            "your own use data=imagefolder"
+        )

@@ -1,0 +1,85 @@
+"""Validation on other sets: which, cropped how, and over whose classes.
+
+Classes are matched by name: for ImageNet and WebVision, by WordNet id.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from PIL import Image
+
+from exnorm.config.errors import UserError
+from exnorm.config.groups import option_values
+from exnorm.config.schema import DataConfig
+from exnorm.data.splits import Images, Splits
+
+SHOWN = 3  # of the classes that differ
+# What the model was trained with holds for every set that it is tested on.
+CROPS = ("image_size", "resize", "mean", "std", "workers", "roots", "exclude")
+DRAWN = ("num_classes", "num_val", "seed")
+
+
+def others(config: Any) -> dict[str, Any]:
+    """The configuration of each further set in `data.val`, by its name: its own, with the run's crops.
+
+    Raises:
+        UserError: a name that no set has, or twice the same.
+    """
+    names = config.val or []
+    if len(set(names)) < len(names):
+        raise UserError(f"data.val={list(names)} names a set twice")
+    return {name: _other(config, name) for name in names if name != config.name}
+
+
+def _other(config: Any, name: str) -> Any:
+    values = option_values("data", name)
+    taken = {key: config[key] for key in CROPS if key != "exclude" or key in values}
+    taken |= {key: config[key] for key in DRAWN if "num_val" in values and config[key] is not None}
+    return OmegaConf.merge(OmegaConf.structured(DataConfig), values, taken, {"val": None})
+
+
+def matched(splits: Splits, classes: Sequence[str], *, name: str) -> Splits:
+    """The images of these classes, labelled in their order; images of other classes are left out.
+
+    Args:
+        name: of the data set, for the error.
+
+    Raises:
+        UserError: a class that the set lacks.
+    """
+    if list(splits.classes) == list(classes):
+        return splits
+    positions = {label: index for index, label in enumerate(classes)}
+    own = set(splits.classes)
+    lacking = [label for label in classes if label not in own]
+    if lacking:
+        others = [label for label in splits.classes if label not in positions]
+        raise UserError(
+            f"data={name} has {len(splits.classes)} classes, and {len(lacking)} of the run's {len(classes)} are not "
+            f"among them, such as {', '.join(lacking[:SHOWN])}"
+            + (f"; it has {', '.join(others[:SHOWN])} instead" if others else "")
+        )
+    new_labels = [positions.get(label) for label in splits.classes]
+    return Splits(_relabelled(splits.train, new_labels), _relabelled(splits.val, new_labels), classes)
+
+
+def _relabelled(images: Images, new_labels: Sequence[int | None]) -> Images:
+    """Images with a new label for each old class, by their clean label; those of classes without are left out."""
+    clean = np.asarray(images.labels if images.clean_labels is None else images.clean_labels, np.int64)
+    new = np.array([-1 if label is None else label for label in new_labels])[clean]
+    kept = np.flatnonzero(new >= 0)
+    return replace(
+        images,
+        labels=new[kept],
+        open_image=partial(_open, images, kept),
+        clean_labels=None,
+        of_other_classes=len(new) - len(kept),
+    )
+
+
+def _open(images: Images, kept: np.ndarray, index: int) -> Image.Image:
+    return images.open_image(int(kept[index]))

@@ -1,0 +1,92 @@
+"""WebVision 1.0: 2.4 million images that Google and Flickr gave for 1,631 queries, in ImageNet's 1,000 classes.
+
+W. Li et al., "WebVision Database: Visual Learning and Understanding from Web Data", arXiv:1708.02862, 2017. The labels
+are those of the queries, so many are wrong; validation, 50 images of each class, was labelled by people. The layout:
+
+    info/train_filelist_{google,flickr,all}.txt     lines `path label`, labels from 0; data.origin says which
+    info/val_filelist.txt                           lines `file label`, files in val_images_256/
+    info/synsets.txt                                line i + 1 begins with the WordNet id of label i
+    google/q0001/*.jpg, flickr/q0001/*.jpg          a folder is a query, not a class
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exnorm.config.errors import UserError
+from exnorm.data import imagefolder, index
+from exnorm.data.entries import Entries
+from exnorm.data.places import root_of
+from exnorm.data.splits import Splits
+
+ORIGINS = ("google", "flickr", "all")
+VAL_FOLDERS = ("val_images_256", "val_images", "val")
+LAYOUT = "expected DIR/info/train_filelist_all.txt, DIR/info/synsets.txt, DIR/google/, DIR/flickr/, DIR/val_images_256/"
+
+
+def fingerprint(config: Any, *, train: bool = True) -> str:
+    """The hash of the paths and labels in the lists, and of the classes."""
+    root = root_of(config, layout=LAYOUT, name="webvision")
+    return imagefolder.fingerprint_of(config, root, found(config, root, train=train))
+
+
+def load(config: Any, *, train: bool = True) -> Splits:
+    """List both splits; images are opened one by one."""
+    root = root_of(config, layout=LAYOUT, name="webvision")
+    both = found(config, root, train=train)
+    return imagefolder.splits(config, root, both, list(both["val"].classes))
+
+
+def found(config: Any, root: Path, *, train: bool) -> imagefolder.Found:
+    """The listed files of both splits, of the first `data.num_classes` classes if that is given.
+
+    Raises:
+        UserError: an info file is missing, or has a label without a class.
+    """
+    if config.origin not in ORIGINS:
+        raise UserError(f"data.origin={config.origin}: allowed: {', '.join(ORIGINS)}")
+    classes = synsets(root)
+    both = {"val": index.of_list(_info(root, "val_filelist.txt"), _val_folder(root))}
+    if train:
+        both["train"] = index.of_list(_info(root, f"train_filelist_{config.origin}.txt"), root)
+    named = {split: part.named(classes, source=f"{root}/info") for split, part in both.items()}
+    if config.num_classes is None:
+        return named
+    return {split: _first_classes(part, config.num_classes) for split, part in named.items()}
+
+
+def _first_classes(part: Entries, count: int) -> Entries:
+    few = part.take(np.flatnonzero(part.labels < count))
+    return few.labelled_as(part.classes[:count], source=part.base)
+
+
+def synsets(root: Path) -> list[str]:
+    """The WordNet id of each label, in the order of the labels, which need not be sorted."""
+    lines = _info(root, "synsets.txt").read_text(encoding="utf-8").splitlines()
+    classes = [line.split()[0] for line in lines if line.strip()]
+    twice = sorted({name for name in classes if classes.count(name) > 1})
+    if twice:
+        raise UserError(f"{root}/info/synsets.txt has {twice[0]} twice")
+    return classes
+
+
+def query_labels(root: Path) -> dict[str, int]:
+    """The label of each query: `info/queries_synsets_map.txt` counts classes from 1, labels count from 0."""
+    lines = _info(root, "queries_synsets_map.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split() for line in lines if line.strip()]
+    return {f"q{int(query):04}": int(label) - 1 for query, label in pairs}
+
+
+def _info(root: Path, name: str) -> Path:
+    file = root / "info" / name
+    if not file.is_file():
+        raise UserError(f"{root}: there is no info/{name}; {LAYOUT}")
+    return file
+
+
+def _val_folder(root: Path) -> Path:
+    for name in VAL_FOLDERS:
+        if (root / name).is_dir():
+            return root / name
+    raise UserError(f"{root}: there is no folder {' or '.join(VAL_FOLDERS)}; {LAYOUT}")
