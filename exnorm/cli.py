@@ -157,8 +157,16 @@ def show(
 
 
 @app.command()
-def doctor() -> None:
-    """Check that this installation and this machine can run exnorm."""
+def doctor(
+    overrides: Annotated[list[str] | None, typer.Argument(help="data=NAME data.root=DIR ...")] = None,
+    images: Annotated[int, typer.Option(min=0, help="Images of each split to open; 0: all.")] = 1000,
+    sheet: Annotated[Path | None, typer.Option(help="The PNG of training images [<name>-sheet.png].")] = None,
+) -> None:
+    """Check that this installation and this machine can run exnorm; with data=NAME, look at a data set."""
+    if overrides:
+        from exnorm.diagnostics.doctor_data import run as look
+
+        raise typer.Exit(look(overrides, images, sheet))
     from exnorm.diagnostics.doctor import run
 
     raise typer.Exit(run())
@@ -189,6 +197,18 @@ def bench_norms(
     from exnorm.diagnostics import bench_norms as room
 
     room.run(norm or group_options("norm"), shape or room.SHAPES, backend or ["eager", "compiled"], rounds)
+
+
+@bench.command("data")
+def bench_data(
+    overrides: Annotated[list[str] | None, typer.Argument(help="data=NAME data.root=DIR; imitations without.")] = None,
+    images: Annotated[int, typer.Option(min=64, help="Images of each pass.")] = 512,
+    rounds: Annotated[int, typer.Option(min=2, help="Passes of each, in turn.")] = 11,
+) -> None:
+    """The loader against a bare torchvision ImageFolder: images per second; and the index of 1.3 million files."""
+    from exnorm.diagnostics.bench_data import run
+
+    run(overrides or [], images, rounds)
 
 
 @bench.command("train")

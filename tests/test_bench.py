@@ -8,7 +8,7 @@ import torch
 from conftest import CliRunner
 from torch import nn
 
-from exnorm.diagnostics import bench, bench_norms, bench_train
+from exnorm.diagnostics import bench, bench_data, bench_norms, bench_train
 
 CPU = torch.device("cpu")
 
@@ -61,6 +61,29 @@ def test_rows_carry_their_origin_and_the_page_shows_the_newest(tmp_path: Path) -
     assert "| torch bn | 0.222 | 0.5 |" in page and "0.111" not in page
 
 
+def test_the_loader_is_measured_against_a_bare_image_folder(tmp_path: Path) -> None:
+    """On imitated photographs: both loaders, decoding, augmentation; the tables show the row."""
+    with bench_data._root([], 68) as overrides:
+        config = bench_data.compose_train([*overrides, "data.workers=0", "data.image_size=32"]).data
+        row = bench_data.measure(config, 64, 2)
+    speeds = ("loader", "bare_image_folder", "decode", "augment", "ratio")
+    assert row["images"] == 64 and all(row[name] > 0 for name in speeds)
+    bench.append(tmp_path / "data.csv", [row], device=CPU)
+    assert f"| imagefolder | 32 | 0 | {row['loader']}" in (tmp_path / "README.md").read_text()
+
+
+def test_a_set_without_folders_has_no_bare_loader_to_compare_with() -> None:
+    """Digits come from one file."""
+    row = bench_data.measure(bench_data.compose_train(["data=digits"]).data, 64, 2)
+    assert row["loader"] > 0 and row["bare_image_folder"] == row["ratio"] == ""
+
+
+def test_the_index_is_measured_in_a_process_of_its_own() -> None:
+    """Seconds for the first start and for one with the cache, and memory."""
+    row = bench_data.measure_index(20_000)
+    assert row["entries"] == 20_000 and row["again_s"] > 0 and 0 < row["mib_above_imports"] < 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -68,6 +91,7 @@ def test_rows_carry_their_origin_and_the_page_shows_the_newest(tmp_path: Path) -
         (("norms", "--norm", "enn"), "unknown norm 'enn'; allowed: bn, en"),
         (("norms", "--backend", "fast"), "unknown back end 'fast'; allowed: auto, eager, compiled"),
         (("train", "--model", "resnet5"), "unknown model"),
+        (("data", "data=imagenet"), "data=imagenet needs a folder"),
     ],
 )
 def test_a_wrong_argument_is_one_line(run_cli: CliRunner, arguments: tuple[str, ...], problem: str) -> None:

@@ -78,6 +78,7 @@ class BadImages:
         self.seen_bytes = size
         rows = self.rows()
         if len(rows) > self.max_fraction * self.images:
+            self.tidy()
             data, path, reason = rows[0]
             raise UserError(
                 f"{len(rows)} of {self.images} training images of {data} are broken, such as {path} ({reason}); "

@@ -96,7 +96,7 @@ def _stamps(paths: Sequence[bytes]) -> list[Stamp] | None:
 def _read(file: Path) -> Entries | None:
     """Kept entries; None where there are none, or something has changed, or the file is damaged."""
     try:
-        with np.load(file) as stored:
+        with file.open("rb") as stream, np.load(stream) as stored:
             facts: dict[str, Any] = json.loads(stored["facts"].tobytes())
             stamps = [tuple(stamp) for stamp in facts["stamps"]]
             if _stamps([os.fsencode(path) for path, _, _ in stamps]) != stamps:

@@ -22,8 +22,8 @@ from exnorm.runs.table import print_table
 
 TABLES = Path("results") / "bench"
 HEADING = """# Speed and memory
-Measured by `exnorm bench norms` and `exnorm bench train`, which append to the CSV files here, with device, versions and
-commit, and write this page. A ratio is the median over rounds in which all candidates ran in turn; below 1 is faster.
+Measured by `exnorm bench norms`, `exnorm bench train` and `exnorm bench data`, which append to the CSV files here, with
+device, versions and commit, and write this page. A ratio is the median over rounds in which all candidates ran in turn.
 """
 
 
@@ -122,8 +122,26 @@ def write_tables(folder: Path) -> None:
         columns = ["image_size", "batch", "precision", "layers", "images_per_s", "ratio", "ratio_q25", "ratio_q75"]
         columns += ["saved_mib", "peak_mib", "first_step_s"]
         for device, group in rows.groupby("device", sort=False):
-            note = f"On {device}; torch {group.torch.iloc[-1]}; `ratio` is the time of a step over timm's."
+            torch_version = group.torch.iloc[-1]
+            note = f"On {device}; torch {torch_version}; `ratio` is the time of a step over timm's: below 1 is faster."
             parts += ["## Training steps", note, markdown(group.set_index("model").filter(columns).fillna(""))]
+    if (folder / "data.csv").exists():
+        rows = newest(folder / "data.csv", ["device", "data", "image_size", "workers"])
+        columns = ["image_size", "workers", "loader", "bare_image_folder", "ratio", "ratio_q25", "ratio_q75"]
+        columns += ["decode", "augment"]
+        for device, group in rows.groupby("device", sort=False):
+            note = (
+                f"Images per second on {device}; `ratio` is the loader's speed over that of torchvision's ImageFolder "
+                "in a bare DataLoader with the same transforms, so above 1 is faster; decoding and augmentation are of "
+                "one core."
+            )
+            parts += ["## Loading images", note, markdown(group.set_index("data").filter(columns).fillna(""))]
+    if (folder / "index.csv").exists():
+        rows = newest(folder / "index.csv", ["device", "entries"])
+        columns = ["first_s", "again_s", "mib_above_imports"]
+        for device, group in rows.groupby("device", sort=False):
+            note = f"A list file with so many entries, made ready by a process on {device}: first, and from the cache."
+            parts += ["## The index of a data set", note, markdown(group.set_index("entries").filter(columns))]
     if (folder / "timm_coverage.csv").exists():
         rows = pd.read_csv(folder / "timm_coverage.csv")
         note = (
