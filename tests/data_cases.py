@@ -14,11 +14,12 @@ from exnorm.config.compose import compose_train
 from exnorm.data.splits import Images
 
 # Sorted, as ImageNet's labels are; and the order that the miniature of WebVision has.
-WNIDS = ("n01440764", "n01443537", "n01484850")
-COLOURS = {"n01440764": (250, 10, 10), "n01443537": (10, 250, 10), "n01484850": (10, 10, 250)}
-WEBVISION_ORDER = ("n01484850", "n01440764", "n01443537")
+WNIDS = ("n01440764", "n01443537", "n15075141")
+PLACES = {"n01440764": 0, "n01443537": 1, "n15075141": 999}  # among all thousand
+COLOURS = {"n01440764": (250, 10, 10), "n01443537": (10, 250, 10), "n15075141": (10, 10, 250)}
+WEBVISION_ORDER = ("n15075141", "n01440764", "n01443537")
 # Several queries have the same class.
-QUERIES = {"q0001": "n01484850", "q0002": "n01440764", "q0003": "n01443537", "q0004": "n01440764"}
+QUERIES = {"q0001": "n15075141", "q0002": "n01440764", "q0003": "n01443537", "q0004": "n01440764"}
 SMALL = ("data.image_size=32", "data.resize=32", "data.workers=0")
 
 
@@ -84,7 +85,7 @@ def make_webvision(root: Path, *, train: int = 4, val: int = 3) -> Path:
 
 
 def make_class_tars(root: Path, folders: Path) -> Path:
-    """train.tar and val/<wnid>.tar with the images of class folders."""
+    """train.tar and val/<wnid>.tar with the images of class folders, the latter as `tar -C folder .` names them."""
     (root / "val").mkdir(parents=True)
     with tarfile.open(root / "train.tar", "w") as tar:
         for file in sorted((folders / "train").glob("*/*")):
@@ -92,11 +93,11 @@ def make_class_tars(root: Path, folders: Path) -> Path:
     for folder in sorted((folders / "val").iterdir()):
         with tarfile.open(root / "val" / f"{folder.name}.tar", "w") as tar:
             for file in sorted(folder.iterdir()):
-                tar.add(file, file.name)
+                tar.add(file, f"./{file.name}")
     return root
 
 
-def make_shards(root: Path, folders: Path) -> Path:
+def make_shards(root: Path, folders: Path, places: dict[str, int] = PLACES) -> Path:
     """WebDataset's shards as timm's on the hub: the label of `key.jpg` stands in `key.cls`."""
     root.mkdir(parents=True)
     for split, name in (("train", "imagenet1k-train"), ("val", "imagenet1k-validation")):
@@ -105,7 +106,7 @@ def make_shards(root: Path, folders: Path) -> Path:
             with tarfile.open(root / f"{name}-{number:04}.tar", "w") as tar:
                 for file in files[number::2]:
                     tar.add(file, f"{file.stem}.jpg")
-                    label = str(WNIDS.index(file.parent.name)).encode()
+                    label = str(places[file.parent.name]).encode()
                     info = tarfile.TarInfo(f"{file.stem}.cls")
                     info.size = len(label)
                     tar.addfile(info, BytesIO(label))

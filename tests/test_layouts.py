@@ -97,7 +97,7 @@ def test_raw_validation_images_without_labels_are_refused_with_the_files_that_wo
     with pytest.raises(UserError, match=r"LOC_val_solution\.csv.*data\.val_list=FILE"):
         data.fingerprint(config_of("imagenet", root))
     one_line(root / "imagenet_2012_validation_synset_labels.txt", dict(list(names.items())[1:]))
-    with pytest.raises(UserError, match="does not label the 12 files"):
+    with pytest.raises(UserError, match="does not label the 12 images"):
         data.fingerprint(config_of("imagenet", root))
 
 
@@ -122,9 +122,68 @@ def test_list_files_say_the_same_as_folders(tmp_path: Path) -> None:
 def test_tar_files_say_the_same_as_folders(tmp_path: Path, make: Callable[[Path, Path], Path], source: str) -> None:
     folders = make_imagenet(tmp_path / "in")
     splits = data.load(config_of("imagenet", make(tmp_path / "tars", folders), source=source))
-    # A number in a shard is a place among all thousand classes, of which the first three are these.
-    assert tuple(splits.classes[:3]) == WNIDS and (len(splits.train), len(splits.val)) == (18, 12)
+    assert set(WNIDS) <= set(splits.classes) and (len(splits.train), len(splits.val)) == (18, 12)
     assert labelled_right(splits.train, splits.classes) and labelled_right(splits.val, splits.classes)
+
+
+def test_numbers_that_could_be_any_class_are_refused(tmp_path: Path) -> None:
+    """Shards of a part of ImageNet, whose numbers are places in the part."""
+    shards = make_shards(tmp_path / "tars", make_imagenet(tmp_path / "in"), dict(zip(WNIDS, range(3), strict=True)))
+    with pytest.raises(UserError, match="labels are numbers from 0 to 2, which name no class .* WordNet ids"):
+        data.load(config_of("imagenet", shards, source="wds"))
+    assert data.load(config_of("imagefolder", shards, source="wds")).classes == ["0", "1", "2"]
+
+
+def test_the_order_of_a_lists_numbers_is_not_that_of_the_classes(tmp_path: Path) -> None:
+    """Classes are sorted by their WordNet ids whatever their numbers were."""
+    root = make_imagenet(tmp_path / "in")
+    for split in ("train", "val"):
+        files = sorted((root / split).glob("*/*"))
+        lines = [f"{file.relative_to(root)} {WEBVISION_ORDER.index(file.parent.name)}\n" for file in files]
+        (root / f"{split}.txt").write_text("gone.JPEG 0\n" * (split == "val") + "".join(lines))
+    splits = data.load(config_of("imagenet", root, train_list="train.txt", val_list="val.txt"))
+    assert tuple(splits.classes) == WNIDS and labelled_right(splits.train, WNIDS)
+    assert [WNIDS[label] for label in splits.val.labels[1:]] == [class_of(splits.val, place) for place in range(1, 13)]
+
+
+@pytest.mark.parametrize("label", ["-1", "99999999999"])
+def test_a_number_that_is_no_label_is_named(tmp_path: Path, label: str) -> None:
+    root = make_imagenet(tmp_path / "in")
+    (root / "list.txt").write_text(f"a.JPEG 0\nb.JPEG {label}\n")
+    with pytest.raises(UserError, match=f"list.txt: label {label}; labels that are numbers count from 0"):
+        data.fingerprint(config_of("imagenet", root, val_list="list.txt"))
+
+
+def test_class_folders_that_are_named_by_numbers_are_matched_by_name(tmp_path: Path) -> None:
+    for split, names in (("train", ("0", "1", "10", "2")), ("val", ("2", "10"))):
+        for name in names:
+            save(tmp_path / "in" / split / name / "x.png", WNIDS[len(name) % 2])
+    splits = data.load(config_of("imagefolder", tmp_path / "in"))
+    assert [splits.classes[label] for label in splits.val.labels] == ["10", "2"]
+    (tmp_path / "in" / "list.txt").write_text("2/x.png 2\n10/x.png 10\n")
+    listed = data.load(config_of("imagefolder", tmp_path / "in", val_list="list.txt"))
+    assert [listed.classes[label] for label in listed.val.labels] == ["2", "10"]
+
+
+def test_images_of_one_stem_in_a_tar_are_all_there_and_no_file_stays_open(tmp_path: Path) -> None:
+    folders = make_imagenet(tmp_path / "in")
+    for suffix in (".png", ".webp"):
+        save(folders / "train" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG", WNIDS[0]).rename(
+            folders / "train" / WNIDS[0] / f"{WNIDS[0]}_0{suffix}"
+        )
+    save(folders / "train" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG", WNIDS[0])
+    splits = data.load(config_of("imagenet", make_class_tars(tmp_path / "tars", folders), source="tar"))
+    assert len(splits.train) == 20
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert labelled_right(splits.train, splits.classes) and labelled_right(splits.val, splits.classes)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_what_else_lies_beside_raw_validation_images_is_no_image(tmp_path: Path) -> None:
+    root = make_imagenet(tmp_path / "in")
+    one_line(root / "imagenet_2012_validation_synset_labels.txt", flatten_val(root))
+    (root / "val" / "valprep.sh").write_text("mkdir -p n01440764")
+    assert labelled_right(data.load(config_of("imagenet", root)).val, WNIDS)
 
 
 def test_a_stream_is_refused_since_it_cannot_resume(tmp_path: Path) -> None:
@@ -147,7 +206,9 @@ def test_validation_alone_needs_no_training_images(tmp_path: Path) -> None:
     shutil.rmtree(root / "train")
     with pytest.raises(UserError, match="no folder train"):
         data.fingerprint(config_of("imagenet", root))
-    data.fingerprint(config_of("imagenet", root), train=False)
+    first = data.fingerprint(config_of("imagenet", root), train=False)
+    (root / "train" / "half_unpacked").mkdir(parents=True)
+    assert data.fingerprint(config_of("imagenet", root), train=False) == first
     splits = data.load(config_of("imagenet", root), train=False)
     assert len(splits.train) == 0 and labelled_right(splits.val, splits.classes)
 
@@ -198,11 +259,37 @@ def test_info_files_that_cannot_be_are_named(tmp_path: Path, change: tuple[str, 
         data.load(config_of("webvision", root))
 
 
+@pytest.mark.parametrize("count", [0, -1, 4])
+def test_a_number_of_classes_that_cannot_be_is_refused(tmp_path: Path, count: int) -> None:
+    with pytest.raises(UserError, match=f"data.num_classes={count}: allowed: 1 to 3"):
+        data.fingerprint(config_of("webvision", make_webvision(tmp_path / "web"), num_classes=count))
+
+
+def test_a_further_set_without_a_folder_is_named(tmp_path: Path) -> None:
+    make_webvision(tmp_path / "webvision")
+    with pytest.raises(UserError, match=r"data\.val=.* names imagenet: data=imagenet needs a folder: data\.roots=DIR"):
+        data.fingerprint(config_of("mini_webvision", tmp_path / "webvision", num_classes=2))
+
+
+def test_what_timm_reads_from_the_hub_is_read_by_its_own_names(tmp_path: Path) -> None:
+    """With the package `datasets`, which is none of ours: a folder as a set of the hub."""
+    pytest.importorskip("datasets")
+    root = make_imagenet(tmp_path / "hub")
+    (root / "val").rename(root / "validation")
+    (tmp_path / "bad.txt").write_text("validation/1\n")
+    config = config_of("imagenet", tmp_path / "cache", source=f"hfds/{root}", exclude=str(tmp_path / "bad.txt"))
+    splits = data.load(config)
+    assert (len(splits.train), len(splits.val), splits.val.excluded) == (18, 11, 1)
+    assert labelled_right(splits.train, splits.classes) and labelled_right(splits.val, splits.classes)
+
+
 def test_several_sets_validate_over_the_classes_of_the_run(tmp_path: Path) -> None:
     """mini-WebVision's own images and ImageNet's of the same classes, each with the run's label."""
     make_webvision(tmp_path / "webvision"), make_imagenet(tmp_path / "imagenet")
     config = config_of("mini_webvision", roots=str(tmp_path), num_classes=2)
-    assert data.fingerprint(config) != data.fingerprint(config_of("mini_webvision", roots=str(tmp_path), val=None))
+    assert data.fingerprint(config) != data.fingerprint(
+        config_of("mini_webvision", roots=str(tmp_path), num_classes=2, val=None)
+    )
     splits = data.load(config)
     sets = data.validation_sets(config, splits)
     assert {name: (len(images), images.of_other_classes) for name, images in sets.items()} == {
@@ -214,24 +301,45 @@ def test_several_sets_validate_over_the_classes_of_the_run(tmp_path: Path) -> No
 
 def test_the_folder_of_a_set_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_imagenet(tmp_path / "imagenet")
-    with pytest.raises(UserError, match=r"data\.root=DIR, or data\.roots=DIR .*EXNORM_DATA=DIR"):
+    with pytest.raises(UserError, match=r"data\.roots=DIR .*EXNORM_DATA=DIR.* data\.root=DIR"):
         data.fingerprint(config_of("imagenet"))
     monkeypatch.setenv("EXNORM_DATA", str(tmp_path))
     assert len(data.load(config_of("imagenet")).val) == 12
 
 
 def test_excluded_images_are_left_out_counted_and_change_the_fingerprint(tmp_path: Path) -> None:
+    """However their paths are written."""
     root = make_imagenet(tmp_path / "in")
-    victims = [next((root / "val" / WNIDS[0]).iterdir()), root / "train" / WNIDS[1] / f"{WNIDS[1]}_0.JPEG"]
-    (tmp_path / "bad.txt").write_text(f"# two\n\n{victims[0]}\n{victims[1].relative_to(root)}\n")
+    val, train = (f"val/{WNIDS[0]}/ILSVRC2012_val_00000001.JPEG", f"train/{WNIDS[1]}/{WNIDS[1]}_0.JPEG")
+    (tmp_path / "bad.txt").write_text(f"# two\n\n{root / val}\n./{train}\r\n")
     config = config_of("imagenet", root, exclude=str(tmp_path / "bad.txt"))
+    assert data.fingerprint(config) != data.fingerprint(config_of("imagenet", root))
     splits = data.load(config)
     assert (splits.train.excluded, splits.val.excluded) == (1, 1)
     assert (len(splits.train), len(splits.val)) == (17, 11)
     assert labelled_right(splits.train, WNIDS) and labelled_right(splits.val, WNIDS)
-    assert data.fingerprint(config) != data.fingerprint(config_of("imagenet", root))
+    (tmp_path / "bad.txt").write_text(f"{val}\nval/gone.JPEG\n")
+    with pytest.raises(UserError, match=r"val/gone\.JPEG is no image in .* \(of 1 such lines\)"):
+        data.fingerprint(config)
     with pytest.raises(UserError, match=r"data\.exclude=nowhere\.txt: there is no such file"):
         data.load(config_of("imagenet", root, exclude="nowhere.txt"))
+
+
+def test_images_are_excluded_from_every_set_of_a_run_and_from_tar_files(tmp_path: Path) -> None:
+    """A line says which set it is of by its path; those of one set are nothing in another."""
+    make_webvision(tmp_path / "webvision"), make_imagenet(tmp_path / "imagenet")
+    lines = (f"val/{WNIDS[0]}/ILSVRC2012_val_00000001.JPEG", "google/q0001/0.jpg", "google/q0002/0.jpg")
+    (tmp_path / "bad.txt").write_text("\n".join(lines))
+    config = config_of("mini_webvision", roots=str(tmp_path), num_classes=2, exclude=str(tmp_path / "bad.txt"))
+    data.fingerprint(config)
+    splits = data.load(config)
+    sets = data.validation_sets(config, splits)
+    assert (splits.train.excluded, sets["mini_webvision"].excluded, sets["imagenet"].excluded) == (2, 0, 1)
+    tars = make_class_tars(tmp_path / "tars", tmp_path / "imagenet")
+    (tmp_path / "bad.txt").write_text(f"val/{WNIDS[0]}.tar/ILSVRC2012_val_00000001.JPEG")
+    config = config_of("imagenet", tars, source="tar", exclude=str(tmp_path / "bad.txt"))
+    data.fingerprint(config)
+    assert data.load(config).val.excluded == 1
 
 
 def aged(root: Path) -> Path:
@@ -255,6 +363,18 @@ def test_a_scan_is_kept_until_something_changes(tmp_path: Path, monkeypatch: pyt
     save(root / "train" / WNIDS[2] / "new.JPEG", WNIDS[2])
     assert data.fingerprint(config) not in (first, renamed)
     assert len(data.load(config).train) == 19
+
+
+def test_files_that_are_written_anew_under_their_names_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a copy of a set in another size, which leaves the folders as they were."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = aged(make_imagenet(tmp_path / "in"))
+    first = data.fingerprint(config_of("imagenet", root))
+    for file in (root / "train").glob("*/*"):
+        save(file, file.parent.name, size=(60, 50))
+    assert data.fingerprint(config_of("imagenet", root)) != first
 
 
 def test_a_damaged_index_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +415,7 @@ def test_cifar10_is_read_by_torchvision_and_noise_makes_its_pairs(
     assert pairs == {(9, 1), (2, 0), (3, 5), (5, 3), (4, 7)}
     assert [label for label in range(10) if cifar10.MISTAKEN_FOR[label] == label] == [0, 1, 6, 7, 8]
     (root / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps({}))
-    with pytest.raises(UserError, match="corrupted"):
+    with pytest.raises(UserError, match="finds the files of CIFAR10 corrupted"):
         data.load(config)
 
 
@@ -348,11 +468,14 @@ def test_a_mini_model_is_tested_on_the_classes_of_the_full_sets(tmp_path: Path, 
 @pytest.mark.slow
 def test_excluded_images_are_in_the_record(tmp_path: Path) -> None:
     root = make_imagenet(tmp_path / "in")
-    (root / "bad.txt").write_text(
+    (tmp_path / "bad.txt").write_text(
         f"val/{WNIDS[0]}/{sorted(file.name for file in (root / 'val' / WNIDS[0]).iterdir())[0]}\n"
     )
     (tmp_path / "cwd").mkdir()
-    train(["train", "data=imagenet", f"data.root={root}", "data.exclude=bad.txt", *SMALL, *TINY], tmp_path / "cwd")
+    train(
+        ["train", "data=imagenet", f"data.root={root}", f"data.exclude={tmp_path / 'bad.txt'}", *SMALL, *TINY],
+        tmp_path / "cwd",
+    )
     record = json.loads((only_run(tmp_path / "cwd") / "record.json").read_text())
     assert record["excluded_images"] == {"train": 0, "val/imagenet": 1}
     assert (record["train_images"], record["val_images"]) == (18, {"imagenet": 11})

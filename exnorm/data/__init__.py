@@ -40,8 +40,14 @@ def fingerprint(config: Any, *, train: bool = True) -> str:
         if config[option] is not None and option not in known:
             raise UserError(f"data.{option}={config[option]}: {config.name} has no such option; leave it out")
     own = data_set(config.name).fingerprint(config, train=train)
-    others = validation.others(config)
-    return own + "".join(data_set(name).fingerprint(other, train=False) for name, other in others.items())
+    return own + "".join(_fingerprint_for_validation(config, *item) for item in validation.others(config).items())
+
+
+def _fingerprint_for_validation(config: Any, name: str, other: Any) -> str:
+    try:
+        return data_set(name).fingerprint(other, train=False)
+    except UserError as problem:
+        raise UserError(f"data.val={list(config.val)} names {name}: {problem}") from None
 
 
 def load(config: Any, *, train: bool = True) -> Splits:

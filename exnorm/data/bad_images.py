@@ -4,9 +4,11 @@ WebVision holds truncated files, and pages of errors named `.jpg`. In training t
 takes the place of a broken one; every loader process appends what it finds to one file of the run folder.
 """
 
+import contextlib
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +18,15 @@ from exnorm.config.errors import UserError
 from exnorm.data.files import BadImage
 from exnorm.data.splits import Images
 
-COLUMNS = ("data", "path", "reason")
+COLUMNS = ("data", "index", "path", "reason")
+Row = tuple[str, ...]
 
 
 class BadImages:
     """The broken images of one data set in the training of one run.
 
     Args:
-        file: a CSV with the columns data, path, reason; other processes write into it too.
+        file: a CSV with the columns data, index, path, reason; other processes write into it too.
         data: the name of the set.
         images: how many images the set has.
         max_fraction: the share of them that may be broken.
@@ -40,27 +43,33 @@ class BadImages:
         Raises:
             UserError: none is good.
         """
+        chosen = self.bad.get(index, index)
         try:
-            chosen = self.bad.get(index, index)
             return chosen, images.open_image(chosen)
         except BadImage as bad:
-            self._note(bad)
+            self._note(chosen, bad)
         alike = np.flatnonzero(np.asarray(images.labels) == images.labels[index])
         first = int(np.searchsorted(alike, index, side="right"))
         for other in [*alike[first:], *alike[:first]][:-1]:
             try:
                 image = images.open_image(int(other))
             except BadImage as bad:
-                self._note(bad)
+                self._note(int(other), bad)
                 continue
             self.bad[index] = int(other)
             return int(other), image
         raise UserError(f"data={self.data}: all {len(alike)} images of label {images.labels[index]} are broken")
 
-    def _note(self, bad: BadImage) -> None:
+    def _note(self, index: int, bad: BadImage) -> None:
+        row = (self.data, str(index), bad.name, bad.reason)
+        with contextlib.suppress(FileExistsError):
+            self._append(os.O_EXCL, COLUMNS)
+        self._append(0, row)
+
+    def _append(self, flags: int, row: Sequence[str]) -> None:
         line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow((self.data, bad.name, bad.reason))
-        handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        csv.writer(line, lineterminator="\n").writerow(row)
+        handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | flags, 0o644)
         try:
             os.write(handle, line.getvalue().encode(errors="surrogateescape"))  # one write: lines stay whole
         finally:
@@ -78,32 +87,46 @@ class BadImages:
         self.seen_bytes = size
         rows = self.rows()
         if len(rows) > self.max_fraction * self.images:
-            self.tidy()
-            data, path, reason = rows[0]
+            _, _, path, reason = rows[0]
             raise UserError(
-                f"{len(rows)} of {self.images} training images of {data} are broken, such as {path} ({reason}); "
+                f"{len(rows)} of {self.images} training images of {self.data} are broken, such as {path} ({reason}); "
                 f"data.max_bad_fraction={self.max_fraction:g} allows {int(self.max_fraction * self.images)}. "
-                f"{self.file} lists them"
+                f"{self.file} lists them; mend or remove them, and the same command goes on"
             )
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """(data, path, reason) of each broken image of this set, sorted."""
+    def rows(self) -> list[Row]:
+        """(data, index, path, reason) of each broken image of this set, by index."""
         return [row for row in self._all_rows() if row[0] == self.data]
 
+    def look_again(self, images: Images) -> None:
+        """Forget the broken images of an earlier attempt that can be read now; for one process, before the others."""
+        if self.file.exists():
+            self._write([row for row in self._all_rows() if row[0] != self.data or _is_broken(images, int(row[1]))])
+
     def tidy(self) -> None:
-        """Write the file anew: its columns, then each image once, sorted."""
-        if not self.file.exists():
-            return
+        """Write the file anew: each image once, by index; for one process, at the end."""
+        if self.file.exists():
+            self._write(self._all_rows())
+
+    def _write(self, rows: list[Row]) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *self._all_rows()])
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
         part = self.file.with_suffix(".part")
         part.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
         part.replace(self.file)
 
-    def _all_rows(self) -> list[tuple[str, ...]]:
+    def _all_rows(self) -> list[Row]:
         if not self.file.exists():
             return []
         with self.file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
             rows = {tuple(row[:2]): tuple(row) for row in csv.reader(lines) if len(row) == len(COLUMNS)}
         rows.pop(COLUMNS[:2], None)
-        return sorted(rows.values())
+        return sorted(rows.values(), key=lambda row: (row[0], int(row[1])))
+
+
+def _is_broken(images: Images, index: int) -> bool:
+    try:
+        images.open_image(index)
+    except BadImage:
+        return True
+    return False

@@ -13,6 +13,10 @@ from exnorm.data.places import root_of
 from exnorm.data.splits import Images, Splits
 
 ARCHIVES = {"cifar-10-batches-py": "cifar-10-python.tar.gz", "cifar-100-python": "cifar-100-python.tar.gz"}
+PARTS = {
+    "cifar-10-batches-py": (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
+    "cifar-100-python": ("train", "test", "meta"),
+}
 
 
 def fingerprint(config: Any, folder: str) -> str:
@@ -24,9 +28,10 @@ def fingerprint(config: Any, folder: str) -> str:
     archive = ARCHIVES[folder]
     layout = f"expected DIR/{folder}/, as {archive} of www.cs.toronto.edu/~kriz unpacks"
     root = root_of(config, layout=layout) / folder
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}; {layout}")
-    parts = sorted((file.name, file.stat().st_size) for file in root.iterdir())
+    missing = [name for name in PARTS[folder] if not (root / name).is_file()]
+    if missing:
+        raise UserError(f"there is no {root}/{missing[0]}; {layout}")
+    parts = [(name, (root / name).stat().st_size) for name in PARTS[folder]]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -37,8 +42,8 @@ def load(config: Any, name: str, mistaken_for: Sequence[int] | None) -> Splits:
     root = root_of(config, layout="")
     try:
         train, test = (getattr(datasets, name)(root, train=split) for split in (True, False))
-    except RuntimeError as problem:
-        raise UserError(f"{root}: {' '.join(str(problem).split())}") from None
+    except RuntimeError:  # its advice is an option that is not ours
+        raise UserError(f"{root}: torchvision finds the files of {name} corrupted; unpack the archive again") from None
     return Splits(_images(train), _images(test), list(train.classes), mistaken_for)
 
 

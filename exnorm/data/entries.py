@@ -22,6 +22,7 @@ class Entries:
         names: paths relative to `base`, or the names of members of tar files.
         labels: (files,) in int32, indices into `classes`.
         base: the folder that the names are relative to.
+        numbered: the labels came as numbers, which are the names of the classes so far.
         sizes: (files,) bytes, where the scan saw them.
         spans: (files, 3) in int64 for members of tar files: which one, offset, bytes.
         tars: the paths of those tar files.
@@ -31,6 +32,7 @@ class Entries:
     labels: np.ndarray
     classes: list[str]
     base: str
+    numbered: bool = False
     sizes: np.ndarray | None = None
     spans: np.ndarray | None = None
     tars: Sequence[str] = ()
@@ -38,14 +40,14 @@ class Entries:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: np.ndarray) -> "Entries":
-        """The files at some places."""
+    def where(self, kept: np.ndarray) -> "Entries":
+        """The files whose place in a mask is true."""
         return replace(
             self,
-            names=self.names.take(indices),
-            labels=self.labels[indices],
-            sizes=None if self.sizes is None else self.sizes[indices],
-            spans=None if self.spans is None else self.spans[indices],
+            names=self.names.where(kept),
+            labels=self.labels[kept],
+            sizes=None if self.sizes is None else self.sizes[kept],
+            spans=None if self.spans is None else self.spans[kept],
         )
 
     def named(self, classes: Sequence[str], *, source: str) -> "Entries":
@@ -60,7 +62,7 @@ class Entries:
                 f"{source}: label {self.labels[worst]} of {self.names[worst]}, and there are {len(classes)} classes, "
                 f"so labels go from 0 to {len(classes) - 1}"
             )
-        return replace(self, classes=list(classes))
+        return replace(self, classes=list(classes), numbered=False)
 
     def labelled_as(self, classes: Sequence[str], *, source: str) -> "Entries":
         """The same files with labels that are indices into other classes, matched by name.

@@ -2,62 +2,70 @@
 its first frame, transparency is dropped. What Pillow would clip is scaled: 16 bits to 8.
 """
 
-import functools
+import errno
 import io
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from exnorm.config.errors import UserError
 from exnorm.data.entries import Entries
 from exnorm.data.splits import Images
 
+# What is wrong with a file; any other error of the system is the machine's, and passes.
+OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
 
 class BadImage(Exception):
-    """A file that cannot be read as an image: its name and the reason."""
+    """A file that cannot be read as an image: its path from the root of the data, and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
         self.name, self.reason = name, reason
 
 
-def images(entries: Entries) -> Images:
+def images(entries: Entries, root: Path) -> Images:
     """Images that are opened one by one; a broken one raises BadImage."""
-    return Images(entries.labels, partial(_open, entries))
+    return Images(entries.labels, partial(_open, entries, os.path.relpath(entries.base, root)))
 
 
-def _open(entries: Entries, index: int) -> Image.Image:
-    return opened(os.path.join(entries.base, entries.names[index]), partial(_file, entries, index))
+def _open(entries: Entries, prefix: str, index: int) -> Image.Image:
+    name = os.path.normpath(os.path.join(prefix, entries.names[index]))
+    return opened(name, partial(_file, entries, index))
 
 
 def _file(entries: Entries, index: int) -> BinaryIO:
     if entries.spans is None:
         return open(os.path.join(entries.base, entries.names[index]), "rb")
     tar, offset, size = (int(number) for number in entries.spans[index])
-    return io.BytesIO(os.pread(_handle(entries.tars[tar]), size, offset))
+    with open(entries.tars[tar], "rb") as file:
+        return io.BytesIO(os.pread(file.fileno(), size, offset))
 
 
 def opened(name: str, file: Callable[[], BinaryIO]) -> Image.Image:
     """The image of a file that is opened here.
 
     Raises:
-        BadImage: it cannot be opened or read.
+        BadImage: something is wrong with the file.
+        UserError: something is wrong with the machine.
     """
     try:
         with file() as stream:
             return rgb(stream)
+    except UnidentifiedImageError:
+        raise BadImage(name, "no known format of an image") from None
     except Exception as problem:  # noqa: BLE001  # whatever a decoder trips over is in the file
-        reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
+        number = problem.errno if isinstance(problem, OSError) else None  # a decoder's own OSError has none
+        if isinstance(problem, MemoryError) or (number is not None and number not in OF_THE_FILE):
+            text = f"{name} cannot be read now: {str(problem) or 'no memory is left'}"
+            raise UserError(f"{text}; the same command goes on from the last checkpoint") from None
+        reason = str(problem) if number is None else os.strerror(number)
         raise BadImage(name, " ".join(reason.split()) or type(problem).__name__) from None
-
-
-@functools.lru_cache(maxsize=512)
-def _handle(tar: str) -> int:
-    """An open tar file; `pread` moves no position, so processes that fork may share it."""
-    return os.open(tar, os.O_RDONLY)
 
 
 def rgb(file: BinaryIO) -> Image.Image:

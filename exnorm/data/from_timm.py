@@ -6,15 +6,19 @@ could not go on where it was killed.
 
 import hashlib
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from exnorm.config.errors import UserError
 from exnorm.data import files
+from exnorm.data.places import excluded_lines
 from exnorm.data.splits import NO_IMAGES, Images, Splits
 
 STREAMS = ("hfids", "tfds", "torch")
+COLUMNS = (("image", "label"), ("jpg", "cls"))  # the latter in WebDataset's repositories
 SPLITS = {"train": "train", "val": "validation"}
 
 
@@ -27,36 +31,61 @@ def is_named(source: str | None) -> bool:
 
 
 def fingerprint(config: Any) -> str:
-    """The hash of the source's name; what the package holds is checked by the package."""
-    return hashlib.sha256(config.source.encode()).hexdigest()
+    """The hash of the source's name and of what is excluded; what the package holds is checked by the package.
+
+    Raises:
+        UserError: an option that this source does not have.
+    """
+    for option in ("train_list", "val_list"):
+        if config[option] is not None:
+            raise UserError(f"data.{option}: data.source={config.source} has its own lists; leave it out")
+    excluded = sorted(excluded_lines(config, Path()))
+    return hashlib.sha256(f"{config.source} {excluded}".encode()).hexdigest()
 
 
 def load(config: Any, *, train: bool = True) -> Splits:
     """Both splits, `train` and `validation`.
 
     Raises:
-        UserError: the package `datasets` is missing, or does not have this set.
+        UserError: the package `datasets` is missing, or does not have this set, or it has other columns.
     """
-    train_reader = _reader(config, "train") if train else None
-    val_reader = _reader(config, "val")
-    classes = sorted(val_reader.class_to_idx, key=val_reader.class_to_idx.__getitem__)
-    return Splits(_images(train_reader) if train_reader else NO_IMAGES, _images(val_reader), classes)
+    readers = {split: _reader(config, split) for split in (("train", "val") if train else ("val",))}
+    images = {split: _images(reader, config, split) for split, reader in readers.items()}
+    index_of = readers["val"].class_to_idx
+    largest = max(int(max(part.labels)) for part in images.values())
+    classes = sorted(index_of, key=index_of.__getitem__) or [str(label) for label in range(largest + 1)]
+    return Splits(images.get("train", NO_IMAGES), images["val"], classes)
 
 
 def _reader(config: Any, split: str) -> Any:
     from timm.data.readers import create_reader
 
-    try:
-        return create_reader(config.source, root=config.root, split=SPLITS[split])
-    except ImportError:
-        raise UserError(f"data.source={config.source} needs a package: pip install datasets") from None
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise UserError(f"data.source={config.source}, {split}: {' '.join(str(problem).split())}") from None
+    problems = []
+    for image, label in COLUMNS:
+        try:
+            return create_reader(
+                config.source, root=config.root, split=SPLITS[split], input_key=image, target_key=label
+            )
+        except ImportError:
+            raise UserError(f"data.source={config.source} needs a package: pip install datasets") from None
+        except (OSError, ValueError, RuntimeError, KeyError) as problem:
+            problems.append(" ".join(str(problem).split()))
+    raise UserError(f"data.source={config.source}, split {SPLITS[split]}, with columns image and label: {problems[0]}")
 
 
-def _images(reader: Any) -> Images:
-    return Images(list(reader.iter_targets()), partial(_open, reader))
+def _images(reader: Any, config: Any, split: str) -> Images:
+    labels = np.array(list(reader.iter_targets()), np.int32)
+    excluded = excluded_lines(config, Path())
+    names = [_name(split, place) for place in range(len(labels))]
+    kept = np.array([place for place, name in enumerate(names) if name.encode() not in excluded], np.int64)
+    return Images(labels[kept], partial(_open, reader, split, kept), excluded=len(labels) - len(kept))
 
 
-def _open(reader: Any, index: int) -> Image.Image:
-    return files.opened(f"image {index} of {reader.split}", lambda: reader[index][0])
+def _name(split: str, place: int) -> str:
+    """What `data.exclude` and `bad_images.csv` call an image."""
+    return f"{SPLITS[split]}/{place}"
+
+
+def _open(reader: Any, split: str, kept: np.ndarray, index: int) -> Image.Image:
+    place = int(kept[index])
+    return files.opened(_name(split, place), lambda: reader[place][0])

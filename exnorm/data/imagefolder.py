@@ -6,6 +6,7 @@ may be list files (`data.train_list`, `data.val_list`: lines `path label`, paths
 """
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import numpy as np
 from exnorm.config.errors import UserError
 from exnorm.data import files, index
 from exnorm.data.entries import Entries
-from exnorm.data.places import excluded_places, file_of, root_of
+from exnorm.data.places import excluded_lines, excluded_places, file_of, paths_of, root_of
 from exnorm.data.splits import NO_IMAGES, Images, Splits
 
 LAYOUT = "expected DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg, as in data.root=DIR"
 SOURCES = ("tar", "wds")
+TRIED = 20  # files of a list, to see which folder it begins in
 Found = dict[str, Entries]  # by split
 
 
@@ -33,12 +35,12 @@ def load(config: Any, *, train: bool = True) -> Splits:
     """List both splits; images are opened one by one."""
     root = root_of(config, layout=LAYOUT)
     both = found(config, root, train=train)
-    names = class_names(both.get("train", both["val"]))
+    names = class_names(naming_split(config, root, both))
     return splits(config, root, named(both, names, root), names)
 
 
 def found(config: Any, root: Path, *, train: bool) -> Found:
-    """The files of both splits; those of training are not missed unless `train`.
+    """The files of both splits, or without `train` of validation alone.
 
     Raises:
         UserError: a folder, list or tar file is not there or is none.
@@ -47,10 +49,16 @@ def found(config: Any, root: Path, *, train: bool) -> Found:
         raise UserError(
             f"data.source={config.source}: {config.name} reads {', '.join(SOURCES)}, and without it folders and lists"
         )
-    both = {"val": entries(config, root, "val")}
-    if train or (root / "train").is_dir() or config.train_list is not None:
-        both["train"] = entries(config, root, "train")
-    return both
+    wanted = ("train", "val") if train else ("val",)
+    return {split: entries(config, root, split) for split in wanted}
+
+
+def naming_split(config: Any, root: Path, both: Found) -> Entries:
+    """The split whose classes have names: that of training, where it is there or validation has numbers alone."""
+    there = config.train_list is not None or (root / "train").is_dir()
+    if "train" not in both and both["val"].numbered and there:
+        return entries(config, root, "train")
+    return both.get("train", both["val"])
 
 
 def entries(config: Any, root: Path, split: str) -> Entries:
@@ -71,27 +79,30 @@ def entries(config: Any, root: Path, split: str) -> Entries:
 def from_list(file: Path, root: Path, split: str) -> Entries:
     """The files in a list, whose paths begin in the folder of the split or in the root."""
     listed = index.of_list(file, root / split)
-    within = (root / split / listed.names[0]).exists()
+    firsts = (listed.names[place] for place in range(min(TRIED, len(listed))))
+    within = any((root / split / name).exists() for name in firsts)
     return listed if within else replace(listed, base=str(root))
 
 
-def is_numbered(part: Entries) -> bool:
-    """Whether the labels came as numbers."""
-    return all(name.isdigit() for name in part.classes)
-
-
 def named(both: Found, names: list[str], root: Path) -> Found:
-    """Both splits, those with numbers for labels with the names of the classes."""
-    return {split: part.named(names, source=str(root)) if is_numbered(part) else part for split, part in both.items()}
+    """Both splits, those with numbers for labels with the names of the classes.
+
+    A number is a class's name where training has class folders that are named so, else its place among the classes.
+    """
+    if "train" in both and not both["train"].numbered and all(name.isdecimal() for name in names):
+        return both
+    return {
+        split: part.named(names, source=f"{root}: {split}") if part.numbered else part for split, part in both.items()
+    }
 
 
 def class_names(part: Entries) -> list[str]:
     """The names of classes; of those that are numbers the folder that holds a class's images, if there is one."""
     names = list(part.classes)
-    if not is_numbered(part):
+    if not part.numbered:
         return names
     labels, firsts = np.unique(part.labels, return_index=True)
-    folders = [Path(part.names[first]).parent.name for first in firsts]
+    folders = [Path(part.names[int(first)]).parent.name for first in firsts]
     if len(set(folders)) == len(names) and all(folders):
         for label, folder in zip(labels, folders, strict=True):
             names[label] = folder
@@ -111,15 +122,27 @@ def splits(config: Any, root: Path, both: Found, classes: list[str]) -> Splits:
 
 def images(config: Any, root: Path, part: Entries) -> Images:
     """The images of a split without those that the user excludes."""
-    places = excluded_places(part, config, root)
-    kept = part.take(np.setdiff1d(np.arange(len(part)), places)) if len(places) else part
-    return replace(files.images(kept), excluded=len(places))
+    excluded = excluded_places(part, config, root)
+    kept = part.where(~excluded) if excluded.any() else part
+    return replace(files.images(kept, root), excluded=int(excluded.sum()))
 
 
 def fingerprint_of(config: Any, root: Path, both: Found) -> str:
-    """The hash of the files of both splits and of which of them are excluded."""
+    """The hash of the files of both splits and of which of them are excluded.
+
+    Raises:
+        UserError: an excluded file is none of them, where no other set could have it.
+    """
     digest = hashlib.sha256()
+    missed = excluded_lines(config, root)
     for split, part in sorted(both.items()):
-        excluded = excluded_places(part, config, root).tolist()
-        digest.update(f"{split} {part.fingerprint()} {excluded}\n".encode())
+        excluded = excluded_places(part, config, root)
+        digest.update(f"{split} {part.fingerprint()} {np.flatnonzero(excluded).tolist()}\n".encode())
+        missed -= paths_of(part.where(excluded), root)
+    if missed and "train" in both and not config.val:
+        names = sorted(os.fsdecode(line) for line in missed if not line.startswith(b"/"))
+        raise UserError(
+            f"data.exclude={config.exclude}: {names[0]} is no image in {root} (of {len(names)} such lines); give paths "
+            "from there, as bad_images.csv and exnorm doctor write them"
+        )
     return digest.hexdigest()

@@ -12,6 +12,7 @@ sorted order, which is timm's and torchvision's; a part of them (ImageNet-100) i
     data.source=hfds/NAME            what timm reads from Hugging Face's `datasets`
 """
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from exnorm.config.errors import UserError
-from exnorm.data import from_timm, imagefolder
+from exnorm.data import from_timm, imagefolder, index
 from exnorm.data.entries import Entries
 from exnorm.data.packed import Packed
 from exnorm.data.places import file_of, root_of
@@ -48,11 +49,14 @@ def load(config: Any, *, train: bool = True) -> Splits:
     """
     if from_timm.is_named(config.source):
         both = from_timm.load(config, train=train)
-        return replace(both, classes=synsets()) if len(both.classes) == len(synsets()) else both
+        if len(both.classes) == len(synsets()):
+            return replace(both, classes=synsets())
+        check(list(both.classes), config.source)
+        return both
     root = root_of(config, layout=LAYOUT)
     both = found(config, root, train=train)
-    names = class_names(both.get("train", both["val"]))
-    check(names, root)
+    names = class_names(imagefolder.naming_split(config, root, both), root)
+    check(names, str(root))
     return imagefolder.splits(config, root, imagefolder.named(both, names, root), sorted(names))
 
 
@@ -63,9 +67,7 @@ def found(config: Any, root: Path, *, train: bool) -> imagefolder.Found:
     if not raw and config.val_list is None:
         return imagefolder.found(config, root, train=train)
     both = {"val": ground_truth(_truth_file(config, root), root)}
-    if train or (root / "train").is_dir() or config.train_list is not None:
-        both["train"] = imagefolder.entries(config, root, "train")
-    return both
+    return both | ({"train": imagefolder.entries(config, root, "train")} if train else {})
 
 
 def _truth_file(config: Any, root: Path) -> Path:
@@ -90,7 +92,9 @@ def ground_truth(file: Path, root: Path) -> Entries:
         first = lines.readline().strip()
     if len(first.split()) > 1 and not first.startswith("ImageId"):
         return imagefolder.from_list(file, root, "val")
-    names = sorted(entry.name for entry in (root / "val").iterdir() if entry.is_file())
+    if not (root / "val").is_dir():
+        raise UserError(f"{file} labels the images in {root}/val, and there is no such folder")
+    names = sorted(entry.name for entry in (root / "val").iterdir() if index.is_image(os.fsencode(entry.name)))
     lines = file.read_text(encoding="utf-8").splitlines()
     if first.startswith("ImageId"):
         label_of = {name: rest.split()[0] for name, _, rest in (line.partition(",") for line in lines[1:])}
@@ -101,7 +105,7 @@ def ground_truth(file: Path, root: Path) -> Entries:
             wnid_of = _devkit_ids(file.with_name("meta.mat"))
             labels = [wnid_of.get(label) for label in labels]
     if len(labels) != len(names) or None in labels:
-        raise UserError(f"{file} does not label the {len(names)} files in {root}/val one by one")
+        raise UserError(f"{file} does not label the {len(names)} images in {root}/val one by one")
     classes = sorted({label for label in labels if label is not None})
     places = {name: place for place, name in enumerate(classes)}
     numbers = np.array([places[label] for label in labels if label is not None], np.int32)
@@ -117,12 +121,21 @@ def _devkit_ids(file: Path) -> dict[str, str]:
     return {str(row[0]): str(row[1]) for row in loadmat(file, squeeze_me=True)["synsets"]}
 
 
-def class_names(part: Entries) -> list[str]:
-    """The WordNet id of each label: its folder's, or else the one at its place among all thousand."""
+def class_names(part: Entries, root: Path) -> list[str]:
+    """The WordNet id of each label: its folder's, or else the one at its place among all thousand.
+
+    Raises:
+        UserError: numbers of another number of classes, which could be any.
+    """
     names = imagefolder.class_names(part)
-    if all(WNID.fullmatch(name) for name in names):
+    if not part.numbered or all(WNID.fullmatch(name) for name in names):
         return names
-    return synsets() if imagefolder.is_numbered(part) else names
+    if len(names) != len(synsets()):
+        raise UserError(
+            f"{root}: labels are numbers from 0 to {len(names) - 1}, which name no class where there are not all "
+            f"{len(synsets())}; write WordNet ids instead, or put each class into a folder of its id"
+        )
+    return synsets()
 
 
 def synsets() -> list[str]:
@@ -132,11 +145,11 @@ def synsets() -> list[str]:
     return ImageNetInfo().label_names()
 
 
-def check(names: list[str], root: Path) -> None:
+def check(names: list[str], source: str) -> None:
     """Refuse classes that are none of ImageNet's."""
     strange = sorted(set(names) - set(synsets()))
     if strange:
         raise UserError(
-            f"{root}: {len(strange)} classes are no WordNet ids of ImageNet-1k, such as {strange[0]}; for classes of "
+            f"{source}: {len(strange)} classes are no WordNet ids of ImageNet-1k, such as {strange[0]}; for classes of "
             "your own use data=imagefolder"
         )

@@ -1,9 +1,11 @@
 """Finding the files of a split, in folders of classes, list files or tar files; what was found is kept in the cache.
 
 A scan of ImageNet's 1.3 million files takes seconds on a local disk and minutes on a network's. So it is kept, with the
-time of change of every folder and file that it read: a file that is added, removed or renamed changes its folder's.
+time of change of every folder and list that it read: a file that is added, removed or renamed changes its folder's. Of
+files that were written anew under their old names a sample tells: the sizes of some, evenly spread.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +13,8 @@ import tarfile
 import time
 import zipfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,8 +25,10 @@ from exnorm.data.entries import Entries
 from exnorm.data.packed import Packed
 from exnorm.runs.cache import building_in, cache_folder
 
-VERSION = 1
+VERSION = 2
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".tif", b".tiff", b".webp", b".ppm")
+SAMPLE = 256  # files whose sizes are looked at again
+MAX_LABEL = 1_000_000
 SETTLED_S = 2  # a folder that changed this lately may change again without a new time stamp
 ARRAYS = ("labels", "sizes", "spans")
 
@@ -53,7 +58,7 @@ def of_list(file: Path, base: Path) -> Entries:
         UserError: a line that is none, with its number; no lines at all.
     """
     found = _kept("list", file, lambda: _scan_list(file))
-    return Entries(found.names, found.labels, found.classes, str(base))
+    return replace(found, base=str(base))
 
 
 def of_tars(files: Sequence[Path], base: Path) -> Entries:
@@ -78,7 +83,8 @@ def _kept(kind: str, path: Path, scan: Callable[[], Found]) -> Entries:
     found = scan()
     stamps = _stamps(found.watched)
     if stamps is not None and max(changed for _, changed, _ in stamps) < (start - SETTLED_S) * 1e9:
-        _write(file, found.entries, stamps)
+        with contextlib.suppress(OSError):  # a disk that is full: the scan is made again next time
+            _write(file, found.entries, stamps)
     return found.entries
 
 
@@ -102,14 +108,31 @@ def _read(file: Path) -> Entries | None:
             if _stamps([os.fsencode(path) for path, _, _ in stamps]) != stamps:
                 return None
             arrays = {name: stored[name] for name in ARRAYS if name in stored}
-            names = Packed(stored["block"], stored["ends"])
-            return Entries(names, classes=facts["classes"], base=facts["base"], tars=facts["tars"], **arrays)
+            entries = Entries(Packed(stored["block"], stored["ends"]), **arrays, **facts["fields"])
+            return entries if _same_sizes(entries) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
 
+def _same_sizes(entries: Entries) -> bool:
+    if entries.sizes is None:
+        return True
+    places = np.linspace(0, len(entries) - 1, min(SAMPLE, len(entries))).astype(int).tolist()
+    paths = (os.path.join(os.fsencode(entries.base), entries.names.raw(place)) for place in places)
+    return [_size(path) for path in paths] == entries.sizes[places].tolist()
+
+
+def _size(path: bytes) -> int:
+    """Bytes of a file; -1 for a dangling link."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
 def _write(file: Path, entries: Entries, stamps: list[Stamp]) -> None:
-    facts = {"classes": list(entries.classes), "base": entries.base, "tars": list(entries.tars), "stamps": stamps}
+    fields = {name: getattr(entries, name) for name in ("classes", "base", "numbered", "tars")}
+    facts = {"fields": fields, "stamps": stamps}
     arrays = {name: value for name in ARRAYS if (value := getattr(entries, name)) is not None}
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     with building_in(file) as part, part.open("wb") as target:
@@ -132,7 +155,7 @@ def _scan_folders(folder: Path) -> Found:
         sizes.extend(size for _, size in files)
         counts.append(len(files))
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    entries = Entries(_joined(names), labels, list(map(os.fsdecode, classes)), str(folder), np.array(sizes))
+    entries = Entries(_joined(names), labels, list(map(os.fsdecode, classes)), str(folder), sizes=np.array(sizes))
     return Found(entries, watched)
 
 
@@ -149,14 +172,12 @@ def _images_below(base: bytes, folder: bytes, watched: list[bytes]) -> Iterator[
         path = os.path.join(folder, entry.name)
         if entry.is_dir():
             yield from _images_below(base, path, watched)
-        elif _is_image(entry.name):
-            try:
-                yield path, entry.stat().st_size
-            except OSError:
-                yield path, -1
+        elif is_image(entry.name):
+            yield path, _size(entry.path)
 
 
-def _is_image(name: bytes) -> bool:
+def is_image(name: bytes) -> bool:
+    """Whether the name of a file is that of an image."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(b".")
 
 
@@ -169,7 +190,7 @@ def _scan_list(file: Path) -> Found:
             parts = line.rsplit(None, 1)
             if len(parts) == 2:
                 labels.append(ids.setdefault(parts[1], len(ids)))
-                yield parts[0]
+                yield os.path.normpath(parts[0]) if b"./" in parts[0] or b"//" in parts[0] else parts[0]
             elif parts:
                 raise UserError(f"{file}, line {number}: expected 'path label', found '{os.fsdecode(line).strip()}'")
 
@@ -177,14 +198,26 @@ def _scan_list(file: Path) -> Found:
         names = Packed.of(read(lines))
     if not labels:
         raise UserError(f"{file} is empty: expected a line 'path label' for each image")
-    if all(label.isdigit() for label in ids):
-        numbers = np.array([int(label) for label in ids], np.int32)
-        classes = [str(number) for number in range(int(numbers.max()) + 1)]
-    else:
-        classes = sorted(map(os.fsdecode, ids))
+    classes, numbers = _classes([os.fsdecode(label) for label in ids], file)
+    labels_N = numbers[np.array(labels)]
+    return Found(Entries(names, labels_N, classes, "", numbered=_are_numbers(classes)), [os.fsencode(file)])
+
+
+def _are_numbers(labels: Iterable[str]) -> bool:
+    return all(label.lstrip("-").isdecimal() for label in labels)
+
+
+def _classes(labels: Sequence[str], source: Path) -> tuple[list[str], np.ndarray]:
+    """The classes of some labels, and the place of each label in them: sorted names, or numbers from 0 on."""
+    if not _are_numbers(labels):
+        classes = sorted(set(labels))
         places = {name: place for place, name in enumerate(classes)}
-        numbers = np.array([places[os.fsdecode(label)] for label in ids], np.int32)
-    return Found(Entries(names, numbers[np.array(labels)], classes, ""), [os.fsencode(file)])
+        return classes, np.array([places[label] for label in labels], np.int32)
+    numbers = [int(label) for label in labels]
+    for number in (min(numbers), max(numbers)):
+        if not 0 <= number <= MAX_LABEL:
+            raise UserError(f"{source}: label {number}; labels that are numbers count from 0")
+    return [str(number) for number in range(max(numbers) + 1)], np.array(numbers, np.int32)
 
 
 class _Member(NamedTuple):
@@ -198,19 +231,14 @@ def _scan_tars(files: Sequence[Path], base: Path) -> Found:
     if not members:
         raise UserError(f"no images in {', '.join(map(str, files[:3]))}{' ...' if len(files) > 3 else ''}")
     members.sort(key=lambda member: (member.span[0], member.name))
-    numeric = all(member.label.isdigit() for member in members)
-    if numeric:
-        numbers = [int(member.label) for member in members]
-        classes = [str(number) for number in range(max(numbers) + 1)]
-    else:
-        classes = sorted({member.label for member in members})
-        places = {name: place for place, name in enumerate(classes)}
-        numbers = [places[member.label] for member in members]
+    labels = [member.label for member in members]
+    classes, numbers = _classes(labels, base)
     entries = Entries(
         Packed.of(os.fsencode(f"{files[member.span[0]].name}/{member.name}") for member in members),
-        np.array(numbers, np.int32),
+        numbers,
         classes,
         str(base),
+        numbered=_are_numbers(labels),
         spans=np.array([member.span for member in members], np.int64),
         tars=[str(file) for file in files],
     )
@@ -219,19 +247,20 @@ def _scan_tars(files: Sequence[Path], base: Path) -> Found:
 
 def _members(file: Path, number: int) -> Iterator[_Member]:
     """The images of a tar file with their labels and where they lie in it."""
-    images: dict[str, tarfile.TarInfo] = {}
+    images: list[tuple[str, tarfile.TarInfo]] = []
     labels: dict[str, str] = {}
     try:
         with tarfile.open(file, "r:") as tar:
             for info in tar:
-                key, _, suffix = info.name.rpartition(".")
+                name = os.path.normpath(info.name)  # `tar -C folder .` writes ./name
+                key, _, suffix = name.rpartition(".")
                 content = tar.extractfile(info) if info.isfile() and suffix == "cls" else None
                 if content is not None:
                     labels[key] = content.read().decode().strip()
-                elif info.isfile() and _is_image(os.fsencode(os.path.basename(info.name))):
-                    images[key] = info
+                elif info.isfile() and is_image(os.fsencode(os.path.basename(name))):
+                    images.append((name, info))
     except (tarfile.TarError, OSError) as problem:
         raise UserError(f"{file} is no uncompressed tar file ({problem}); images need no compression") from None
-    for key, info in images.items():
-        label = labels.get(key) or os.path.basename(os.path.dirname(info.name)) or file.stem
-        yield _Member(info.name, label, (number, info.offset_data, info.size))
+    for name, info in images:
+        label = labels.get(name.rpartition(".")[0]) or os.path.basename(os.path.dirname(name)) or file.stem
+        yield _Member(name, label, (number, info.offset_data, info.size))

@@ -57,7 +57,9 @@ def with_noise(splits: Splits, config: Any) -> Splits:
             labels[index] = int(rng.random() * classes)
         else:
             labels[index] = (clean[index] + 1 + int(rng.random() * (classes - 1))) % classes
-    return replace(splits, train=replace(splits.train, labels=labels, clean_labels=clean))
+    return replace(
+        splits, train=replace(splits.train, labels=np.array(labels, np.int32), clean_labels=np.array(clean, np.int32))
+    )
 
 
 def wrong_labels(images: Images) -> list[tuple[int, int, int]]:

@@ -41,6 +41,7 @@ class Packed(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
-    def take(self, indices: Iterable[int]) -> "Packed":
-        """The names at some places, in that order."""
-        return Packed.of(self.raw(int(index)) for index in indices)
+    def where(self, kept: np.ndarray) -> "Packed":
+        """The names whose place in a mask is true."""
+        lengths = np.diff(self.ends, prepend=0)
+        return Packed(self.block[np.repeat(kept, lengths)], np.cumsum(lengths[kept]))

@@ -1,6 +1,7 @@
 """Where the files of a data set lie, and which of them are left out."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def root_of(config: Any, *, layout: str, name: str | None = None) -> Path:
         root, key = Path(config.roots).expanduser() / folder, f"data.roots={config.roots}"
     else:
         raise UserError(
-            f"data={config.name} needs a folder: data.root=DIR, or data.roots=DIR (in the environment "
-            f"EXNORM_DATA=DIR) with DIR/{folder}; {layout}"
+            f"data={config.name} needs a folder: data.roots=DIR (in the environment EXNORM_DATA=DIR) with "
+            f"DIR/{folder}, or, for the set that is trained on, data.root=DIR; {layout}"
         )
     if not root.is_dir():
         raise UserError(f"{key}: there is no folder {root}; {layout}")
@@ -48,7 +49,30 @@ def file_of(name: str, root: Path, key: str) -> Path:
 
 
 def excluded_places(entries: Entries, config: Any, root: Path) -> np.ndarray:
-    """Which files of a split `data.exclude` names: a file with a path on each line, absolute or from the root.
+    """A mask of the files of a split that `data.exclude` names."""
+    lines = excluded_lines(config, root)
+    if not lines:
+        return np.zeros(len(entries), bool)
+    return np.array([path in lines for path in _paths(entries, root)])
+
+
+def paths_of(entries: Entries, root: Path) -> set[bytes]:
+    """The paths of files from the root, and absolute."""
+    base = os.fsencode(os.path.abspath(root))
+    paths = set(_paths(entries, root))
+    return {*paths, *(os.path.join(base, path) for path in paths)}
+
+
+def _paths(entries: Entries, root: Path) -> Iterator[bytes]:
+    folder = os.fsencode(os.path.relpath(entries.base, root))
+    start = b"" if folder == b"." else folder + b"/"
+    for place in range(len(entries)):
+        name = entries.names.raw(place)
+        yield name if name.startswith(b"/") else start + name
+
+
+def excluded_lines(config: Any, root: Path) -> set[bytes]:
+    """The lines of the file that `data.exclude` names: a path on each, from the root or absolute; both forms of each.
 
     Empty lines and those that begin with # say nothing.
 
@@ -56,8 +80,11 @@ def excluded_places(entries: Entries, config: Any, root: Path) -> np.ndarray:
         UserError: there is no such file.
     """
     if config.exclude is None:
-        return np.array([], np.int64)
-    text = file_of(config.exclude, root, "data.exclude").read_text(encoding="utf-8", errors="surrogateescape")
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    names = {os.path.relpath(os.path.abspath(root / line), os.path.abspath(entries.base)) for line in lines}
-    return np.array([place for place, name in enumerate(entries.names) if name in names], np.int64)
+        return set()
+    file = Path(config.exclude).expanduser()
+    if not file.is_file():
+        raise UserError(f"data.exclude={config.exclude}: there is no such file; it holds a path on each line")
+    lines = (line.strip() for line in file.read_bytes().splitlines())
+    base = os.fsencode(os.path.abspath(root))
+    paths = [os.path.normpath(os.path.join(base, line)) for line in lines if line and not line.startswith(b"#")]
+    return {*paths, *(os.path.relpath(path, base) for path in paths)}

@@ -12,8 +12,6 @@ are those of the queries, so many are wrong; validation, 50 images of each class
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from exnorm.config.errors import UserError
 from exnorm.data import imagefolder, index
 from exnorm.data.entries import Entries
@@ -47,6 +45,8 @@ def found(config: Any, root: Path, *, train: bool) -> imagefolder.Found:
     if config.origin not in ORIGINS:
         raise UserError(f"data.origin={config.origin}: allowed: {', '.join(ORIGINS)}")
     classes = synsets(root)
+    if config.num_classes is not None and not 1 <= config.num_classes <= len(classes):
+        raise UserError(f"data.num_classes={config.num_classes}: allowed: 1 to {len(classes)}, the classes in {root}")
     both = {"val": index.of_list(_info(root, "val_filelist.txt"), _val_folder(root))}
     if train:
         both["train"] = index.of_list(_info(root, f"train_filelist_{config.origin}.txt"), root)
@@ -57,8 +57,7 @@ def found(config: Any, root: Path, *, train: bool) -> imagefolder.Found:
 
 
 def _first_classes(part: Entries, count: int) -> Entries:
-    few = part.take(np.flatnonzero(part.labels < count))
-    return few.labelled_as(part.classes[:count], source=part.base)
+    return part.where(part.labels < count).labelled_as(part.classes[:count], source=part.base)
 
 
 def synsets(root: Path) -> list[str]:

@@ -31,7 +31,7 @@ def print_result(folder: RunFolder) -> None:
     print(f"run folder: {folder.path}")
     if config["data"]["name"] == "digits":
         norm, model = config["norm"]["name"], config["model"]["name"]
-        print(f"the same on ImageNet: exnorm train model={model} norm={norm} batch=8x32 data=imagefolder data.root=DIR")
+        print(f"the same on ImageNet: exnorm train model={model} norm={norm} batch=8x32 data=imagenet data.root=DIR")
 
 
 def print_evaluations(rows: list[dict[str, Any]]) -> None:

@@ -81,6 +81,8 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         images=len(splits.train),
         max_fraction=config.data.max_bad_fraction,
     )
+    if world.is_first:
+        bad_images.look_again(splits.train)
     train_set = SeededImages(splits.train, train_transform(config.data), seed=config.seed, bad_images=bad_images)
     calibration_set = SeededImages(splits.train, eval_transform(config.data), seed=config.seed, bad_images=bad_images)
     val_sets = {
