@@ -119,7 +119,7 @@ def test_what_stands_in_is_good_itself_and_goes_round(tmp_path: Path) -> None:
     assert [index for _, index, _, _ in dataset.bad_images.rows()] == ["12", "17"]  # type: ignore[union-attr]
     for file in files[1:5]:
         file.unlink()
-    with pytest.raises(UserError, match="all 6 images of label 2 are broken"):
+    with pytest.raises(UserError, match="all 6 images of label 2 are broken, such as train/"):
         dataset[0, 17]
 
 
@@ -296,8 +296,7 @@ def test_a_broken_validation_image_ends_a_run_with_one_line(tmp_path: Path, run_
     root = make_imagenet(tmp_path / "in")
     victim = sorted((root / "val" / WNIDS[1]).iterdir())[0]
     truncated(victim)
-    for count in (0, 1):
-        done = run_cli("train", "data=imagenet", f"data.root={root}", *SMALL, *TINY, f"data.workers={count}",
-                       "fresh=true", "trainer.epochs=1")  # fmt: skip
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1 and f"val/{WNIDS[1]}/{victim.name} is no readable image" in done.stderr
+    arguments = ("data=imagenet", f"data.root={root}", *SMALL, *TINY, "data.workers=1", "trainer.epochs=1")
+    done = run_cli("train", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and f"val/{WNIDS[1]}/{victim.name} is no readable image" in done.stderr

@@ -158,7 +158,12 @@ def test_an_evaluation_takes_the_data_of_the_run_unless_told_otherwise() -> None
     moved = compose_eval(own, ["data.root=B"]).data
     assert (moved.root, moved.image_size) == ("B", 160)
     other = compose_eval(own, ["data=digits"]).data
-    assert (other.name, other.root, other.image_size) == ("digits", None, 32)
+    assert (other.name, other.root, other.image_size) == (
+        "digits",
+        None,
+        160,
+    )  # the crops that the model was trained on
+    assert compose_eval(own, ["data=digits", "data.image_size=32"]).data.image_size == 32
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ __all__ = [
     "split_norm",
 ]
 
+# What a model was trained with holds for every set that it is tested on.
+CROPS = ("image_size", "resize", "mean", "std")
+
 
 def compose_train(overrides: list[str]) -> DictConfig:
     """Compose and check the configuration of a training run; raise UserError for what does not fit."""
@@ -48,10 +51,17 @@ def compose_train(overrides: list[str]) -> DictConfig:
 def compose_eval(run_data: dict[str, Any], overrides: list[str]) -> DictConfig:
     """Compose the configuration of an evaluation of a run whose own `data` is `run_data`.
 
-    `data.root=X` alone changes the run's data, `data=imagefolder data.root=X` replaces it.
+    `data.root=X` alone changes the run's data, `data=imagefolder data.root=X` replaces it; the run's crops stay, unless
+    they are among the overrides.
     """
     register_option("data", "run", run_data)
     config = composed("eval", overrides)
+    given = {word.lstrip("+").partition("=")[0] for word in overrides}
+    for key in CROPS:
+        if f"data.{key}" not in given and key in run_data:
+            config.data[key] = run_data[key]
+    if config.data.roots is None:
+        config.data.roots = run_data.get("roots")
     check_keys(resolved(config, "eval"), "eval")
     return config
 

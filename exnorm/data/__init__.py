@@ -15,6 +15,7 @@ from exnorm.data import noise, validation
 from exnorm.data.splits import Images, Splits
 
 # Options that some sets have, and the others refuse.
+CROP_EXAMPLE = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
 PARTICULAR = ("num_classes", "num_train", "num_val", "seed", "train_list", "val_list", "source", "origin", "exclude")
 
 
@@ -33,6 +34,7 @@ def fingerprint(config: Any, *, train: bool = True) -> str:
         UserError: the files are not there, with the layout that was expected; an option that cannot be.
     """
     noise.check(config.noise)
+    _check_crops(config)
     if not 0 <= config.max_bad_fraction < 1:
         raise UserError(f"data.max_bad_fraction={config.max_bad_fraction}: a share of the images, from 0 to below 1")
     known = option_values("data", config.name)
@@ -41,6 +43,25 @@ def fingerprint(config: Any, *, train: bool = True) -> str:
             raise UserError(f"data.{option}={config[option]}: {config.name} has no such option; leave it out")
     own = data_set(config.name).fingerprint(config, train=train)
     return own + "".join(_fingerprint_for_validation(config, *item) for item in validation.others(config).items())
+
+
+def _check_crops(config: Any) -> None:
+    for key in ("image_size", "resize"):
+        if config[key] < 1:
+            raise UserError(f"data.{key}={config[key]} is not possible; give 1 or more")
+    if config.resize < config.image_size:
+        raise UserError(
+            f"data.resize={config.resize} is smaller than data.image_size={config.image_size}; validation resizes "
+            f"first and crops then, so give data.resize={config.image_size} or more"
+        )
+    for key in ("mean", "std"):
+        if len(config[key]) != 3 or (key == "std" and min(config[key]) <= 0):
+            raise UserError(f"data.{key}={list(config[key])}: a number for each of red, green and blue, of 1")
+    for key, highest in (("scale", 1.0), ("ratio", float("inf"))):
+        if len(config[key]) != 2 or not 0 < config[key][0] <= config[key][1] <= highest:
+            raise UserError(
+                f"data.{key}={list(config[key])}: a lowest and a highest value, such as {CROP_EXAMPLE[key]}"
+            )
 
 
 def _fingerprint_for_validation(config: Any, name: str, other: Any) -> str:

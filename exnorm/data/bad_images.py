@@ -58,7 +58,8 @@ class BadImages:
                 continue
             self.bad[index] = int(other)
             return int(other), image
-        raise UserError(f"data={self.data}: all {len(alike)} images of label {images.labels[index]} are broken")
+        label, (_, _, path, reason) = images.labels[index], self.rows()[0]
+        raise UserError(f"{self.data}: all {len(alike)} images of label {label} are broken, such as {path} ({reason})")
 
     def _note(self, index: int, bad: BadImage) -> None:
         row = (self.data, str(index), bad.name, bad.reason)

@@ -21,11 +21,11 @@ from exnorm.data.splits import Images
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
-class BadImage(Exception):
+class BadImage(UserError):
     """A file that cannot be read as an image: its path from the root of the data, and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)
+        super().__init__(f"{name} is no readable image ({reason})")
         self.name, self.reason = name, reason
 
 

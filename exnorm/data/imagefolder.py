@@ -50,7 +50,12 @@ def found(config: Any, root: Path, *, train: bool) -> Found:
             f"data.source={config.source}: {config.name} reads {', '.join(SOURCES)}, and without it folders and lists"
         )
     wanted = ("train", "val") if train else ("val",)
-    return {split: entries(config, root, split) for split in wanted}
+    both = {split: entries(config, root, split) for split in wanted}
+    if config.train_list is not None and train and both["val"].numbered and not both["train"].numbered:
+        raise UserError(
+            f"{root}: labels are names in {config.train_list} and numbers in validation, which could be any"
+        )
+    return both
 
 
 def naming_split(config: Any, root: Path, both: Found) -> Entries:
@@ -79,9 +84,11 @@ def entries(config: Any, root: Path, split: str) -> Entries:
 def from_list(file: Path, root: Path, split: str) -> Entries:
     """The files in a list, whose paths begin in the folder of the split or in the root."""
     listed = index.of_list(file, root / split)
-    firsts = (listed.names[place] for place in range(min(TRIED, len(listed))))
-    within = any((root / split / name).exists() for name in firsts)
-    return listed if within else replace(listed, base=str(root))
+    firsts = [listed.names[place] for place in range(min(TRIED, len(listed)))]
+    for base in (root / split, root):
+        if any((base / name).exists() for name in firsts):
+            return replace(listed, base=str(base))
+    raise UserError(f"{file}: the first files in it are neither in {root} nor in {root / split}, such as {firsts[0]}")
 
 
 def named(both: Found, names: list[str], root: Path) -> Found:
@@ -116,8 +123,23 @@ def splits(config: Any, root: Path, both: Found, classes: list[str]) -> Splits:
         UserError: a class of validation that is none of them.
     """
     parts = {split: part.labelled_as(classes, source=f"{root}: {split}") for split, part in both.items()}
+    if "train" in parts:
+        _check_that_train_has_all(parts, classes, root)
     train = images(config, root, parts["train"]) if "train" in parts else NO_IMAGES
     return Splits(train, images(config, root, parts["val"]), classes)
+
+
+def _check_that_train_has_all(parts: Found, classes: list[str], root: Path) -> None:
+    train, val = (np.unique(parts[split].labels) for split in ("train", "val"))
+    lacking = [classes[label] for label in np.setdiff1d(val, train)]
+    if lacking:
+        raise UserError(
+            f"{root}: val has images of {lacking[0]} ({len(lacking)} such classes), and train has none of it"
+        )
+    if len(train) and train[0] > 0:
+        raise UserError(
+            f"{root}: train has no images of {classes[0]}, the first class; labels that are numbers count from 0"
+        )
 
 
 def images(config: Any, root: Path, part: Entries) -> Images:
@@ -139,6 +161,8 @@ def fingerprint_of(config: Any, root: Path, both: Found) -> str:
         excluded = excluded_places(part, config, root)
         digest.update(f"{split} {part.fingerprint()} {np.flatnonzero(excluded).tolist()}\n".encode())
         missed -= paths_of(part.where(excluded), root)
+        if excluded.all():
+            raise UserError(f"data.exclude={config.exclude} leaves no images for {split}")
     if missed and "train" in both and not config.val:
         names = sorted(os.fsdecode(line) for line in missed if not line.startswith(b"/"))
         raise UserError(

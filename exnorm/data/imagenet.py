@@ -88,23 +88,22 @@ def ground_truth(file: Path, root: Path) -> Entries:
     Raises:
         UserError: a file of another format, or for another number of images.
     """
-    with file.open(encoding="utf-8") as lines:
-        first = lines.readline().strip()
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    lines = [line for line in lines if line]
+    first = lines[0] if lines else ""
     if len(first.split()) > 1 and not first.startswith("ImageId"):
         return imagefolder.from_list(file, root, "val")
     if not (root / "val").is_dir():
         raise UserError(f"{file} labels the images in {root}/val, and there is no such folder")
     names = sorted(entry.name for entry in (root / "val").iterdir() if index.is_image(os.fsencode(entry.name)))
-    lines = file.read_text(encoding="utf-8").splitlines()
+    labels: list[str | None] = [*lines]
     if first.startswith("ImageId"):
-        label_of = {name: rest.split()[0] for name, _, rest in (line.partition(",") for line in lines[1:])}
+        label_of = {name: rest[:9] for name, _, rest in (line.partition(",") for line in lines[1:])}
         labels = [label_of.get(name.rpartition(".")[0]) for name in names]
-    else:
-        labels = [line.strip() for line in lines if line.strip()]
-        if not WNID.fullmatch(first):
-            wnid_of = _devkit_ids(file.with_name("meta.mat"))
-            labels = [wnid_of.get(label) for label in labels]
-    if len(labels) != len(names) or None in labels:
+    elif first.isdecimal():
+        wnid_of = _devkit_ids(file.with_name("meta.mat"))
+        labels = [wnid_of.get(line) for line in lines]
+    if not names or len(labels) != len(names) or not all(label and WNID.fullmatch(label) for label in labels):
         raise UserError(f"{file} does not label the {len(names)} images in {root}/val one by one")
     classes = sorted({label for label in labels if label is not None})
     places = {name: place for place, name in enumerate(classes)}
@@ -117,8 +116,13 @@ def _devkit_ids(file: Path) -> dict[str, str]:
     from scipy.io import loadmat
 
     if not file.is_file():
-        raise UserError(f"{file.parent}: the numbers of the development kit need its meta.mat beside them")
-    return {str(row[0]): str(row[1]) for row in loadmat(file, squeeze_me=True)["synsets"]}
+        raise UserError(
+            f"{file.parent} holds labels that are numbers alone; they need the development kit's {file.name}"
+        )
+    try:
+        return {str(row[0]): str(row[1]) for row in loadmat(file, squeeze_me=True)["synsets"]}
+    except Exception as problem:  # noqa: BLE001  # whatever scipy trips over is in the file
+        raise UserError(f"{file} is no meta.mat of the development kit ({problem})") from None
 
 
 def class_names(part: Entries, root: Path) -> list[str]:

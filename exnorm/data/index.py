@@ -5,10 +5,12 @@ time of change of every folder and list that it read: a file that is added, remo
 files that were written anew under their old names a sample tells: the sizes of some, evenly spread.
 """
 
+import codecs
 import contextlib
 import hashlib
 import json
 import os
+import re
 import tarfile
 import time
 import zipfile
@@ -29,6 +31,8 @@ VERSION = 2
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".tif", b".tiff", b".webp", b".ppm")
 SAMPLE = 256  # files whose sizes are looked at again
 MAX_LABEL = 1_000_000
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
+WHOLE = re.compile(r"\d+")
 SETTLED_S = 2  # a folder that changed this lately may change again without a new time stamp
 ARRAYS = ("labels", "sizes", "spans")
 
@@ -142,9 +146,11 @@ def _write(file: Path, entries: Entries, stamps: list[Stamp]) -> None:
 def _scan_folders(folder: Path) -> Found:
     base = os.fsencode(folder)
     watched = [base]
-    classes = sorted(entry.name for entry in os.scandir(base) if entry.is_dir() and not entry.name.startswith(b"."))
+    classes = sorted(entry.name for entry in os.scandir(base) if _is_folder(entry) and not entry.name.startswith(b"."))
     if not classes:
         raise UserError(f"{folder} has no class folders: expected {folder}/<class>/*.jpg")
+    if len(classes) == 1:
+        raise UserError(f"{folder} has one class folder, {os.fsdecode(classes[0])}: expected {folder}/<class>/*.jpg")
     names, sizes, counts = [], array("q"), []
     for name in classes:
         files = sorted(_images_below(base, name, watched))
@@ -168,12 +174,23 @@ def _joined(parts: list[Packed]) -> Packed:
 def _images_below(base: bytes, folder: bytes, watched: list[bytes]) -> Iterator[tuple[bytes, int]]:
     """(path relative to base, bytes) of the images in a folder and its folders; -1 bytes for a dangling link."""
     watched.append(os.path.join(base, folder))
-    for entry in os.scandir(watched[-1]):
+    with os.scandir(watched[-1]) as entries:
+        found = list(entries)
+    for entry in found:
         path = os.path.join(folder, entry.name)
-        if entry.is_dir():
+        if _is_folder(entry):
+            if entry.is_symlink() and os.path.realpath(watched[-1]).startswith(os.path.realpath(entry.path)):
+                raise UserError(f"{os.fsdecode(entry.path)} is a link to a folder that it lies in; remove it")
             yield from _images_below(base, path, watched)
         elif is_image(entry.name):
             yield path, _size(entry.path)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def is_image(name: bytes) -> bool:
@@ -187,7 +204,7 @@ def _scan_list(file: Path) -> Found:
 
     def read(lines: BinaryIO) -> Iterator[bytes]:
         for number, line in enumerate(lines, 1):
-            parts = line.rsplit(None, 1)
+            parts = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rsplit(None, 1)
             if len(parts) == 2:
                 labels.append(ids.setdefault(parts[1], len(ids)))
                 yield os.path.normpath(parts[0]) if b"./" in parts[0] or b"//" in parts[0] else parts[0]
@@ -200,23 +217,28 @@ def _scan_list(file: Path) -> Found:
         raise UserError(f"{file} is empty: expected a line 'path label' for each image")
     classes, numbers = _classes([os.fsdecode(label) for label in ids], file)
     labels_N = numbers[np.array(labels)]
-    return Found(Entries(names, labels_N, classes, "", numbered=_are_numbers(classes)), [os.fsencode(file)])
+    return Found(Entries(names, labels_N, classes, "", numbered=_are_numbers(classes, file)), [os.fsencode(file)])
 
 
-def _are_numbers(labels: Iterable[str]) -> bool:
-    return all(label.lstrip("-").isdecimal() for label in labels)
+def _are_numbers(labels: Iterable[str], source: Path) -> bool:
+    """Whether labels are whole numbers; raises UserError for numbers among names, which would all become names."""
+    kinds = {label: bool(NUMBER.fullmatch(label)) for label in labels}
+    if any(kinds.values()):
+        odd = next((label for label in kinds if not WHOLE.fullmatch(label) or int(label) > MAX_LABEL), None)
+        if odd is not None:
+            raise UserError(
+                f"{source}: label {odd or 'missing'}; labels are whole numbers from 0 on, or all of them names"
+            )
+    return all(kinds.values())
 
 
 def _classes(labels: Sequence[str], source: Path) -> tuple[list[str], np.ndarray]:
     """The classes of some labels, and the place of each label in them: sorted names, or numbers from 0 on."""
-    if not _are_numbers(labels):
+    if not _are_numbers(labels, source):
         classes = sorted(set(labels))
         places = {name: place for place, name in enumerate(classes)}
         return classes, np.array([places[label] for label in labels], np.int32)
     numbers = [int(label) for label in labels]
-    for number in (min(numbers), max(numbers)):
-        if not 0 <= number <= MAX_LABEL:
-            raise UserError(f"{source}: label {number}; labels that are numbers count from 0")
     return [str(number) for number in range(max(numbers) + 1)], np.array(numbers, np.int32)
 
 
@@ -227,7 +249,23 @@ class _Member(NamedTuple):
 
 
 def _scan_tars(files: Sequence[Path], base: Path) -> Found:
-    members = [member for number, file in enumerate(files) for member in _members(file, number)]
+    contents = [_content(file) for file in files]
+    with_labels = any(labels for _, labels in contents)
+    members = []
+    for number, (file, (images, labels)) in enumerate(zip(files, contents, strict=True)):
+        common = os.path.commonpath([os.path.dirname(info.name) or "." for info in images]) if images else ""
+        for info in images:
+            if with_labels:
+                label = labels.get(info.name.rpartition(".")[0])
+                if not label:
+                    raise UserError(
+                        f"{file}: {info.name} has no label; others have one in a file of the same name, .cls"
+                    )
+            else:
+                label = _folder_in_tar(os.path.dirname(info.name), common) or (
+                    file.stem if len(files) > 1 else os.path.basename(common)
+                )
+            members.append(_Member(info.name, label, (number, info.offset_data, info.size)))
     if not members:
         raise UserError(f"no images in {', '.join(map(str, files[:3]))}{' ...' if len(files) > 3 else ''}")
     members.sort(key=lambda member: (member.span[0], member.name))
@@ -238,29 +276,42 @@ def _scan_tars(files: Sequence[Path], base: Path) -> Found:
         numbers,
         classes,
         str(base),
-        numbered=_are_numbers(labels),
+        numbered=_are_numbers(labels, base),
         spans=np.array([member.span for member in members], np.int64),
         tars=[str(file) for file in files],
     )
     return Found(entries, [os.fsencode(file) for file in files])
 
 
-def _members(file: Path, number: int) -> Iterator[_Member]:
-    """The images of a tar file with their labels and where they lie in it."""
-    images: list[tuple[str, tarfile.TarInfo]] = []
-    labels: dict[str, str] = {}
+def _folder_in_tar(folder: str, common: str) -> str:
+    """The first folder on the way to an image in which it differs from others of its tar file."""
+    below = os.path.relpath(folder or ".", common or ".")
+    return "" if below == "." else below.split(os.sep)[0]
+
+
+def _content(file: Path) -> tuple[list[tarfile.TarInfo], dict[str, str]]:
+    """The images of a tar file, and the labels in its `.cls` members by their names without the suffix.
+
+    Raises:
+        UserError: no tar file, a compressed one, one that is cut off, or a link instead of an image.
+    """
+    images, labels = [], {}
     try:
-        with tarfile.open(file, "r:") as tar:
+        with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for info in tar:
-                name = os.path.normpath(info.name)  # `tar -C folder .` writes ./name
-                key, _, suffix = name.rpartition(".")
+                info.name = os.path.normpath(info.name)  # `tar -C folder .` writes ./name
+                key, _, suffix = info.name.rpartition(".")
                 content = tar.extractfile(info) if info.isfile() and suffix == "cls" else None
                 if content is not None:
-                    labels[key] = content.read().decode().strip()
-                elif info.isfile() and is_image(os.fsencode(os.path.basename(name))):
-                    images.append((name, info))
+                    labels[key] = content.read().decode(errors="replace").strip()
+                elif is_image(os.fsencode(os.path.basename(info.name))) and not info.isdir():
+                    if not info.isfile():
+                        raise UserError(f"{file}: {info.name} is a link, which cannot be read at its place; pack files")
+                    images.append(info)
+            stream.seek(tar.offset)
+            end = stream.read(1 << 20)
     except (tarfile.TarError, OSError) as problem:
         raise UserError(f"{file} is no uncompressed tar file ({problem}); images need no compression") from None
-    for name, info in images:
-        label = labels.get(name.rpartition(".")[0]) or os.path.basename(os.path.dirname(name)) or file.stem
-        yield _Member(name, label, (number, info.offset_data, info.size))
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise UserError(f"{file} is cut off or damaged behind {len(images)} images: it has no end, or more than one")
+    return images, labels

@@ -69,8 +69,8 @@ class SeededImages(Dataset[tuple[Tensor, int, int]]):
             return index, self.images.open_image(index)
         except BadImage as bad:
             raise UserError(
-                f"{bad.name} is no readable image ({bad.reason}), and leaving it out would change the result: mend it, "
-                "or name it in a file with a path on each line, data.exclude=FILE, which the record then says"
+                f"{bad}, and leaving it out would change the result: mend it, or name it in a file with a path on each "
+                "line, data.exclude=FILE, which the record then says"
             ) from None
 
 

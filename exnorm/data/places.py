@@ -1,5 +1,6 @@
 """Where the files of a data set lie, and which of them are left out."""
 
+import codecs
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ def root_of(config: Any, *, layout: str, name: str | None = None) -> Path:
     folder = str(name or config.name)
     if config.root is not None:
         root, key = Path(config.root).expanduser(), f"data.root={config.root}"
-    elif config.roots is not None:
+    elif config.roots:
         root, key = Path(config.roots).expanduser() / folder, f"data.roots={config.roots}"
     else:
         raise UserError(
@@ -84,7 +85,7 @@ def excluded_lines(config: Any, root: Path) -> set[bytes]:
     file = Path(config.exclude).expanduser()
     if not file.is_file():
         raise UserError(f"data.exclude={config.exclude}: there is no such file; it holds a path on each line")
-    lines = (line.strip() for line in file.read_bytes().splitlines())
+    lines = (line.strip() for line in file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines())
     base = os.fsencode(os.path.abspath(root))
     paths = [os.path.normpath(os.path.join(base, line)) for line in lines if line and not line.startswith(b"#")]
     return {*paths, *(os.path.relpath(path, base) for path in paths)}

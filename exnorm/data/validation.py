@@ -12,14 +12,14 @@ import numpy as np
 from omegaconf import OmegaConf
 from PIL import Image
 
+from exnorm.config.compose import CROPS
 from exnorm.config.errors import UserError
 from exnorm.config.groups import option_values
 from exnorm.config.schema import DataConfig
 from exnorm.data.splits import Images, Splits
 
 SHOWN = 3  # of the classes that differ
-# What the model was trained with holds for every set that it is tested on.
-CROPS = ("image_size", "resize", "mean", "std", "workers", "roots", "exclude")
+TAKEN = (*CROPS, "workers", "roots", "exclude")  # from the run's own set
 DRAWN = ("num_classes", "num_val", "seed")
 
 
@@ -37,7 +37,7 @@ def others(config: Any) -> dict[str, Any]:
 
 def _other(config: Any, name: str) -> Any:
     values = option_values("data", name)
-    taken = {key: config[key] for key in CROPS if key != "exclude" or key in values}
+    taken = {key: config[key] for key in TAKEN if key != "exclude" or key in values}
     taken |= {key: config[key] for key in DRAWN if "num_val" in values and config[key] is not None}
     return OmegaConf.merge(OmegaConf.structured(DataConfig), values, taken, {"val": None})
 

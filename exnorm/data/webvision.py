@@ -15,9 +15,11 @@ from typing import Any
 from exnorm.config.errors import UserError
 from exnorm.data import imagefolder, index
 from exnorm.data.entries import Entries
+from exnorm.data.imagenet import WNID
 from exnorm.data.places import root_of
 from exnorm.data.splits import Splits
 
+QUERY_MAP = "queries_synsets_map.txt"
 ORIGINS = ("google", "flickr", "all")
 VAL_FOLDERS = ("val_images_256", "val_images", "val")
 LAYOUT = "expected DIR/info/train_filelist_all.txt, DIR/info/synsets.txt, DIR/google/, DIR/flickr/, DIR/val_images_256/"
@@ -50,7 +52,7 @@ def found(config: Any, root: Path, *, train: bool) -> imagefolder.Found:
     both = {"val": index.of_list(_info(root, "val_filelist.txt"), _val_folder(root))}
     if train:
         both["train"] = index.of_list(_info(root, f"train_filelist_{config.origin}.txt"), root)
-    named = {split: part.named(classes, source=f"{root}/info") for split, part in both.items()}
+    named = imagefolder.named(both, classes, root / "info")
     if config.num_classes is None:
         return named
     return {split: _first_classes(part, config.num_classes) for split, part in named.items()}
@@ -62,8 +64,11 @@ def _first_classes(part: Entries, count: int) -> Entries:
 
 def synsets(root: Path) -> list[str]:
     """The WordNet id of each label, in the order of the labels, which need not be sorted."""
-    lines = _info(root, "synsets.txt").read_text(encoding="utf-8").splitlines()
+    lines = _info(root, "synsets.txt").read_text(encoding="utf-8-sig", errors="replace").splitlines()
     classes = [line.split()[0] for line in lines if line.strip()]
+    strange = [name for name in classes if not WNID.fullmatch(name)]
+    if strange:
+        raise UserError(f"{root}/info/synsets.txt: {strange[0]} is no WordNet id, as n01440764 is")
     twice = sorted({name for name in classes if classes.count(name) > 1})
     if twice:
         raise UserError(f"{root}/info/synsets.txt has {twice[0]} twice")
@@ -71,8 +76,8 @@ def synsets(root: Path) -> list[str]:
 
 
 def query_labels(root: Path) -> dict[str, int]:
-    """The label of each query: `info/queries_synsets_map.txt` counts classes from 1, labels count from 0."""
-    lines = _info(root, "queries_synsets_map.txt").read_text(encoding="utf-8").splitlines()
+    """The label of each query: the map counts classes from 1, labels count from 0."""
+    lines = _info(root, QUERY_MAP).read_text(encoding="utf-8").splitlines()
     pairs = [line.split() for line in lines if line.strip()]
     return {f"q{int(query):04}": int(label) - 1 for query, label in pairs}
 

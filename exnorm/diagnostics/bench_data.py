@@ -100,7 +100,7 @@ def _drain(loader: Any) -> None:
 def _bare(config: Any, transform: Transform, count: int, workers: int) -> DataLoader[Any] | None:
     """What one would write without this package; None for a set that ImageFolder does not read."""
     folder = Path(config.root or "/nonexistent") / "train"
-    if not folder.is_dir():
+    if not folder.is_dir() or config.source is not None or config.train_list is not None:
         return None
     whole = transforms.Compose(
         [
@@ -124,12 +124,14 @@ def measure_index(entries: int) -> dict[str, Any]:
     """A row: seconds to have a list file of that many images ready, first and again, and the memory; on Linux."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        (root / "val").mkdir()
         for split, count in (("train", entries), ("val", max(1, entries // 25))):
             labels = (number % 1000 for number in range(count))
             lines = (f"n{label:08}/n{label:08}_{number}.JPEG {label}\n" for number, label in enumerate(labels))
             (root / f"{split}.txt").write_text("".join(lines))
             os.utime(root / f"{split}.txt", (0, 0))  # as old as a list usually is
+            first = root / split / "n00000000" / "n00000000_0.JPEG"
+            first.parent.mkdir(parents=True)
+            first.touch()
         environment = os.environ | {"XDG_CACHE_HOME": name, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-c", STARTUP, name]
         first, again = (

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from exnorm.config.compose import compose_train
+from exnorm.config.errors import UserError
 from exnorm.data import fingerprint, load, noise, validation_sets, webvision
 from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
@@ -38,6 +39,9 @@ def run(overrides: Sequence[str], count: int, sheet: Path | None) -> int:
         sheet: the PNG file; without it, `<name>-sheet.png` in the current folder.
     """
     config = compose_train(list(overrides)).data
+    path = sheet or Path(f"{config.name}-sheet.png")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--sheet {path}: there is no folder {path.parent}")
     fingerprint(config)
     splits = load(config)
     sets = validation_sets(config, splits)
@@ -48,7 +52,6 @@ def run(overrides: Sequence[str], count: int, sheet: Path | None) -> int:
         print(line)
     bad = _look(config, "train", splits.train, count)
     bad_val = [_look(config, f"val ({name})", images, count) for name, images in sets.items()]
-    path = sheet or Path(f"{config.name}-sheet.png")
     with tempfile.TemporaryDirectory() as folder:
         replaced = BadImages(Path(folder) / "bad.csv", data=config.name, images=len(splits.train), max_fraction=1)
         dataset = SeededImages(splits.train, train_transform(config), seed=0, bad_images=replaced)
@@ -82,6 +85,9 @@ def _labels(config: Any, splits: Splits) -> Iterator[str]:
         yield f"label noise: {config.noise.kind}, {len(wrong)} of {len(splits.train)} training labels are wrong"
     if config.origin is not None:
         root = root_of(config, layout=webvision.LAYOUT, name="webvision")
+        if not (root / "info" / webvision.QUERY_MAP).is_file():
+            yield f"queries: there is no info/{webvision.QUERY_MAP} to compare the labels with"
+            return
         queries = webvision.query_labels(root)
         part = webvision.found(config, root, train=True)["train"]
         folders = (Path(name).parent.name for name in part.names)

@@ -46,8 +46,6 @@ POSITIVE = (
     "trainer.passes",
     "trainer.eval_batch_size",
     "trainer.calibration_batches",
-    "data.image_size",
-    "data.resize",
 )
 
 
@@ -122,11 +120,6 @@ def check(config: DictConfig) -> BatchPlan:
         _check_choice(OmegaConf.select(config, key), key, allowed)
     for key in POSITIVE:
         _check_positive(OmegaConf.select(config, key), key)
-    if config.data.resize < config.data.image_size:
-        raise UserError(
-            f"data.resize={config.data.resize} is smaller than data.image_size={config.data.image_size}; validation "
-            f"resizes first and crops then, so give data.resize={config.data.image_size} or more"
-        )
     gpu = on_gpu(config.trainer.device, "trainer.device")
     if config.trainer.precision == "fp16" and not gpu:
         raise UserError("trainer.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
