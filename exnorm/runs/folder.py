@@ -2,6 +2,7 @@
 
 config.yaml  provenance.json  metrics.jsonl (the truth)  record.json (final numbers, written last)
 metrics.csv  wandb/  wandb-id.txt  checkpoints/  log.txt  error.txt (one line, while the last attempt failed)  .lock
+noisy_labels.csv  bad_images.csv (where there are such)
 """
 
 import fcntl
