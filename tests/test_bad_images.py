@@ -292,11 +292,17 @@ def test_a_run_with_too_many_broken_images_ends_with_one_line_and_keeps_the_list
 
 
 @pytest.mark.slow
-def test_a_broken_validation_image_ends_a_run_with_one_line(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_a_broken_validation_image_ends_a_run_with_one_line_and_the_earlier_run_is_kept(
+    tmp_path: Path, run_cli: CliRunner
+) -> None:
+    """Started over where it cannot even begin, a finished run is what it was."""
     root = make_imagenet(tmp_path / "in")
+    arguments = ("train", "data=imagenet", f"data.root={root}", *SMALL, *TINY, "data.workers=1", "trainer.epochs=1")
+    run = train([*arguments], tmp_path)
+    record = (run / "record.json").read_text()
     victim = sorted((root / "val" / WNIDS[1]).iterdir())[0]
-    truncated(victim)
-    arguments = ("data=imagenet", f"data.root={root}", *SMALL, *TINY, "data.workers=1", "trainer.epochs=1")
-    done = run_cli("train", *arguments)
+    victim.write_bytes(b"x" * victim.stat().st_size)  # of another size it would be another run
+    done = run_cli(*arguments, "fresh=true")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and f"val/{WNIDS[1]}/{victim.name} is no readable image" in done.stderr
+    assert only_run(tmp_path) == run and (run / "record.json").read_text() == record

@@ -63,8 +63,9 @@ def run(config: DictConfig) -> None:
     folder = RunFolder(run_dir(values, hash8=hash8))
     if folder.is_locked():
         raise RunLocked(f"{folder.path} is in use by {holder(folder.lock_file)}; wait for it, or choose another seed")
+    earlier = folder.path.with_name(f".{folder.path.name}.earlier")
     if config.fresh and folder.path.exists():
-        shutil.rmtree(folder.path)
+        _set_aside(folder, earlier)
     if folder.read_record() is not None:
         print(f"{folder.path} has finished; fresh=true would start it over")
         print_result(folder)
@@ -74,12 +75,14 @@ def run(config: DictConfig) -> None:
         gpu = on_gpu(config.trainer.device, "trainer.device")
         run_workers([str(folder.path)], count=plan.devices, on_gpu=gpu, resumable=True)
     except UserError as problem:
-        kept = (folder.metrics_file, folder.bad_images_file)
-        if made and not any(folder.checkpoints.glob("*.pt")) and not any(file.is_file() for file in kept):
+        if made and _is_worthless(folder, beside=earlier):
             _remove(folder)
+            if earlier.exists():
+                earlier.rename(folder.path)
         else:
             write_text_atomic(folder.error_file, f"{problem}\n")
         raise
+    shutil.rmtree(earlier, ignore_errors=True)
     print_result(folder)
 
 
@@ -194,6 +197,21 @@ def _count_devices(wanted: int | None, key: str, gpu: bool) -> int | None:
     if gpu and wanted > visible_gpus():
         raise UserError(f"{key}={wanted}, and {visible_gpus()} GPUs are visible; use at most {visible_gpus()}")
     return wanted
+
+
+def _set_aside(folder: RunFolder, earlier: Path) -> None:
+    """Keep an earlier run until the one that starts over has finished; of two attempts the first is kept."""
+    if earlier.exists():
+        shutil.rmtree(folder.path)
+    else:
+        folder.path.rename(earlier)
+
+
+def _is_worthless(folder: RunFolder, *, beside: Path) -> bool:
+    """Whether nothing of a failed run needs keeping; its first metrics do, unless there is an earlier run of it."""
+    if any(folder.checkpoints.glob("*.pt")) or folder.bad_images_file.is_file():
+        return False
+    return beside.exists() or not folder.metrics_file.is_file()
 
 
 def _remove(folder: RunFolder) -> None:
