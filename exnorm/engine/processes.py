@@ -19,7 +19,7 @@ from exnorm.engine.worker import CONTROLLED, ERROR_FILE, EXIT_LOCKED, EXIT_USER_
 from exnorm.runs.folder import RunLocked
 
 POLL_S = 0.1
-GRACE_S = 30.0  # after one worker stopped, until the others are killed
+GRACE_S = 30  # after one worker stopped, until the others are killed
 CRASH_GRACE_S = 1.0  # after one crashed
 EXIT_STOPPED = (130, 143)  # after SIGINT, SIGTERM
 

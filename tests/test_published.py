@@ -1,0 +1,51 @@
+"""The papers' numbers: complete, each with its source, and typed nowhere else."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "results" / "published"
+TABLES = ("sn2019", "en2020", "other")
+COLUMNS = ["paper", "table", "method", "backbone", "dataset", "split", "setting", "metric", "value", "note"]
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    """The rows of a file of published numbers."""
+    return list(csv.DictReader((PUBLISHED / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_number_has_a_source_and_a_setting(name: str) -> None:
+    """A cell without a value says why."""
+    sources = yaml.safe_load((PUBLISHED / "SOURCES.yaml").read_text(encoding="utf-8"))
+    assert (PUBLISHED / f"{name}.csv").read_text(encoding="utf-8").splitlines()[0].split(",") == COLUMNS
+    for row in rows(name):
+        assert row["paper"] in sources and all(row[key] for key in ("table", "method", "dataset", "metric")), row
+        assert row["note"] if not row["value"] else float(row["value"]) == float(row["value"]), row
+
+
+def test_every_claim_is_of_a_paper_with_a_source() -> None:
+    sources = yaml.safe_load((PUBLISHED / "SOURCES.yaml").read_text(encoding="utf-8"))
+    claims = rows("claims")
+    assert len({row["id"] for row in claims}) == len(claims) > 0
+    assert all(row["paper"] in sources and row["claim"] and row["left"] for row in claims)
+
+
+def test_nothing_is_published_of_en_that_is_not_at_hand() -> None:
+    """The paper's tables are not; a reader who has them adds rows, and this test then goes."""
+    assert rows("en2020") == []
+
+
+def test_no_published_number_is_typed_anywhere_else() -> None:
+    """An accuracy or an error of a paper, such as 12.3, in code, configuration, scripts or the README."""
+    values = {row["value"] for name in TABLES for row in rows(name)}
+    values = {value for value in values if re.fullmatch(r"\d\d\.\d+", value)}
+    assert len(values) > 100
+    files = [*(ROOT / "exnorm").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml"), *(ROOT / "scripts").rglob("*.py")]
+    for file in [*files, ROOT / "README.md", ROOT / "Makefile"]:
+        found = set(re.findall(r"(?<![\d.])\d\d\.\d+(?![\d.])", file.read_text(encoding="utf-8")))
+        assert not found & values, f"{file} has {found & values}; read it from results/published/"
