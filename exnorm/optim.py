@@ -12,21 +12,22 @@ import torch
 from torch import nn
 
 from exnorm.config.errors import UserError, suggest
+from exnorm.norms import Norm
 
 SCHEDULES = ("step", "cosine")
 ROUNDING = 1e-6  # of a step: 0.6 x 100 epochs is not exactly 60 in binary
 
 
 def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch.optim.Optimizer:
-    """SGD over all parameters in one group, or any optimizer of timm by its name.
+    """SGD over all parameters, or any optimizer of timm by its name.
 
     Raises:
         UserError: an unknown optimizer or schedule.
     """
     if config.schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={config.schedule} is unknown; allowed: {', '.join(SCHEDULES)}")
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lr = peak_lr(config, total_batch=total_batch)
+    parameters = parameter_groups(model, lr)
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -46,6 +47,20 @@ def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch
         weight_decay=config.weight_decay,
         momentum=config.momentum,
     )
+
+
+def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """All parameters in one group, and in others those that a normalizer wants learned otherwise."""
+    own: dict[nn.Parameter, dict[str, float]] = {}
+    for module in model.modules():
+        if isinstance(module, Norm):
+            own |= {getattr(module, name): options for name, options in module.param_options().items()}
+    usual = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in own]
+    groups: list[dict[str, Any]] = [{"params": usual}]
+    for options in {tuple(sorted(options.items())): options for options in own.values()}.values():
+        params = [parameter for parameter in own if own[parameter] == options and parameter.requires_grad]
+        groups.append({"params": params, "lr": lr * options.get("lr_scale", 1.0), **options})
+    return groups
 
 
 def peak_lr(config: Any, *, total_batch: int) -> float:
@@ -72,6 +87,6 @@ def learning_rate(config: Any, *, step: int, steps_per_epoch: int, epochs: int, 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the rate of a step."""
+    """Give every parameter group the rate of a step, times its own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -30,6 +30,10 @@ REFERENCES: dict[str, Reference] = {
     "ln": lambda x, p, norm, running: reference.normalize(x, "ln", p, norm.eps, running),
     "gn": lambda x, p, norm, running: reference.group_norm(x, p, norm.eps, norm.num_groups),
     "sn": lambda x, p, norm, running: reference.switch_norm(x, p, norm.eps, norm.normalizers, running),
+    "ssn": lambda x, p, norm, running: reference.switch_norm(
+        x, p, norm.eps, norm.normalizers, running, reference.sparsemax
+    ),
+    "brn": lambda x, p, norm, running: reference.normalize(x, "bn", p, norm.eps, running),  # as BN at first
     "en": lambda x, p, norm, running: reference.exemplar_norm(
         x, p, norm.eps, norm.normalizers, running, norm.hidden_act
     ),
@@ -49,7 +53,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         leaf = name.rpartition(".")[2]
-        if leaf.startswith("pending") or not value.is_floating_point():
+        if leaf.startswith("pending") or leaf == "progress" or not value.is_floating_point():
             continue
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
         if leaf == "running_var":

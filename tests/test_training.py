@@ -202,14 +202,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     assert f"at step {kept['step'] + 1} " in done.stderr
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named_in_one_line(workers: int, tmp_path: Path, run_cli: CliRunner) -> None:
+def test_too_many_broken_images_end_a_run_with_one_line_and_are_listed(tmp_path: Path, run_cli: CliRunner) -> None:
+    """Found by a loader process; the list outlives the run folder's other files."""
     broken = make_image_folder(tmp_path / "images") / "train" / "dog" / "3.png"
     broken.write_bytes(broken.read_bytes()[:50])
-    done = run_cli(*tiny(tmp_path / "images", f"data.workers={workers}"))
+    done = run_cli(*tiny(tmp_path / "images", "data.workers=1"))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"exnorm: error: {broken} is no readable image")
+    line = (
+        "exnorm: error: 1 of 48 training images of imagefolder are broken, such as train/dog/3.png (image file is trunc"
+    )
+    assert done.stderr.startswith(line) and "data.max_bad_fraction=0.01 allows 0" in done.stderr
+    (listed,) = (tmp_path / "runs").glob("*/*/bad_images.csv")
+    assert "train/dog/3.png" in listed.read_text()
 
 
 @pytest.mark.slow

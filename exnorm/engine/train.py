@@ -11,22 +11,19 @@ from torch import Tensor
 
 from exnorm import ops
 from exnorm.analysis.ratios import LayerRatio, as_metrics, mean_ratios, measure_ratios
-from exnorm.config.errors import UserError
-from exnorm.data import load, noise, validation_sets
-from exnorm.data.bad_images import BadImages
-from exnorm.data.loader import Loader, SeededImages, TrainBatches
-from exnorm.data.splits import Images, Splits
-from exnorm.data.transforms import eval_transform, train_transform
+from exnorm.data.loader import SeededImages
 from exnorm.engine import checkpoint
 from exnorm.engine.banner import describe_run, seconds_per_step
 from exnorm.engine.batch import plan_batch
 from exnorm.engine.calibrate import Calibrated, batch_average, using
 from exnorm.engine.distributed import World
-from exnorm.engine.evaluate import eval_loader, evaluate_all
+from exnorm.engine.evaluate import evaluate_all
+from exnorm.engine.images import facts_of, keep_noise, open_images
 from exnorm.engine.learner import Learner, build_learner, check, restore, save, train_step
 from exnorm.engine.progress import Progress
+from exnorm.norms import set_progress
 from exnorm.optim import learning_rate, set_learning_rate
-from exnorm.runs.folder import RunFolder, write_json_atomic, write_text_atomic
+from exnorm.runs.folder import RunFolder, write_json_atomic
 from exnorm.runs.metrics import MetricsLog, plain
 from exnorm.runs.sinks import Sink, make_sinks
 from exnorm.tasks.classification import summarize
@@ -59,51 +56,17 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         torch.use_deterministic_algorithms(True)
 
     # Data
-    splits = load(config.data)
     plan = plan_batch(
         config.batch,
         devices=world.size,
         passes=trainer.passes,
         sync=bool(config.norm.get("sync", False)),
     )
-    batches = TrainBatches(
-        len(splits.train),
-        total=plan.total,
-        seed=config.seed,
-        rank=world.rank,
-        ranks=world.size,
-    )
-    if batches.steps_per_epoch == 0:
-        raise UserError(f"batch={config.batch} takes {plan.total} images a step; data has {len(splits.train)}")
-    bad_images = BadImages(
-        folder.bad_images_file,
-        data=config.data.name,
-        images=len(splits.train),
-        max_fraction=config.data.max_bad_fraction,
-    )
-    if world.is_first:
-        bad_images.look_again(splits.train)
-    train_set = SeededImages(splits.train, train_transform(config.data), seed=config.seed, bad_images=bad_images)
-    calibration_set = SeededImages(splits.train, eval_transform(config.data), seed=config.seed, bad_images=bad_images)
-    val_sets = {
-        name: SeededImages(images, eval_transform(config.data), seed=config.seed)
-        for name, images in validation_sets(config.data, splits).items()
-    }
-    on_gpu = world.device.type == "cuda"
-    train_loader = Loader(
-        train_set,
-        batches,
-        workers=config.data.workers,
-        device=world.device,
-        channels_last=trainer.channels_last,
-    )
-    val_loaders = {
-        name: eval_loader(val_set, batch_size=trainer.eval_batch_size, workers=config.data.workers, world=world)
-        for name, val_set in val_sets.items()
-    }
+    images = open_images(folder, config, plan, world)
+    batches, bad_images = images.batches, images.bad_images
 
     # Model, optimizer, and where the last checkpoint left them
-    learner = build_learner(config, plan, world, list(splits.classes))
+    learner = build_learner(config, plan, world, list(images.splits.classes))
     state = checkpoint.load_latest(folder)
     if state is not None:
         restore(learner, state)
@@ -123,7 +86,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     )
     progress = Progress(folder.log_file, steps=steps, epochs=trainer.epochs, active=world.is_first)
     progress.say(facts.text)
-    noise_facts = keep_noise(folder, config.data.noise, splits.train, progress) if world.is_first else {}
+    noise_facts = keep_noise(folder, config.data.noise, images.splits, progress) if world.is_first else {}
 
     # Metrics, as the last checkpoint knew them
     metrics: MetricsLog | None = None
@@ -143,14 +106,14 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                 sink.log({"epoch": learner.epoch + 1, **row}, learner.step)
 
     # Steps
-    probe = probe_images(next(iter(val_sets.values())), config.logger.probe_images, world)
+    probe = probe_images(next(iter(images.val_sets.values())), config.logger.probe_images, world)
     ratios: list[LayerRatio] = []
     results: dict[str, float] = {}
-    check_every = GPU_CHECK_EVERY if on_gpu else 1
+    check_every = GPU_CHECK_EVERY if world.device.type == "cuda" else 1
     while learner.epoch < trainer.epochs:
         batches.start(learner.epoch, learner.step - learner.epoch * epoch_steps)
         learner.clock, first_step, before_s = time.monotonic(), learner.step, learner.train_s
-        for batch in train_loader:
+        for batch in images.train_loader:
             rate = learning_rate(
                 config.optim,
                 step=learner.step,
@@ -159,6 +122,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                 total_batch=plan.total,
             )
             set_learning_rate(learner.optimizer, rate)
+            set_progress(learner.model, learner.step / steps)
             learner.calibrated = None  # the statistics of other weights
             batch_sums = train_step(learner, batch, seed=config.seed)
             learner.step += 1
@@ -181,11 +145,11 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         # End of an epoch: validate, measure the ratios, keep it
         images_done = (learner.step - first_step) * plan.total
         sums = world.sum_(learner.sums.clone())
-        learner.calibrated = calibrate(learner, calibration_set, config)
+        learner.calibrated = calibrate(learner, images.calibration_set, config)
         with using(learner.model, learner.calibrated or {}):
             results = evaluate_all(
                 learner.model,
-                val_loaders,
+                images.val_loaders,
                 learner.task,
                 precision=trainer.precision,
                 world=world,
@@ -238,34 +202,11 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             "devices": world.size,
             **facts.record,
             **noise_facts,
-            **facts_of_images(bad_images, splits, val_sets),
+            **facts_of(images),
         }
         bad_images.tidy()
         record["ratio"] = mean_ratios(ratios) if results else last_ratios(folder)
         write_json_atomic(folder.record_file, plain(record))
-
-
-def keep_noise(folder: RunFolder, config: Any, images: Images, progress: Progress) -> dict[str, Any]:
-    """Write down and announce the wrong labels; return what the record says of them."""
-    if not config.rate:
-        return {}
-    facts = noise.facts(config, images)
-    write_text_atomic(folder.noisy_labels_file, noise.as_csv(noise.wrong_labels(images)))
-    wrong = facts["wrong_labels"]
-    progress.say(f"label noise: {wrong} of {len(images)} training labels are wrong (noisy_labels.csv)")
-    return {"noise": facts}
-
-
-def facts_of_images(bad_images: BadImages, splits: Splits, val_sets: dict[str, SeededImages]) -> dict[str, Any]:
-    """What a record says of the images: how many, how many broken ones were replaced, how many the user left out."""
-    facts: dict[str, Any] = {
-        "train_images": len(splits.train),
-        "val_images": {name: len(val_set) for name, val_set in val_sets.items()},
-        "bad_images": len(bad_images.rows()),
-    }
-    excluded = {"train": splits.train.excluded}
-    excluded |= {f"val/{name}": val_set.images.excluded for name, val_set in val_sets.items()}
-    return facts | ({"excluded_images": excluded} if any(excluded.values()) else {})
 
 
 def calibrate(learner: Learner, dataset: SeededImages, config: Any) -> Calibrated | None:

@@ -2,6 +2,7 @@
 
 from exnorm.norms.base import Norm
 from exnorm.norms.batch_norm import BatchNorm
+from exnorm.norms.batch_renorm import BatchRenorm
 from exnorm.norms.batch_scope import (
     BatchScopeNorm,
     commit_running_stats,
@@ -11,11 +12,14 @@ from exnorm.norms.exemplar_norm import ExemplarNorm
 from exnorm.norms.group_norm import GroupNorm
 from exnorm.norms.instance_norm import InstanceNorm
 from exnorm.norms.layer_norm import LayerNorm
+from exnorm.norms.progress import set_progress
+from exnorm.norms.sparse_switch_norm import SparseSwitchNorm
 from exnorm.norms.statistics import Moments
 from exnorm.norms.switch_norm import SwitchNorm
 
 __all__ = [
     "BatchNorm",
+    "BatchRenorm",
     "BatchScopeNorm",
     "ExemplarNorm",
     "GroupNorm",
@@ -23,7 +27,9 @@ __all__ = [
     "LayerNorm",
     "Moments",
     "Norm",
+    "SparseSwitchNorm",
     "SwitchNorm",
     "commit_running_stats",
     "configure_scope",
+    "set_progress",
 ]

@@ -89,6 +89,10 @@ class Norm(nn.Module):
         """A divisor of C, by which the small graph is compiled: for C = so many times a free size."""
         return math.gcd(self.num_features, _LANES)
 
+    def param_options(self) -> dict[str, dict[str, float]]:
+        """`lr_scale` and `weight_decay` of parameters that are learned unlike the others."""
+        return {}
+
     def reset_parameters(self) -> None:
         """weight 1, bias 0."""
         if self.weight is not None:

@@ -4,7 +4,7 @@ For tests and benchmarks. Every statistic is taken from `x` itself and every nor
 `x`; autograd does the rest. Legend: N batch, C channels, K normalizers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,20 +56,45 @@ def group_norm(x: Tensor, parameters: Mapping[str, Tensor], eps: float, num_grou
     return _channels(parameters["weight"], x) * normalized + _channels(parameters["bias"], x)
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """SN's ratios."""
+    return torch.softmax(logits, 0)
+
+
 def switch_norm(
     x: Tensor,
     parameters: Mapping[str, Tensor],
     eps: float,
     normalizers: Sequence[str],
     running: Running | None = None,
+    ratios: Callable[[Tensor], Tensor] = softmax,
 ) -> Tensor:
-    """SN: one normalization with mixed statistics."""
-    mean_ratio = torch.softmax(parameters["mean_weight"], 0)
-    var_ratio = torch.softmax(parameters["var_weight"], 0)
+    """SN: one normalization with mixed statistics; the ratios are their softmax, or `ratios` of the logits."""
+    mean_ratio, var_ratio = ratios(parameters["mean_weight"]), ratios(parameters["var_weight"])
     pairs = [statistics(x, scope, running) for scope in normalizers]
     mean = torch.stack([(w * m).expand_as(x) for w, (m, _) in zip(mean_ratio, pairs, strict=True)]).sum(0)
     var = torch.stack([(w * v).expand_as(x) for w, (_, v) in zip(var_ratio, pairs, strict=True)]).sum(0)
     normalized = (x - mean) / torch.sqrt(var + eps)
+    return _channels(parameters["weight"], x) * normalized + _channels(parameters["bias"], x)
+
+
+def sparsemax(logits: Tensor) -> Tensor:
+    """The nearest point of the simplex, by sorting (Martins and Astudillo, 2016)."""
+    ranked = logits.sort(descending=True).values
+    sums = ranked.cumsum(0) - 1
+    support = int((ranked * torch.arange(1, len(logits) + 1) > sums).sum())
+    return (logits - sums[support - 1] / support).clamp(min=0)
+
+
+def batch_renorm(
+    x: Tensor, parameters: Mapping[str, Tensor], eps: float, running: Running, limits: tuple[float, float]
+) -> Tensor:
+    """BRN in training: BN, corrected towards the running statistics by r and d within their limits."""
+    (mean, var), (old_mean, old_var) = statistics(x, "bn"), statistics(x, "bn", running)
+    r_max, d_max = limits
+    r = (torch.sqrt(var + eps) / torch.sqrt(old_var + eps)).clamp(1 / r_max, r_max).detach()
+    d = ((mean - old_mean) / torch.sqrt(old_var + eps)).clamp(-d_max, d_max).detach()
+    normalized = (x - mean) / torch.sqrt(var + eps) * r + d
     return _channels(parameters["weight"], x) * normalized + _channels(parameters["bias"], x)
 
 

@@ -1,0 +1,71 @@
+"""Batch Renormalization (BRN).
+
+S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", NeurIPS 2017.
+
+    y = weight * ((x - mu_B) / sigma_B * r + d) + bias
+    r = clip(sigma_B / sigma, 1 / r_max, r_max),  d = clip((mu_B - mu) / sigma, -d_max, d_max),  both without gradient
+
+with the statistics of the batch, mu_B and sigma_B, and the running ones before they move, mu and sigma. So training
+uses what inference uses, up to the clipping. The limits are 1 and 0, which is BN, at first, and grow linearly to
+`r_max` and `d_max`; the paper's steps, 5,000 to 40,000 and to 25,000, are fractions of the training here (chosen: of
+130,000 steps). Without running statistics it is BN. The running variance is stored as BN's is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exnorm.norms.base import fold
+from exnorm.norms.batch_norm import BatchNorm
+from exnorm.norms.statistics import Moments
+
+START, R_FULL, D_FULL = 0.04, 0.31, 0.19  # fractions of the training: as BN until, r_max from, d_max from
+
+
+class BatchRenorm(BatchNorm):
+    """y = weight * ((x - mu_B) / sigma_B * r + d) + bias, for (N, C, *spatial) with up to three spatial dimensions.
+
+    Parameters: weight, bias (C,). Buffer: progress, the fraction of the training, set by `set_progress`.
+
+    Args (beyond `BatchNorm`'s):
+        r_max: the largest ratio of deviations, 1 or more.
+        d_max: the largest difference of means, in deviations.
+
+    Raises:
+        ValueError: an option out of its range; one value per channel in training.
+    """
+
+    progress: Tensor
+
+    def __init__(self, num_features: int, *, r_max: float = 3.0, d_max: float = 5.0, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        if not r_max >= 1 or not d_max >= 0:
+            raise ValueError(f"BatchRenorm: r_max={r_max}, d_max={d_max}: allowed: 1 or more, and 0 or more")
+        self.r_max, self.d_max = r_max, d_max
+        self.register_buffer("progress", torch.zeros((), device=options.get("device")))
+
+    def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        weight_C, bias_C = self.affine_parameters(moments.mean_NC)
+        if not self.training or self.running_mean is None or self.running_var is None:
+            return fold(*self.batch_statistics(moments), weight_C, bias_C, self.eps, moments)
+        dtype = moments.mean_NC.dtype
+        # The batch moves the running statistics in place, and the correction is towards those before it.
+        old_mean_C = self.running_mean.detach().clone().to(dtype)
+        old_rstd_C = torch.rsqrt(self.running_var.detach().clone().to(dtype) + self.eps)
+        mean, var = self.batch_statistics(moments)
+        r_limit, d_limit = self._limits(dtype)
+        ratio = torch.sqrt(var.detach() + self.eps) * old_rstd_C
+        ratio = torch.minimum(torch.maximum(ratio, 1 / r_limit), r_limit)
+        shift = (mean.detach() - old_mean_C) * old_rstd_C
+        shift = torch.minimum(torch.maximum(shift, -d_limit), d_limit)
+        return fold(mean, var, weight_C * ratio, bias_C + weight_C * shift, self.eps, moments)
+
+    def _limits(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """r_max and d_max at this point of the training."""
+        progress = self.progress.detach().to(dtype)
+        r_part, d_part = (((progress - START) / (full - START)).clamp(0, 1) for full in (R_FULL, D_FULL))
+        return 1 + (self.r_max - 1) * r_part, self.d_max * d_part
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
