@@ -259,12 +259,25 @@ def test_the_class_in_a_tar_is_the_first_folder_that_differs(tmp_path: Path) -> 
     assert tuple(splits.classes) == WNIDS and labelled_right(splits.train, WNIDS)
 
 
+def test_folders_in_a_tar_that_are_named_by_numbers_are_names(tmp_path: Path) -> None:
+    """Which need not begin with 0."""
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for name, wnid in zip(("1", "10", "2"), WNIDS, strict=True):
+                tar.add(save(tmp_path / "images" / f"{wnid}.png", wnid), f"{name}/{wnid}.png")
+    splits = data.load(config_of("imagefolder", tmp_path, source="tar"))
+    assert splits.classes == ["1", "10", "2"] and labelled_right(splits.val, WNIDS)
+
+
 def test_folders_that_are_no_classes_are_named(tmp_path: Path) -> None:
     root = make_imagenet(tmp_path / "in")
     (root / "train" / WNIDS[0] / "again").symlink_to(root / "train", target_is_directory=True)
     with pytest.raises(UserError, match="again is a link to a folder that it lies in"):
         data.fingerprint(config_of("imagenet", root))
     (root / "train" / WNIDS[0] / "again").unlink()
+    (root / "train" / WNIDS[0][:-1]).mkdir()  # a folder whose name begins as its neighbour's
+    save(root / "train" / WNIDS[0][:-1] / "x.png", WNIDS[0])
+    (root / "train" / WNIDS[0] / "beside").symlink_to(root / "train" / WNIDS[0][:-1], target_is_directory=True)
     (root / "train" / WNIDS[0] / "loop.jpg").symlink_to("loop.jpg")
     data.fingerprint(config_of("imagenet", root))
     (tmp_path / "deep").mkdir()

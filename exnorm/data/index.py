@@ -179,11 +179,16 @@ def _images_below(base: bytes, folder: bytes, watched: list[bytes]) -> Iterator[
     for entry in found:
         path = os.path.join(folder, entry.name)
         if _is_folder(entry):
-            if entry.is_symlink() and os.path.realpath(watched[-1]).startswith(os.path.realpath(entry.path)):
+            if entry.is_symlink() and _lies_in(watched[-1], entry.path):
                 raise UserError(f"{os.fsdecode(entry.path)} is a link to a folder that it lies in; remove it")
             yield from _images_below(base, path, watched)
         elif is_image(entry.name):
             yield path, _size(entry.path)
+
+
+def _lies_in(folder: bytes, other: bytes) -> bool:
+    target = os.path.realpath(other)
+    return os.path.commonpath([os.path.realpath(folder), target]) == target
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -235,11 +240,16 @@ def _are_numbers(labels: Iterable[str], source: Path) -> bool:
 def _classes(labels: Sequence[str], source: Path) -> tuple[list[str], np.ndarray]:
     """The classes of some labels, and the place of each label in them: sorted names, or numbers from 0 on."""
     if not _are_numbers(labels, source):
-        classes = sorted(set(labels))
-        places = {name: place for place, name in enumerate(classes)}
-        return classes, np.array([places[label] for label in labels], np.int32)
+        return _named(labels)
     numbers = [int(label) for label in labels]
     return [str(number) for number in range(max(numbers) + 1)], np.array(numbers, np.int32)
+
+
+def _named(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The sorted names of classes, and the place of each label in them."""
+    classes = sorted(set(labels))
+    places = {name: place for place, name in enumerate(classes)}
+    return classes, np.array([places[label] for label in labels], np.int32)
 
 
 class _Member(NamedTuple):
@@ -270,13 +280,13 @@ def _scan_tars(files: Sequence[Path], base: Path) -> Found:
         raise UserError(f"no images in {', '.join(map(str, files[:3]))}{' ...' if len(files) > 3 else ''}")
     members.sort(key=lambda member: (member.span[0], member.name))
     labels = [member.label for member in members]
-    classes, numbers = _classes(labels, base)
+    classes, numbers = _classes(labels, base) if with_labels else _named(labels)
     entries = Entries(
         Packed.of(os.fsencode(f"{files[member.span[0]].name}/{member.name}") for member in members),
         numbers,
         classes,
         str(base),
-        numbered=_are_numbers(labels, base),
+        numbered=with_labels and _are_numbers(labels, base),
         spans=np.array([member.span for member in members], np.int64),
         tars=[str(file) for file in files],
     )
