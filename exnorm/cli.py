@@ -181,6 +181,14 @@ def runs(root: Annotated[Path, typer.Argument(help="The folder with the runs.")]
     print_runs(list_runs(root))
 
 
+@app.command()
+def ratios(run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)]) -> None:
+    """Show what each layer of a run mixes, draw it into the run folder, and say what the authors advise."""
+    from exnorm.report.ratios import run
+
+    run(run_dir)
+
+
 bench = typer.Typer(help="Measure speed and memory; tables are appended to results/bench/.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

