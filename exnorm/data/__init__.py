@@ -14,8 +14,8 @@ from exnorm.config.groups import option_values
 from exnorm.data import noise, validation
 from exnorm.data.splits import Images, Splits
 
-# Options that some sets have, and the others refuse.
 CROP_EXAMPLE = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
+# Options that some sets have, and the others refuse.
 PARTICULAR = ("num_classes", "num_train", "num_val", "seed", "train_list", "val_list", "source", "origin", "exclude")
 
 

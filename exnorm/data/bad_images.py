@@ -4,11 +4,7 @@ WebVision holds truncated files, and pages of errors named `.jpg`. In training t
 takes the place of a broken one; every loader process appends what it finds to one file of the run folder.
 """
 
-import contextlib
 import csv
-import io
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,9 @@ from PIL import Image
 from exnorm.config.errors import UserError
 from exnorm.data.files import BadImage
 from exnorm.data.splits import Images
+from exnorm.runs.folder import write_text_atomic
+from exnorm.runs.metrics import append_text
+from exnorm.runs.sinks import csv_text
 
 COLUMNS = ("data", "index", "path", "reason")
 Row = tuple[str, ...]
@@ -62,19 +61,8 @@ class BadImages:
         raise UserError(f"{self.data}: all {len(alike)} images of label {label} are broken, such as {path} ({reason})")
 
     def _note(self, index: int, bad: BadImage) -> None:
-        row = (self.data, str(index), bad.name, bad.reason)
-        with contextlib.suppress(FileExistsError):
-            self._append(os.O_EXCL, COLUMNS)
-        self._append(0, row)
-
-    def _append(self, flags: int, row: Sequence[str]) -> None:
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(row)
-        handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | flags, 0o644)
-        try:
-            os.write(handle, line.getvalue().encode(errors="surrogateescape"))  # one write: lines stay whole
-        finally:
-            os.close(handle)
+        head = [] if self.file.exists() else [COLUMNS]  # two processes may both be the first: read once
+        append_text(self.file, csv_text([*head, (self.data, index, bad.name, bad.reason)]))
 
     def check(self) -> None:
         """Look at the file if it has grown.
@@ -102,19 +90,13 @@ class BadImages:
     def look_again(self, images: Images) -> None:
         """Forget the broken images of an earlier attempt that can be read now; for one process, before the others."""
         if self.file.exists():
-            self._write([row for row in self._all_rows() if row[0] != self.data or _is_broken(images, int(row[1]))])
+            rows = [row for row in self._all_rows() if row[0] != self.data or _is_broken(images, int(row[1]))]
+            write_text_atomic(self.file, csv_text([COLUMNS, *rows]))
 
     def tidy(self) -> None:
         """Write the file anew: each image once, by index; for one process, at the end."""
         if self.file.exists():
-            self._write(self._all_rows())
-
-    def _write(self, rows: list[Row]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-        part = self.file.with_suffix(".part")
-        part.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
-        part.replace(self.file)
+            write_text_atomic(self.file, csv_text([COLUMNS, *self._all_rows()]))
 
     def _all_rows(self) -> list[Row]:
         if not self.file.exists():

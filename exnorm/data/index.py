@@ -220,9 +220,8 @@ def _scan_list(file: Path) -> Found:
         names = Packed.of(read(lines))
     if not labels:
         raise UserError(f"{file} is empty: expected a line 'path label' for each image")
-    classes, numbers = _classes([os.fsdecode(label) for label in ids], file)
-    labels_N = numbers[np.array(labels)]
-    return Found(Entries(names, labels_N, classes, "", numbered=_are_numbers(classes, file)), [os.fsencode(file)])
+    classes, numbers, numbered = _classes([os.fsdecode(label) for label in ids], file)
+    return Found(Entries(names, numbers[np.array(labels)], classes, "", numbered=numbered), [os.fsencode(file)])
 
 
 def _are_numbers(labels: Iterable[str], source: Path) -> bool:
@@ -237,12 +236,12 @@ def _are_numbers(labels: Iterable[str], source: Path) -> bool:
     return all(kinds.values())
 
 
-def _classes(labels: Sequence[str], source: Path) -> tuple[list[str], np.ndarray]:
-    """The classes of some labels, and the place of each label in them: sorted names, or numbers from 0 on."""
+def _classes(labels: Sequence[str], source: Path) -> tuple[list[str], np.ndarray, bool]:
+    """The classes of some labels, the place of each label in them, and whether they are numbers from 0 on."""
     if not _are_numbers(labels, source):
-        return _named(labels)
+        return *_named(labels), False
     numbers = [int(label) for label in labels]
-    return [str(number) for number in range(max(numbers) + 1)], np.array(numbers, np.int32)
+    return [str(number) for number in range(max(numbers) + 1)], np.array(numbers, np.int32), True
 
 
 def _named(labels: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -280,13 +279,13 @@ def _scan_tars(files: Sequence[Path], base: Path) -> Found:
         raise UserError(f"no images in {', '.join(map(str, files[:3]))}{' ...' if len(files) > 3 else ''}")
     members.sort(key=lambda member: (member.span[0], member.name))
     labels = [member.label for member in members]
-    classes, numbers = _classes(labels, base) if with_labels else _named(labels)
+    classes, numbers, numbered = _classes(labels, base) if with_labels else (*_named(labels), False)
     entries = Entries(
         Packed.of(os.fsencode(f"{files[member.span[0]].name}/{member.name}") for member in members),
         numbers,
         classes,
         str(base),
-        numbered=with_labels and _are_numbers(labels, base),
+        numbered=numbered,
         spans=np.array([member.span for member in members], np.int64),
         tars=[str(file) for file in files],
     )

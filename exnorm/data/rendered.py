@@ -8,7 +8,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import zlib
@@ -24,7 +23,7 @@ from PIL import Image
 from exnorm.data.drawing import VERSION, Plan, draw_into
 from exnorm.data.splits import Images
 from exnorm.runs.cache import cache_folder
-from exnorm.runs.children import available_cores
+from exnorm.runs.children import available_cores, importing_environment
 
 HEADER = 4096  # bytes
 FEW = 200  # images that are drawn before a process has started
@@ -101,10 +100,8 @@ def _draw_all(plan: Plan, count: int, file: Path) -> None:
     cores = available_cores()
     bounds = [count * share // cores for share in range(cores + 1)]
     command = [sys.executable, "-m", "exnorm.data.drawing", json.dumps(plan), str(file), str(HEADER)]
-    # The package may be importable through sys.path alone.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # Signals to all processes of a job are the trainer's to answer; whatever ends this one closes the pipes.
-    options: dict[str, Any] = {"env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
+    options: dict[str, Any] = {"env": importing_environment(), "stdin": subprocess.PIPE, "start_new_session": True}
     with contextlib.ExitStack() as stack:
         painters = [
             stack.enter_context(subprocess.Popen([*command, str(start), str(stop)], **options))

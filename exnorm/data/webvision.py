@@ -9,6 +9,7 @@ are those of the queries, so many are wrong; validation, 50 images of each class
     google/q0001/*.jpg, flickr/q0001/*.jpg          a folder is a query, not a class
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def synsets(root: Path) -> list[str]:
     strange = [name for name in classes if not WNID.fullmatch(name)]
     if strange:
         raise UserError(f"{root}/info/synsets.txt: {strange[0]} is no WordNet id, as n01440764 is")
-    twice = sorted({name for name in classes if classes.count(name) > 1})
+    twice = [name for name, count in Counter(classes).items() if count > 1]
     if twice:
         raise UserError(f"{root}/info/synsets.txt has {twice[0]} twice")
     return classes

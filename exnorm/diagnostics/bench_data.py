@@ -26,6 +26,7 @@ from exnorm.data import fingerprint, load
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
 from exnorm.data.transforms import Transform, train_transform
 from exnorm.diagnostics.bench import TABLES, append, interleaved, print_rows, ratios
+from exnorm.runs.children import importing_environment
 
 BATCH = 64
 ENTRIES = 1_281_167  # ImageNet's training images
@@ -72,9 +73,10 @@ def measure(config: Any, count: int, rounds: int) -> dict[str, Any]:
     fingerprint(config)
     images = load(config).train
     count = min(count, len(images)) // BATCH * BATCH or len(images)
-    workers, transform = min(config.workers, os.cpu_count() or 1), train_transform(config)
+    transform = train_transform(config)
     batches = TrainBatches(count, total=min(BATCH, count), seed=0)
-    loader = Loader(SeededImages(images, transform, seed=0), batches, workers=workers, device=CPU)
+    loader = Loader(SeededImages(images, transform, seed=0), batches, workers=config.workers, device=CPU)
+    workers = loader.batches.num_workers
     opened = [images.open_image(index) for index in range(min(count, BATCH))]
     candidates: dict[str, Callable[[], Any]] = {
         "loader": lambda: _drain(loader),
@@ -132,7 +134,7 @@ def measure_index(entries: int) -> dict[str, Any]:
             first = root / split / "n00000000" / "n00000000_0.JPEG"
             first.parent.mkdir(parents=True)
             first.touch()
-        environment = os.environ | {"XDG_CACHE_HOME": name, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = importing_environment() | {"XDG_CACHE_HOME": name}
         command = [sys.executable, "-c", STARTUP, name]
         first, again = (
             json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)

@@ -7,7 +7,6 @@ from omegaconf import OmegaConf
 from exnorm import ops
 from exnorm.config.schema import EvalConfig
 from exnorm.data import load, validation_sets
-from exnorm.data.bad_images import BadImages
 from exnorm.data.loader import SeededImages
 from exnorm.data.transforms import eval_transform
 from exnorm.data.validation import matched
@@ -16,6 +15,7 @@ from exnorm.engine.batch import plan_batch
 from exnorm.engine.calibrate import batch_average, using
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import eval_loader, evaluate
+from exnorm.engine.images import bad_images_of
 from exnorm.norms import configure_scope
 from exnorm.runs.folder import RunFolder, utc_now
 from exnorm.runs.metrics import MetricsLog
@@ -38,12 +38,7 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     configure_scope(model)
     calibrated = {}
     if averages:
-        bad_images = BadImages(
-            folder.bad_images_file,
-            data=wanted.data.name,
-            images=len(splits.train),
-            max_fraction=wanted.data.max_bad_fraction,
-        )
+        bad_images = bad_images_of(folder, wanted.data, splits)
         train_set = SeededImages(splits.train, eval_transform(wanted.data), seed=config.seed, bad_images=bad_images)
         plan = plan_batch(config.batch, devices=1, sync=bool(config.norm.get("sync", False)))
         calibrated = batch_average(

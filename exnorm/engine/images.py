@@ -50,12 +50,7 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
     )
     if batches.steps_per_epoch == 0:
         raise UserError(f"batch={config.batch} takes {plan.total} images a step; data has {len(splits.train)}")
-    bad_images = BadImages(
-        folder.bad_images_file,
-        data=config.data.name,
-        images=len(splits.train),
-        max_fraction=config.data.max_bad_fraction,
-    )
+    bad_images = bad_images_of(folder, config.data, splits)
     if world.is_first:
         bad_images.look_again(splits.train)
     workers, in_val = config.data.workers, eval_transform(config.data)
@@ -75,6 +70,16 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
             for name, val_set in val_sets.items()
         },
         bad_images,
+    )
+
+
+def bad_images_of(folder: RunFolder, data_config: Any, splits: Splits) -> BadImages:
+    """The broken training images of a set, in the list of a run."""
+    return BadImages(
+        folder.bad_images_file,
+        data=data_config.name,
+        images=len(splits.train),
+        max_fraction=data_config.max_bad_fraction,
     )
 
 

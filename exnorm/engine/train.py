@@ -21,7 +21,7 @@ from exnorm.engine.evaluate import evaluate_all
 from exnorm.engine.images import facts_of, keep_noise, open_images
 from exnorm.engine.learner import Learner, build_learner, check, restore, save, train_step
 from exnorm.engine.progress import Progress
-from exnorm.norms import set_progress
+from exnorm.norms import progress_buffers
 from exnorm.optim import learning_rate, set_learning_rate
 from exnorm.runs.folder import RunFolder, write_json_atomic
 from exnorm.runs.metrics import MetricsLog, plain
@@ -109,6 +109,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     probe = probe_images(next(iter(images.val_sets.values())), config.logger.probe_images, world)
     ratios: list[LayerRatio] = []
     results: dict[str, float] = {}
+    layers_progress = progress_buffers(learner.model)
     check_every = GPU_CHECK_EVERY if world.device.type == "cuda" else 1
     while learner.epoch < trainer.epochs:
         batches.start(learner.epoch, learner.step - learner.epoch * epoch_steps)
@@ -122,7 +123,8 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                 total_batch=plan.total,
             )
             set_learning_rate(learner.optimizer, rate)
-            set_progress(learner.model, learner.step / steps)
+            for progress_of_layer in layers_progress:
+                progress_of_layer.fill_(learner.step / steps)
             learner.calibrated = None  # the statistics of other weights
             batch_sums = train_step(learner, batch, seed=config.seed)
             learner.step += 1

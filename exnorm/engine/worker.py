@@ -119,7 +119,7 @@ def _report(problem: ValueError) -> None:
         text = text.rpartition("UserError: ")[2]
     line = " ".join(text.split())
     if error_file:
-        Path(error_file).write_text(line, encoding="utf-8")
+        Path(error_file).write_text(line, encoding="utf-8", errors="surrogateescape")
     else:
         print(f"exnorm: error: {line}", file=sys.stderr, flush=True)
 

@@ -12,7 +12,7 @@ from exnorm.norms.exemplar_norm import ExemplarNorm
 from exnorm.norms.group_norm import GroupNorm
 from exnorm.norms.instance_norm import InstanceNorm
 from exnorm.norms.layer_norm import LayerNorm
-from exnorm.norms.progress import set_progress
+from exnorm.norms.progress import progress_buffers, set_progress
 from exnorm.norms.sparse_switch_norm import SparseSwitchNorm
 from exnorm.norms.statistics import Moments
 from exnorm.norms.switch_norm import SwitchNorm
@@ -31,5 +31,6 @@ __all__ = [
     "SwitchNorm",
     "commit_running_stats",
     "configure_scope",
+    "progress_buffers",
     "set_progress",
 ]

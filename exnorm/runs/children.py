@@ -1,12 +1,18 @@
 """What a process needs to know that works for another one. Imports no torch."""
 
 import os
+import sys
 import threading
 
 
 def available_cores() -> int:
     """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def importing_environment() -> dict[str, str]:
+    """The environment for a Python that is to import what this one can, through `sys.path` alone if need be."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def end_with_parent() -> None:

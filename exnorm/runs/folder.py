@@ -152,9 +152,12 @@ def write_json_atomic(path: Path, obj: Any) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write text to a neighbour, sync it, rename it into place and sync the folder."""
+    """Write text to a neighbour, sync it, rename it into place and sync the folder.
+
+    Names of files that are no UTF-8 are written as the bytes that they are.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8", newline="") as stream:
+    with open(part, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -69,10 +69,10 @@ def plain(value: Any) -> Any:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append in one write."""
+    """Append in one write, so that lines of several processes stay whole; names of files may be no UTF-8."""
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, text.encode())
+        os.write(handle, text.encode(errors="surrogateescape"))
     finally:
         os.close(handle)
 
