@@ -217,6 +217,14 @@ def test_too_many_broken_images_end_a_run_with_one_line_and_are_listed(tmp_path:
     assert "train/dog/3.png" in listed.read_text()
 
 
+def test_a_broken_image_whose_name_is_no_utf8_is_said_in_one_line(tmp_path: Path, run_cli: CliRunner) -> None:
+    folder = make_image_folder(tmp_path / "images") / "train" / "dog"
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    done = run_cli(*tiny(tmp_path / "images"))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "1 of 49 training images of imagefolder are broken, such as train/dog/caf" in done.stderr
+
+
 @pytest.mark.slow
 def test_two_runs_of_one_command_are_bit_equal(images: Path, tmp_path: Path) -> None:
     arguments = tiny(images, "data.workers=2", "model.drop_rate=0.2")

@@ -131,7 +131,7 @@ def _forwarding(workers: list[subprocess.Popen[bytes]], resumable: bool) -> Iter
 
 def _explain(rank: int, code: int, scratch: Path, resumable: bool) -> NoReturn:
     """Raise what the end of the first worker that failed means."""
-    lines = [file.read_text(encoding="utf-8") for file in sorted(scratch.iterdir())]
+    lines = [file.read_text(encoding="utf-8", errors="surrogateescape") for file in sorted(scratch.iterdir())]
     if code == EXIT_LOCKED:
         raise RunLocked(lines[0])
     if lines:
