@@ -44,6 +44,10 @@ class Item(StrEnum):
 
 def main() -> None:
     """Run the command line; the entry point of the package."""
+    if os.environ.pop("EXNORM_END_WITH_PARENT", None):
+        from exnorm.runs.children import end_with_parent
+
+        end_with_parent()
     try:
         app()
     except Exception as exc:
@@ -179,6 +183,31 @@ def runs(root: Annotated[Path, typer.Argument(help="The folder with the runs.")]
     from exnorm.runs.table import print_runs
 
     print_runs(list_runs(root))
+
+
+@app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="A study of conf/study, such as sn-table2.")],
+    scale: Annotated[str, typer.Option(help="mini: on a laptop; full: the paper's.")] = "mini",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of each cell; as the study says without.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="AXIS=VALUE", help="Cells with this value.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Run nothing: list cells, seeds and hours left.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; as many as fit the cores without.")] = None,
+    images_per_s: Annotated[float | None, typer.Option(min=0.001, help="Of a GPU, for the plan.")] = None,
+    runs: Annotated[Path, typer.Option(help="The folder for run folders.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="The folder for records.")] = Path("results"),
+) -> None:
+    """Run what is missing of a study and write its record; the same command again goes on."""
+    from exnorm.config.study import chosen_cells, load_study
+    from exnorm.studies.plan import jobs_of
+    from exnorm.studies.reproduce import print_plan, reproduce
+
+    wanted = load_study(study, scale, seeds=seeds)
+    found = jobs_of(wanted, chosen_cells(wanted, only or []), runs)
+    if plan:
+        print_plan(wanted, found, results, images_per_s=images_per_s)
+    else:
+        raise typer.Exit(reproduce(wanted, found, results, at_once=jobs))
 
 
 @app.command()

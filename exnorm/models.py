@@ -105,6 +105,27 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str |
     return notes + ([f"{len(missing)} parameters and buffers of the norms start anew"] if missing else [])
 
 
+def load_ratios(model: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Take from a state dict the parameters of the norms that decide their ratios, and nothing else.
+
+    Raises:
+        UserError: the model has none, or the source has others.
+    """
+    own = {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, Norm) and hasattr(module, "ratios")
+        for key, parameter in module.named_parameters(recurse=False)
+        if key not in ("weight", "bias")
+    }
+    given = {key.removeprefix("module."): value for key, value in state.items()}
+    wrong = [key for key, parameter in own.items() if key not in given or given[key].shape != parameter.shape]
+    if wrong or not own:
+        which = f"{source} has no {wrong[0]} like this model's" if wrong else "the layers of this model mix nothing"
+        raise UserError(f"model.init_ratios_from={source}: {which}; give a run with the same model and norm")
+    model.load_state_dict({key: given[key] for key in own}, strict=False)
+
+
 def _norm_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Norm)}
 

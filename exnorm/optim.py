@@ -54,11 +54,12 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     own: dict[nn.Parameter, dict[str, float]] = {}
     for module in model.modules():
         if isinstance(module, Norm):
-            own |= {getattr(module, name): options for name, options in module.param_options().items()}
+            options = module.param_options().items()
+            own |= {p: option for name, option in options if (p := getattr(module, name)).requires_grad}
     usual = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in own]
     groups: list[dict[str, Any]] = [{"params": usual}]
     for options in {tuple(sorted(options.items())): options for options in own.values()}.values():
-        params = [parameter for parameter in own if own[parameter] == options and parameter.requires_grad]
+        params = [parameter for parameter in own if own[parameter] == options]
         groups.append({"params": params, "lr": lr * options.get("lr_scale", 1.0), **options})
     return groups
 

@@ -15,7 +15,7 @@ from exnorm.norms import Norm
 
 
 class LayerRatio(NamedTuple):
-    """The share of one normalizer in one layer: mean over samples, and deviation over samples where they differ."""
+    """The share of one normalizer in one layer: mean and deviation over samples (EN) or channel groups (group SN)."""
 
     layer: str
     ratio: str  # "lambda" for EN; "mean", "var" for SN
@@ -46,9 +46,9 @@ def measure_ratios(model: nn.Module, images: Tensor) -> list[LayerRatio]:
     for layer, ratios in captured.items():
         names: Any = layers[layer].normalizers
         for ratio, value in ratios.items():
-            per_sample = value.ndim == 2
-            mean_K = value.mean(0) if per_sample else value
-            std_K = value.std(0, correction=0) if per_sample else None
+            several = value.ndim == 2
+            mean_K = value.mean(0) if several else value
+            std_K = value.std(0, correction=0) if several else None
             for k, normalizer in enumerate(names):
                 std = None if std_K is None else float(std_K[k])
                 rows.append(LayerRatio(layer, ratio, normalizer, float(mean_K[k]), std))

@@ -33,6 +33,7 @@ __all__ = [
     "group_options",
     "register_model_names",
     "register_schemas",
+    "schema_defaults",
     "split_norm",
 ]
 
@@ -73,16 +74,21 @@ def check_train(config: DictConfig) -> None:
     check_norm_types(values.get("norm", {}))
 
 
+def schema_defaults() -> dict[str, Any]:
+    """Return the defaults of every key that the schema types."""
+    values = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
 def default_values(norm_name: str) -> dict[str, Any]:
     """Return the schema's defaults with those of the norm's yaml: what a run's hash leaves out.
 
     The norm's name has no default, so it always counts.
     """
-    values = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
-    assert isinstance(values, dict)
     norm = option_values("norm", norm_name)
     del norm["name"]
-    return {**{str(key): value for key, value in values.items()}, "norm": norm}
+    return {**schema_defaults(), "norm": norm}
 
 
 def composed(config_name: str, overrides: list[str]) -> DictConfig:

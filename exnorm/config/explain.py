@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from exnorm.config.errors import UserError, first_line, nearest, suggest
-from exnorm.config.groups import group_options, groups, option_values, unknown_option
+from exnorm.config.groups import OF_STUDIES, group_options, groups, option_values, unknown_option
 from exnorm.config.norm import written
 from exnorm.config.schema import EvalConfig, TrainConfig
 
@@ -60,6 +60,8 @@ def missing_option(group: str, name: str, text: str) -> str:
 def unknown_key(key: str, config_name: str = "train") -> str:
     """Explain a key that does not exist: the same last word elsewhere, or else the nearest key."""
     group, _, option = key.partition(".")
+    if group in OF_STUDIES:
+        return f"unknown key '{key}': a study is many runs; type exnorm reproduce STUDY --scale mini"
     if key.startswith("model.options"):
         return f"unknown key '{key}': a further argument of the model takes a plus, such as +model.options.width=2"
     having = [name for name in group_options("norm") if option in option_values("norm", name)]

@@ -22,9 +22,12 @@ def conf_dir() -> Path:
     raise UserError(f"no conf/train.yaml in or next to {package}: reinstall exnorm, its configuration is missing")
 
 
+OF_STUDIES = ("study", "scale")  # folders of conf/ that `exnorm reproduce` reads and no run composes
+
+
 def groups() -> list[str]:
-    """Return the names of the groups that have an option."""
-    return sorted({file.parent.name for file in conf_dir().glob("*/*.yaml")})
+    """Return the names of the groups that have an option and can be a part of a run."""
+    return sorted({file.parent.name for file in conf_dir().glob("*/*.yaml")} - set(OF_STUDIES))
 
 
 def group_options(group: str) -> list[str]:

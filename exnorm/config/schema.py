@@ -19,6 +19,7 @@ class ModelConfig:
     drop_rate: float = 0.0  # dropout before the classifier; SN's released code uses 0.5
     pretrained: bool = False  # weights from timm's hub
     init_from: str | None = None  # a run folder or a checkpoint file
+    init_ratios_from: str | None = None  # the same, of which only what decides the ratios is taken
     replace: list[str] = field(default_factory=lambda: ["batch"])  # kinds of layers the norm replaces
     options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the model's constructor
 
@@ -94,6 +95,7 @@ class TrainerConfig:
     deterministic: bool = False  # deterministic algorithms on a GPU
     checkpoint_every: int = 1  # epochs
     checkpoint_every_steps: int | None = None  # further checkpoints inside an epoch
+    snapshots: list[float] = field(default_factory=list)  # fractions of the epochs after which one is kept for good
     inference: str = "moving_average"  # moving_average | batch_average: the statistics of BN's scope at test time
     calibration_batches: int = 200  # batches of training images for batch_average
     eval_batch_size: int = 64  # per device

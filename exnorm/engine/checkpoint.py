@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, read back only if they are whole.
 
-`checkpoints/step-<n>.pt` holds plain dicts and tensors (`weights_only=True` reads them); the last two are kept, and
-`best.pt` is the one with the best top-1. A file goes to a neighbour, is synced and renamed; before use every record
-of it is checked against its CRC-32.
+`checkpoints/step-<n>.pt` holds plain dicts and tensors (`weights_only=True` reads them); the last two are kept,
+`best.pt` is the one with the best top-1, `snapshot-<fraction>.pt` are those that `trainer.snapshots` asks for. A file
+goes to a neighbour, is synced and renamed; before use every record of it is checked against its CRC-32.
 """
 
 import os
@@ -47,15 +47,15 @@ def step_file(folder: RunFolder, step: int) -> Path:
     return folder.checkpoints / f"step-{step:09d}.pt"
 
 
-def keep_best(folder: RunFolder, path: Path) -> None:
-    """Make a checkpoint the best one, without a second copy of it."""
-    part = folder.checkpoints / f"{BEST}.{os.getpid()}.part"
+def keep(path: Path, kept: Path) -> None:
+    """Give a checkpoint a second name under which it stays, without a second copy of it."""
+    part = kept.with_suffix(f".{os.getpid()}.part")
     part.unlink(missing_ok=True)
     try:
         os.link(path, part)
     except OSError:  # a file system without hard links
         part.write_bytes(path.read_bytes())
-    rename_synced(part, folder.checkpoints / BEST)
+    rename_synced(part, kept)
 
 
 def load_latest(folder: RunFolder) -> dict[str, Any] | None:

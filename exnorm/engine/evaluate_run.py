@@ -28,6 +28,7 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     Raises:
         UserError: no usable checkpoint, a class of the run that the set lacks, a broken image.
     """
+    evaluation_id = request.pop("id")
     wanted = OmegaConf.merge(OmegaConf.structured(EvalConfig), request)
     ops.set_backend(config.ops.backend)
     state = checkpoint.find(folder, wanted.checkpoint)
@@ -58,6 +59,7 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
             results = evaluate(model, loader, Classification(config.task), precision=wanted.precision, world=world)
         if world.is_first:
             row = {
+                "id": evaluation_id,
                 "step": state["step"],
                 "time": utc_now(),
                 "data": name,

@@ -8,13 +8,14 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from exnorm.config.compose import compose_eval, default_values
+from exnorm.config.compose import compose_eval, default_values, schema_defaults
 from exnorm.config.errors import UserError
 from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
@@ -40,6 +41,7 @@ CHOICES = {
     "logger.wandb": ("off", "offline", "online"),
     "task.name": ("classification",),
 }
+INITIAL_WEIGHTS = ("init_from", "init_ratios_from")
 POSITIVE = (
     "trainer.epochs",
     "trainer.checkpoint_every",
@@ -93,11 +95,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
         UserError: no run folder, no checkpoint, data that do not fit.
     """
     folder = RunFolder(run_path)
-    trained = folder.read_config()
-    config = compose_eval(trained["data"], overrides)
-    for key in ("inference", "calibration_batches", "precision"):
-        if config[key] is None:
-            config[key] = trained["trainer"][key]
+    config = settle_evaluation(folder.read_config(), overrides)
     for key in ("inference", "precision", "device"):
         _check_choice(config[key], key, CHOICES[f"trainer.{key}"])
     for key in ("batch_size", "calibration_batches"):
@@ -105,10 +103,9 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
     gpu = on_gpu(config.device, "device")
     if config.precision == "fp16" and not gpu:
         raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or precision=fp32")
-    fingerprint(config.data, train=config.inference == "batch_average")
     values: Any = OmegaConf.to_container(config, resolve=True)
     run_workers(
-        [str(folder.path), json.dumps(values)],
+        [str(folder.path), json.dumps({**values, "id": evaluation_id(config)})],
         count=_count_devices(config.devices, "devices", gpu) or 1,
         on_gpu=gpu,
         resumable=False,
@@ -117,12 +114,39 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
     print_evaluations(MetricsLog.read(folder.path / "evaluations.jsonl")[-sets:])
 
 
+def settle_evaluation(trained: dict[str, Any], overrides: list[str]) -> DictConfig:
+    """The configuration of an evaluation of a run with the config `trained`, which says what is not overridden."""
+    config = compose_eval(trained["data"], overrides)
+    for key in ("inference", "calibration_batches", "precision"):
+        if config[key] is None:
+            config[key] = trained["trainer"][key]
+    return config
+
+
+def evaluation_id(config: DictConfig) -> str:
+    """The hash of everything that changes the result of an evaluation of given weights.
+
+    Raises:
+        UserError: its data are not there.
+    """
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    averages = config.inference == "batch_average"
+    keys = ("data", "checkpoint", "inference", "precision", *(["calibration_batches"] if averages else []))
+    defaults = {"data": schema_defaults()["data"]}
+    text = fingerprint(config.data, train=averages)
+    return config_hash({key: values[key] for key in keys}, defaults=defaults, fingerprint=text)
+
+
 def check(config: DictConfig) -> BatchPlan:
     """Refuse settings that cannot work, before anything is made; return how the batch lies on the devices."""
     for key, allowed in CHOICES.items():
         _check_choice(OmegaConf.select(config, key), key, allowed)
     for key in POSITIVE:
         _check_positive(OmegaConf.select(config, key), key)
+    if not all(0 < fraction <= 1 for fraction in config.trainer.snapshots):
+        raise UserError(
+            f"trainer.snapshots={list(config.trainer.snapshots)}: fractions of the epochs, above 0 and up to 1"
+        )
     gpu = on_gpu(config.trainer.device, "trainer.device")
     if config.trainer.precision == "fp16" and not gpu:
         raise UserError("trainer.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
@@ -134,16 +158,34 @@ def check(config: DictConfig) -> BatchPlan:
     return plan_batch(config.batch, devices=devices, passes=config.trainer.passes, sync=sync)
 
 
-def identity(config: DictConfig, values: dict[str, Any]) -> str:
-    """The hash of everything that changes the result: values, data, and the content of initial weights."""
-    if values["model"]["init_from"] is not None:
-        values = {
-            **values,
-            "model": {
-                **values["model"],
-                "init_from": _content_id(values["model"]["init_from"]),
-            },
-        }
+def content_id(source: str, key: str) -> str:
+    """The hash of initial weights: of the last checkpoint of a run folder, or of a file.
+
+    Raises:
+        UserError: there is none; `key` names the setting.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        checkpoints = sorted((path / "checkpoints").glob("step-*.pt"))
+        if not checkpoints:
+            raise UserError(f"{key}={source} is a folder without checkpoints; give a run folder or a file")
+        path = checkpoints[-1]
+    if not path.is_file():
+        raise UserError(f"{key}={source}: there is no such run folder or file")
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def identity(config: DictConfig, values: dict[str, Any], *, content_id: Callable[[str, str], str] = content_id) -> str:
+    """The hash of everything that changes the result: values, data, and the content of initial weights.
+
+    Args:
+        content_id: what stands for initial weights, from the setting's value and key.
+    """
+    contents = {
+        key: content_id(values["model"][key], f"model.{key}") for key in INITIAL_WEIGHTS if values["model"][key]
+    }
+    values = {**values, "model": {**values["model"], **contents}}
     defaults = default_values(values["norm"]["name"])
     return config_hash(values, defaults=defaults, fingerprint=fingerprint(config.data))
 
@@ -237,17 +279,3 @@ def _check_positive(value: int, key: str) -> None:
 def _check_choice(value: Any, key: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
-
-
-def _content_id(source: str) -> str:
-    """The hash of initial weights: of the last checkpoint of a run folder, or of a file."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        checkpoints = sorted((path / "checkpoints").glob("step-*.pt"))
-        if not checkpoints:
-            raise UserError(f"model.init_from={source} is a folder without checkpoints; give a run folder or a file")
-        path = checkpoints[-1]
-    if not path.is_file():
-        raise UserError(f"model.init_from={source}: there is no such run folder or file")
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

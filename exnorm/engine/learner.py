@@ -17,7 +17,7 @@ from exnorm.engine.batch import BatchPlan
 from exnorm.engine.calibrate import Calibrated
 from exnorm.engine.distributed import World, replica_group
 from exnorm.engine.evaluate import autocast
-from exnorm.models import build_model, load_weights
+from exnorm.models import build_model, load_ratios, load_weights
 from exnorm.norms import commit_running_stats, configure_scope
 from exnorm.optim import build_optimizer
 from exnorm.runs.folder import RunFolder
@@ -64,6 +64,9 @@ def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]
         for note in load_weights(model, checkpoint.read_weights(source), source=source):
             if world.is_first:
                 print(f"model.init_from: {note}", flush=True)
+    if config.model.init_ratios_from is not None:
+        source = config.model.init_ratios_from
+        load_ratios(model, checkpoint.read_weights(source), source=source)
     memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
     model = model.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
     configure_scope(model, replicas=plan.replicas_per_pass, group=replica_group(world, plan.span))

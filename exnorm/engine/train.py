@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,8 +97,8 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         metrics.cut_back(learner.step, learner.epoch)
         values: Any = OmegaConf.to_container(config)
         sinks = make_sinks(folder, config.logger, step=learner.step, epochs=learner.epoch, run_config=values)
-        if learner.best.get("epoch") == learner.epoch and learner.step == learner.epoch * epoch_steps:
-            checkpoint.keep_best(folder, checkpoint.step_file(folder, learner.step))
+        if state is not None and learner.step == learner.epoch * epoch_steps:
+            keep_marked(folder, learner, checkpoint.step_file(folder, learner.step), config)
 
     def log(row: dict[str, Any]) -> None:
         if metrics is not None:
@@ -178,10 +179,10 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             learner.best = {"val/top1": results["val/top1"], "epoch": learner.epoch + 1}
         learner.epoch += 1
         last = learner.epoch == trainer.epochs
-        if is_best or last or learner.epoch % trainer.checkpoint_every == 0:
+        if is_best or last or learner.epoch % trainer.checkpoint_every == 0 or snapshots_of(learner.epoch, config):
             path = save(folder, learner)
-            if is_best and path is not None:
-                checkpoint.keep_best(folder, path)
+            if path is not None:
+                keep_marked(folder, learner, path, config)
         signum = check(learner, stop_signal())
         if signum and not last:
             save(folder, learner)
@@ -209,6 +210,19 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         bad_images.tidy()
         record["ratio"] = mean_ratios(ratios) if results else last_ratios(folder)
         write_json_atomic(folder.record_file, plain(record))
+
+
+def snapshots_of(epoch: int, config: Any) -> list[float]:
+    """The fractions of the epochs in `trainer.snapshots` that end with this one."""
+    return [share for share in config.trainer.snapshots if max(1, round(share * config.trainer.epochs)) == epoch]
+
+
+def keep_marked(folder: RunFolder, learner: Learner, path: Path, config: Any) -> None:
+    """Keep the checkpoint at the end of an epoch as the best one, and as snapshots, where it is that."""
+    if learner.best.get("epoch") == learner.epoch:
+        checkpoint.keep(path, folder.checkpoints / checkpoint.BEST)
+    for share in snapshots_of(learner.epoch, config):
+        checkpoint.keep(path, folder.snapshot_file(share))
 
 
 def calibrate(learner: Learner, dataset: SeededImages, config: Any) -> Calibrated | None:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exnorm.norms.statistics import Moments
 from exnorm.norms.switch_norm import SwitchNorm
 
 NOWHERE = 1e-12  # a squared distance that may be rounding
@@ -42,42 +41,37 @@ class SparseSwitchNorm(SwitchNorm):
         """The ratio parameters learn slowly and do not decay."""
         return {name: {"lr_scale": 0.1, "weight_decay": 0.0} for name in ("mean_weight", "var_weight")}
 
-    def ratios(self, moments: Moments) -> dict[str, Tensor]:
-        """The weights of the means and of the variances, (K,) each, in the order of `normalizers`."""
-        dtype = moments.mean_NC.dtype
-        radius = self.progress.to(dtype)
-        return {
-            "mean": sparsestmax(self.mean_weight.to(dtype), radius),
-            "var": sparsestmax(self.var_weight.to(dtype), radius),
-        }
+    def shares(self, logits: Tensor) -> Tensor:
+        """The ratios of logits, (K,) or (G, K)."""
+        return sparsestmax(logits, self.progress.to(logits.dtype))
 
 
-def sparsestmax(logit_K: Tensor, radius: Tensor) -> Tensor:
-    """Ratios (K,) on the simplex, no nearer to the middle of their support than `radius`, for K up to 3."""
-    ratio_K = _sparsemax(logit_K)
-    middle_K = _middle(ratio_K)
-    for _ in range(len(logit_K) - 1):  # each turn may leave one face of the simplex for a smaller one
-        away_K = ratio_K - middle_K
-        squared = away_K.square().sum()
+def sparsestmax(logits: Tensor, radius: Tensor) -> Tensor:
+    """Ratios on the simplex, no nearer to the middle of their support than `radius`: in each row of K, up to 3."""
+    ratios = _sparsemax(logits)
+    middle = _middle(ratios)
+    for _ in range(logits.shape[-1] - 1):  # each turn may leave one face of the simplex for a smaller one
+        away = ratios - middle
+        squared = away.square().sum(-1, keepdim=True)
         apart = (squared.detach() > NOWHERE).to(squared.dtype)
         moves = apart * (squared.detach() < radius.square()).to(squared.dtype)
-        pushed_K = middle_K + radius * away_K * torch.rsqrt(squared + (1 - apart))
-        ratio_K = _sparsemax(ratio_K + moves * (pushed_K - ratio_K))
-        next_middle_K = _middle(ratio_K)
-        radius = torch.sqrt((radius.square() - (middle_K - next_middle_K).square().sum()).relu())
-        middle_K = next_middle_K
-    return ratio_K
+        pushed = middle + radius * away * torch.rsqrt(squared + (1 - apart))
+        ratios = _sparsemax(ratios + moves * (pushed - ratios))
+        next_middle = _middle(ratios)
+        radius = torch.sqrt((radius.square() - (middle - next_middle).square().sum(-1, keepdim=True)).relu())
+        middle = next_middle
+    return ratios
 
 
-def _sparsemax(logit_K: Tensor) -> Tensor:
+def _sparsemax(logits: Tensor) -> Tensor:
     """The nearest point of the simplex: max(z - t, 0), where t = max_k (sum of the k largest - 1) / k."""
-    total, count = logit_K.sum(), len(logit_K)
-    largest = {1: logit_K.amax(), count - 1: total - logit_K.amin(), count: total}
+    total, count = logits.sum(-1, keepdim=True), logits.shape[-1]
+    largest = {1: logits.amax(-1, keepdim=True), count - 1: total - logits.amin(-1, keepdim=True), count: total}
     sums = [(largest[k] - 1) / k for k in range(1, count + 1)]
-    return (logit_K - torch.stack(sums).amax()).relu()
+    return (logits - torch.stack(sums).amax(0)).relu()
 
 
-def _middle(ratio_K: Tensor) -> Tensor:
+def _middle(ratios: Tensor) -> Tensor:
     """Equal ratios for all that are not zero."""
-    support_K = (ratio_K.detach() > 0).to(ratio_K.dtype)
-    return support_K / support_K.sum()
+    support = (ratios.detach() > 0).to(ratios.dtype)
+    return support / support.sum(-1, keepdim=True)

@@ -1,15 +1,14 @@
 """`exnorm ratios RUN_DIR`: what the layers of a run chose, from its `metrics.jsonl`."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.table import Table
 
 from exnorm.config.errors import UserError
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.runs.folder import RunFolder
+from exnorm.runs.layer_ratios import shares, symmetric_kl
 from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.table import print_table
 
@@ -39,36 +38,12 @@ def run(run_path: Path) -> None:
             print(f"figure: {path}")
 
 
-def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The ratios in a run's metrics: epoch, layer, kind (lambda, mean, var), normalizer, mean and std over samples.
-
-    Layers are in the order of the network.
-    """
-    found: dict[tuple[int, str, str, str], dict[str, float]] = {}
-    for row in rows:
-        for key, value in row.items():
-            if key.startswith("ratio/") and value is not None:
-                _, layer, *words = key.split("/")
-                statistic = words.pop() if words[-1] == "std" else "mean"
-                kind = words[0] if len(words) == 2 else "lambda"
-                found.setdefault((row["epoch"], layer, kind, words[-1]), {})[statistic] = value
-    keys = pd.DataFrame(found.keys(), columns=["epoch", "layer", "kind", "normalizer"])
-    return keys.join(pd.DataFrame(found.values(), columns=["mean", "std"]))
-
-
 def per_layer(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row for each layer after the last epoch: its ratios, and the divergence of SN's two sets of them.
-
-    The divergence is the symmetric one of Kullback and Leibler, sum_k (w_k - w'_k) log(w_k / w'_k); infinite where one
-    of them is 0 and the other is not.
-    """
+    """A row for each layer after the last epoch: its ratios, and the divergence of SN's two sets of them."""
     last = frame.query("epoch == epoch.max()")
     wide = last.pivot_table(index="layer", columns=["kind", "normalizer"], values="mean", sort=False)
     if {"mean", "var"} <= set(last.kind):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            p, q = wide["mean"], wide["var"]
-            parts = np.where(p == q, 0.0, (p - q) * (np.log(p) - np.log(q)))
-        wide[("symmetric KL", "")] = parts.sum(1)
+        wide[("symmetric KL", "")] = symmetric_kl(wide["mean"], wide["var"])
     spread = last.pivot_table(index="layer", columns=["kind", "normalizer"], values="std", sort=False)
     for kind, normalizer in spread.columns:
         wide[("std", normalizer)] = spread[kind, normalizer]

@@ -4,6 +4,8 @@ import os
 import sys
 import threading
 
+END_WITH_PARENT = "EXNORM_END_WITH_PARENT"  # set for a command that is to end when its standard input closes
+
 
 def available_cores() -> int:
     """The cores that this process may run on."""

@@ -42,6 +42,10 @@ class RunFolder:
         self.log_file = self.path / "log.txt"
         self.lock_file = self.path / ".lock"
 
+    def snapshot_file(self, fraction: float) -> Path:
+        """The checkpoint that `trainer.snapshots` keeps after a fraction of the epochs."""
+        return self.checkpoints / f"snapshot-{fraction:g}.pt"
+
     def create(self, config_yaml: str) -> None:
         """Make the folder and write its `config.yaml`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)

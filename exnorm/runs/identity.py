@@ -30,6 +30,7 @@ EXCLUDED = frozenset(
         "trainer.deterministic",
         "trainer.checkpoint_every",
         "trainer.checkpoint_every_steps",
+        "trainer.snapshots",
         "trainer.eval_batch_size",
         "runs",
         "fresh",

@@ -1,5 +1,7 @@
 """Where a result came from: code, versions, machine. Names of users and of machines are not collected."""
 
+import json
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -22,11 +24,12 @@ PACKAGES = (
 )
 PATCH_BYTES = 1_000_000  # of uncommitted changes; more is data rather than code
 CODE = ("exnorm", "conf")
+STUDY = "EXNORM_STUDY"  # set by `exnorm reproduce`: id, scale and cell that a run is made for, as JSON
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def collect(command: list[str]) -> dict[str, Any]:
-    """Return time (UTC), command, interpreter, platform, processor, versions, and the commit of a checkout."""
+    """Return time (UTC), command, interpreter, platform, processor, versions, commit of a checkout, and the study."""
     return {
         "time": utc_now(),
         "command": command,
@@ -35,6 +38,7 @@ def collect(command: list[str]) -> dict[str, Any]:
         "cpu": cpu_model(),
         "versions": versions(),
         "git": git_state(CHECKOUT),
+        "study": json.loads(os.environ.get(STUDY, "null")),
     }
 
 

@@ -1,0 +1,203 @@
+"""Studies: `conf/study/<id>.yaml`, a table of a paper as axes, settings and claims, at a scale of `conf/scale/`.
+
+A cell is one choice of a value on every axis. What it runs is `exnorm train` with the settings of, in this order, the
+scale, the study, the study at that scale, the cell's values, and last of all the rules (`when`) that its values meet;
+the last setting of a key counts. A setting that begins with `eval:` belongs to `exnorm eval`, run after the training.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exnorm.config.errors import UserError, suggest
+from exnorm.config.groups import group_options, option_values, unknown_option
+
+STUDY_KEYS = (
+    "paper",
+    "table",
+    "axes",
+    "set",
+    "when",
+    "scales",
+    "seeds",
+    "more_seeds",
+    "columns",
+    "published",
+    "metrics",
+    "sources",
+    "claims",
+    "notes",
+)
+SCALE_KEYS = ("set", "when", "threads", "stand_ins", "train_images", "notes")
+RULE_KEYS = ("if", "set")
+EVAL = "eval:"
+
+Key = tuple[tuple[str, str], ...]  # an axis and its value, for each axis in the study's order
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a study's table: what it is called, what is run for it, and with which seeds."""
+
+    key: Key
+    train: tuple[str, ...]
+    evaluate: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The values as one types them: `norm=sn batch=8x2`."""
+        return cell_name(self.key)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study at a scale, with all of its cells."""
+
+    id: str
+    scale: str
+    title: str
+    values: Mapping[str, Any]  # of its yaml
+    axes: Mapping[str, tuple[str, ...]]
+    cells: tuple[Cell, ...]
+    sources: Mapping[str, tuple[str, ...]]  # runs whose checkpoints others begin with: settings by name
+    stand_ins: Mapping[str, str]  # what a value of an axis is at this scale, where it is something smaller
+    threads: int | None  # of a run; None: all cores
+    train_images: tuple[tuple[str, int], ...]  # of the data sets that do not say it in their configuration
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What its tables show, the first one first."""
+        return tuple(self.values.get("metrics", ("top1",)))
+
+    def label(self, value: str) -> str:
+        """A value of an axis as tables show it."""
+        return self.stand_ins.get(value, value)
+
+
+def cell_name(key: Iterable[tuple[str, str]]) -> str:
+    """`norm=sn batch=8x2`."""
+    return " ".join(f"{axis}={value}" for axis, value in key)
+
+
+def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
+    """Read a study and lay out its cells; `seeds`, if given, is the number of seeds of every cell.
+
+    Raises:
+        UserError: no such study or scale, an unknown key, a rule that names an unknown axis or setting.
+    """
+    values, shared = _read("study", name, STUDY_KEYS), _read("scale", scale, SCALE_KEYS)
+    own = values.get("scales", {}).get(scale, {})
+    _check_keys(own, SCALE_KEYS, f"conf/study/{name}.yaml, scales.{scale}")
+    axes = {axis: _axis_values(axis, given) for axis, given in values["axes"].items()}
+    settings = [*shared.get("set", ()), *values.get("set", ()), *own.get("set", ())]
+    rules = [*shared.get("when", ()), *values.get("when", ()), *own.get("when", ())]
+    where = f"conf/study/{name}.yaml"
+    cells = []
+    for chosen in itertools.product(*(options.items() for options in axes.values())):
+        key = tuple((axis, value) for axis, (value, _) in zip(axes, chosen, strict=True))
+        given = _settle([*settings, *(text for _, texts in chosen for text in texts)], rules, dict(key), where)
+        counted = seeds if seeds is not None else _seeds(values, dict(key), given)
+        cells.append(
+            Cell(
+                key,
+                train=tuple(text for text in given.values() if not text.startswith(EVAL)),
+                evaluate=tuple(text.removeprefix(EVAL) for text in given.values() if text.startswith(EVAL)),
+                seeds=tuple(range(counted)),
+            )
+        )
+    sources = {
+        source: tuple(_settle([*settings, *texts], rules, {}, where).values())
+        for source, texts in values.get("sources", {}).items()
+    }
+    return Study(
+        name,
+        scale,
+        title=_title(name),
+        values=values,
+        axes={axis: tuple(options) for axis, options in axes.items()},
+        cells=tuple(cells),
+        sources=sources,
+        stand_ins={**shared.get("stand_ins", {}), **own.get("stand_ins", {})},
+        threads=own.get("threads", shared.get("threads")),
+        train_images=tuple(shared.get("train_images", {}).items()),
+    )
+
+
+def chosen_cells(study: Study, only: Iterable[str]) -> tuple[Cell, ...]:
+    """The cells that meet every `axis=value` (or `axis=a,b`).
+
+    Raises:
+        UserError: an unknown axis or value, or words of another form.
+    """
+    wanted: dict[str, set[str]] = {}
+    for word in only:
+        axis, equals, given = word.partition("=")
+        if not equals:
+            raise UserError(f"--only {word}: write AXIS=VALUE, such as --only norm=sn; axes: {', '.join(study.axes)}")
+        if axis not in study.axes:
+            raise UserError(f"--only {word}: {study.id} has no axis '{axis}': {suggest(axis, study.axes)}")
+        for value in given.split(","):
+            if value not in study.axes[axis]:
+                raise UserError(f"--only {word}: no {axis} '{value}' in {study.id}: {suggest(value, study.axes[axis])}")
+            wanted.setdefault(axis, set()).add(value)
+    return tuple(
+        cell for cell in study.cells if all(value in wanted[axis] for axis, value in cell.key if axis in wanted)
+    )
+
+
+def _read(group: str, name: str, allowed: tuple[str, ...]) -> dict[str, Any]:
+    if name not in group_options(group):
+        raise UserError(unknown_option(group, name, group_options(group)))
+    values = option_values(group, name)
+    _check_keys(values, allowed, f"conf/{group}/{name}.yaml")
+    return values
+
+
+def _check_keys(values: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    for key in values:
+        if key not in allowed:
+            raise UserError(f"{where}: unknown key '{key}': {suggest(key, allowed)}")
+
+
+def _title(name: str) -> str:
+    from exnorm.config.groups import describe
+
+    return describe("study", name)
+
+
+def _axis_values(axis: str, given: Any) -> dict[str, tuple[str, ...]]:
+    """Each value of an axis with its settings: `axis=value` for a list, what a mapping says otherwise."""
+    if isinstance(given, Mapping):
+        return {str(value): tuple(settings) for value, settings in given.items()}
+    return {str(value): (f"{axis}={value}",) for value in given}
+
+
+def _settle(settings: Iterable[str], rules: Iterable[Any], key: Mapping[str, str], where: str) -> dict[str, str]:
+    """The settings that count, by their key, with those of the rules that they and the cell's values meet."""
+    given = {_setting_key(text): text for text in settings}
+    for rule in rules:
+        _check_keys(rule, RULE_KEYS, f"{where}, when")
+        facts = {**{name: text.partition("=")[2] for name, text in given.items()}, **key}
+        if _meets(rule["if"], facts):
+            given |= {_setting_key(text): text for text in rule["set"]}
+    return given
+
+
+def _setting_key(text: str) -> str:
+    return text.partition("=")[0].lstrip("+")
+
+
+def _meets(condition: Mapping[str, Any], facts: Mapping[str, str]) -> bool:
+    """Whether every fact that a condition names is the value, or one of the values, that it asks for."""
+    return all(
+        facts.get(name) in ([str(v) for v in wanted] if isinstance(wanted, list) else [str(wanted)])
+        for name, wanted in condition.items()
+    )
+
+
+def _seeds(values: Mapping[str, Any], key: Mapping[str, str], given: Mapping[str, str]) -> int:
+    facts = {**{name: text.partition("=")[2] for name, text in given.items()}, **key}
+    more = [rule["seeds"] for rule in values.get("more_seeds", ()) if _meets(rule["if"], facts)]
+    return max([values.get("seeds", 3), *more])

@@ -1,0 +1,34 @@
+"""The ratios of a run's layers, as its metrics have them."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The ratios in a run's metrics: epoch, layer, kind (lambda, mean, var), normalizer, mean and std over samples.
+
+    Layers are in the order of the network.
+    """
+    found: dict[tuple[int, str, str, str], dict[str, float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("ratio/") and value is not None:
+                _, layer, *words = key.split("/")
+                statistic = words.pop() if words[-1] == "std" else "mean"
+                kind = words[0] if len(words) == 2 else "lambda"
+                found.setdefault((row["epoch"], layer, kind, words[-1]), {})[statistic] = value
+    keys = pd.DataFrame(found.keys(), columns=["epoch", "layer", "kind", "normalizer"])
+    return keys.join(pd.DataFrame(found.values(), columns=["mean", "std"]))
+
+
+def symmetric_kl(p: Any, q: Any) -> pd.Series:
+    """The divergence of two tables of ratios in each row, in nats: sum_k (p_k - q_k) log(p_k / q_k).
+
+    It is KL(p, q) + KL(q, p), Kullback's and Leibler's symmetric one; infinite where one of them is 0 and the other is
+    not.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = np.where(p == q, 0.0, (p - q) * (np.log(p) - np.log(q)))
+    return pd.Series(parts.sum(1), index=p.index)

@@ -1,0 +1,159 @@
+"""From run folders to a study's records; they can be made again at any time from the folders that are there."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exnorm.config.study import Study
+from exnorm.runs.folder import read_json
+from exnorm.runs.layer_ratios import shares, symmetric_kl
+from exnorm.runs.metrics import MetricsLog
+from exnorm.runs.records import Row, change_records
+from exnorm.studies.plan import Job
+
+LARGE_KL = 0.1  # nats; what SN's paper calls large is not known, so this is ours, set before anything was measured
+DIGITS = 6  # of a value, significant
+
+
+def rows_of(study: Study, job: Job) -> list[Row]:
+    """The rows of a finished run: a row for each metric; none where it has not finished or is only a source."""
+    folder = job.folder()
+    if folder is None or job.cell is None or not job.finished():
+        return []
+    record, provenance = folder.read_record(), read_json(folder.provenance_file)
+    assert record is not None
+    provenance = provenance or {}
+    git = provenance.get("git") or {}
+    result = job.evaluation() if job.cell.evaluate else record
+    assert result is not None
+    shared = {
+        "scale": study.scale,
+        "cell": job.cell.name,
+        "seed": str(job.seed),
+        "facts": facts_of(folder.read_config(), record, result),
+        "hours": f"{record['hours']:.4f}",
+        "device": str(record["device"]),
+        "torch": provenance.get("versions", {}).get("torch", ""),
+        "commit": git.get("commit", "")[:12],
+        "uncommitted": "yes" if git.get("dirty") else "no",
+        "config_hash": job.config_hash or "",
+        "run": folder.path.name,
+    }
+    measured = metrics_of(record, result, MetricsLog.read(folder.metrics_file))
+    return [{**shared, "metric": name, "value": f"{value:.{DIGITS}g}"} for name, value in measured.items()]
+
+
+def metrics_of(record: dict[str, Any], result: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, float]:
+    """What a run is compared by: accuracies in % of the last epoch, cost, and ratios over all layers.
+
+    `result` is the record, or the evaluation that stands for it. `ratio_kl/large` is the share in % of SN's layers
+    whose ratios of the mean and of the variance have a symmetric KL divergence above LARGE_KL.
+    """
+    epochs = [row for row in log if "val/top1" in row]
+    speeds = [row["images_per_s"] for row in epochs if row.get("images_per_s")]
+    measured = {
+        "top1": result["val/top1"],
+        "top5": result["val/top5"],
+        "loss": result["val/loss"],
+        "train_top1": epochs[-1].get("train/top1") if epochs else None,
+        "updates": record["steps"],
+        "images_per_s": statistics.median(speeds) if speeds else None,
+        "parameters_m": record["parameters"] / 1e6,
+        "gflops": record["gflops_per_image"],
+    }
+    measured |= {f"ratio/{name}": share for name, share in record.get("ratio", {}).items()}
+    last = shares(log).query("epoch == epoch.max()")
+    if {"mean", "var"} <= set(last.kind):
+        sides = [
+            last.query("kind == @kind").pivot_table(index="layer", columns="normalizer", values="mean", sort=False)
+            for kind in ("mean", "var")
+        ]
+        measured["ratio_kl/large"] = 100 * float((symmetric_kl(*sides) > LARGE_KL).mean())
+    return {name: float(value) for name, value in measured.items() if value is not None}
+
+
+def facts_of(config: dict[str, Any], record: dict[str, Any], result: dict[str, Any]) -> str:
+    """What belongs into a footnote: the rule of inference, dropout, images that were left out."""
+    facts = {"inference": result.get("inference", record["inference"])}
+    if result.get("calibration_batches"):
+        facts["calibration_batches"] = result["calibration_batches"]
+    if config["model"]["drop_rate"]:
+        facts["drop_rate"] = config["model"]["drop_rate"]
+    excluded = result.get("images_excluded", record.get("images_excluded"))
+    if excluded:
+        facts["images_excluded"] = sum(excluded.values()) if isinstance(excluded, dict) else excluded
+    return " ".join(f"{name}={value}" for name, value in facts.items())
+
+
+def add_to_record(study: Study, job: Job, results: Path) -> None:
+    """Write the rows of a run into the study's record, in the place of earlier ones of this cell and seed."""
+    rows = rows_of(study, job)
+    if not rows:
+        return
+    same = {(row["scale"], row["cell"], row["seed"]) for row in rows}
+    change_records(
+        results,
+        study.id,
+        lambda before: in_order(
+            study, [*(row for row in before if (row["scale"], row["cell"], row["seed"]) not in same), *rows]
+        ),
+    )
+
+
+def collect(study: Study, jobs: Sequence[Job], results: Path) -> list[str]:
+    """Bring the record up to date with the run folders; return a line for each thing that was left out.
+
+    Rows of runs that are not here are kept, as long as the study still has that cell with that configuration.
+    """
+    notes: list[str] = []
+    found = {(job.name, str(job.seed)): rows_of(study, job) for job in jobs if job.cell is not None}
+    hashes = {job.name: job.config_hash for job in jobs if job.cell is not None}
+
+    def change(before: list[Row]) -> list[Row]:
+        kept, notes[:] = [], []
+        for row in before:
+            if row["scale"] == study.scale and found.get((row["cell"], row["seed"])):
+                continue  # replaced by what the folder says now
+            problem = _outdated(study, row, hashes)
+            if problem is None:
+                kept.append(row)
+            elif problem not in notes:
+                notes.append(problem)
+        return in_order(study, [*kept, *(row for rows in found.values() for row in rows)])
+
+    change_records(results, study.id, change)
+    return [*notes, *_other_runs(study, jobs)]
+
+
+def _outdated(study: Study, row: Row, hashes: dict[str, str | None]) -> str | None:
+    """Why a row of a record is not one of the study any more; None where it is."""
+    if row["scale"] != study.scale:
+        return None
+    where = f"left out: {row['cell']}, seed {row['seed']}"
+    if row["cell"] not in {cell.name for cell in study.cells}:
+        return f"{where}: {study.id} has no such cell any more"
+    wanted = hashes.get(row["cell"])
+    if wanted is not None and row["config_hash"] != wanted:
+        return f"{where}: made with the configuration {row['config_hash']}, the study's is {wanted} now"
+    return None
+
+
+def _other_runs(study: Study, jobs: Sequence[Job]) -> list[str]:
+    """Finished runs that were made for a cell of this study and are not what the study asks for now."""
+    if not jobs:
+        return []
+    wanted = {folder.path for job in jobs if (folder := job.folder()) is not None}
+    notes = []
+    for file in sorted(jobs[0].runs.glob("*/*/provenance.json")):
+        origin = (read_json(file) or {}).get("study") or {}
+        ours = (origin.get("id"), origin.get("scale")) == (study.id, study.scale)
+        if ours and (file.parent / "record.json").is_file() and file.parent not in wanted:
+            notes.append(f"left out: {file.parent}, made for {origin.get('cell')}: the study asks for another run now")
+    return notes
+
+
+def in_order(study: Study, rows: list[Row]) -> list[Row]:
+    """Rows by scale, cell in the study's order, seed and metric."""
+    order = {cell.name: position for position, cell in enumerate(study.cells)}
+    return sorted(rows, key=lambda row: (row["scale"], order.get(row["cell"], len(order)), int(row["seed"])))

@@ -1,0 +1,74 @@
+"""How long the rest of a study takes, from what was measured."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from exnorm.config.study import Study
+from exnorm.runs.records import read_records
+from exnorm.studies.plan import Job
+
+
+class Speed(NamedTuple):
+    """Images that are trained on per second, and where that number comes from; None where nothing is known."""
+
+    images_per_s: float | None
+    source: str
+
+
+def hours_left(jobs: Sequence[Job], speed: Speed, measured_h: dict[str, float]) -> float | None:
+    """The hours of training, one run after the other: as a cell's other seeds took, or else by the speed.
+
+    None where a run's time cannot be told.
+    """
+    total = 0.0
+    for job in jobs:
+        hours = measured_h.get(job.name)
+        if hours is None and job.images is not None and speed.images_per_s:
+            hours = job.images / speed.images_per_s / 3600
+        if hours is None:
+            return None
+        total += hours
+    return total
+
+
+def measured_hours(study: Study, results: Path) -> dict[str, float]:
+    """The mean hours of the runs of each cell that the record holds, at the study's scale."""
+    hours: dict[str, list[float]] = {}
+    for row in read_records(results, study.id):
+        if row["scale"] == study.scale and row["metric"] == "top1":
+            hours.setdefault(row["cell"], []).append(float(row["hours"]))
+    return {cell: mean(values) for cell, values in hours.items()}
+
+
+def speed_of(study: Study, results: Path, given: float | None) -> Speed:
+    """The speed that was given; or the mean over the records at this scale; or that of `exnorm bench train`."""
+    if given is not None:
+        return Speed(given, "as given by --images-per-s")
+    measured = [
+        float(row["value"])
+        for file in sorted((results / "records").glob("*.csv"))
+        for row in read_records(results, file.stem)
+        if row["scale"] == study.scale and row["metric"] == "images_per_s"
+    ]
+    if measured:
+        return Speed(mean(measured), f"the mean of {len(measured)} runs in {results / 'records'}")
+    if study.scale == "full":
+        return _benchmarked(results / "bench" / "train.csv")
+    return Speed(None, "nothing was measured yet")
+
+
+def _benchmarked(file: Path) -> Speed:
+    """The last training step of ResNet-50 at 224 px with a normalizer of ours in the benchmark's table."""
+    unknown = "nothing was measured yet: exnorm bench train measures it, --images-per-s tells it"
+    try:
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    except FileNotFoundError:
+        return Speed(None, unknown)
+    fitting = [r for r in rows if (r["model"], r["image_size"]) == ("resnet50", "224") and r["layers"] != "timm"]
+    if not fitting:
+        return Speed(None, unknown)
+    last = fitting[-1]
+    return Speed(float(last["images_per_s"]), f"resnet50 with {last['layers']} on {last['device']}, {file}")

@@ -1,0 +1,153 @@
+"""The runs of a study: for each cell and seed its configuration, folder, and whether it has finished.
+
+A run that begins with a checkpoint of another one (`{source@0.3}` in a setting: what `trainer.snapshots` keeps of the
+source after 0.3 of its epochs, of the same seed; `{source}`: the last one) is known by the configuration of the source
+instead of by the bytes of that file, so that a plan can be made before the source has run.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from exnorm.config.compose import compose_train
+from exnorm.config.errors import UserError
+from exnorm.config.study import Cell, Study
+from exnorm.engine.launch import evaluation_id, identity, settle_evaluation
+from exnorm.runs.folder import RunFolder
+from exnorm.runs.identity import run_dir
+from exnorm.runs.metrics import MetricsLog
+
+Facts = tuple[str | None, float | None, str]  # config_hash, images and problem of a job
+SOURCE = re.compile(r"\{([\w-]+)(?:@([\d.]+))?\}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study: a cell, or a source of cells, with a seed.
+
+    Attributes:
+        cell: None for a source.
+        settings: of `exnorm train`, without seed and runs; `{source@0.3}` as in the study.
+        config_hash: of what the run does; the same for all seeds. None where its data are not at hand.
+        images: that it trains on, over all epochs; None where the size of its data is not known.
+        problem: what is wrong where there is no hash.
+        needs: the source's job, if it begins with a checkpoint of one.
+    """
+
+    cell: Cell | None
+    name: str
+    seed: int
+    settings: tuple[str, ...]
+    config_hash: str | None
+    images: float | None
+    problem: str
+    runs: Path
+    needs: "Job | None" = None
+
+    def arguments(self) -> list[str]:
+        """What `exnorm train` is given.
+
+        Raises:
+            UserError: the checkpoint that it begins with is not there.
+        """
+        return [*(self._with_checkpoint(text) for text in self.settings), f"seed={self.seed}", f"runs={self.runs}"]
+
+    def folder(self) -> RunFolder | None:
+        """The run's folder, which need not exist; None before its source has run, or without its data."""
+        if self.config_hash is None or (self.needs and not self.needs.finished()):
+            return None
+        arguments = tuple(self.arguments())
+        return RunFolder(_folder(arguments[:-2] + arguments[-1:], self.seed))
+
+    def finished(self) -> bool:
+        """Whether the run, and what its cell evaluates afterwards, has a result."""
+        folder = self.folder()
+        if folder is None or folder.read_record() is None:
+            return False
+        return self.cell is None or not self.cell.evaluate or self.evaluation() is not None
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """The row of `evaluations.jsonl` that the cell asks for, of the run's last checkpoint."""
+        folder = self.folder()
+        record = folder.read_record() if folder is not None else None
+        if folder is None or record is None or self.cell is None:
+            return None
+        wanted = _evaluation_id(json.dumps(folder.read_config()), self.cell.evaluate)
+        rows = MetricsLog.read(folder.path / "evaluations.jsonl")
+        return next((row for row in reversed(rows) if (row.get("id"), row["step"]) == (wanted, record["steps"])), None)
+
+    def _with_checkpoint(self, text: str) -> str:
+        found = SOURCE.search(text)
+        if not found:
+            return text
+        assert self.needs is not None
+        folder = self.needs.folder()
+        fraction = found[2]
+        path = None if folder is None else folder.snapshot_file(float(fraction)) if fraction else folder.path
+        if path is None or not path.exists():
+            raise UserError(f"{self.name} begins with {found[0]}, and {path or 'that run'} is not there")
+        return text.replace(found[0], str(path))
+
+
+def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
+    """The runs of cells, sources first, then seed by seed, so that a table fills with whole columns of one seed."""
+    chosen = list(cells)
+    facts = {cell: _facts(study, cell.train) for cell in chosen}
+    sources: dict[tuple[str, int], Job] = {}
+    jobs: list[Job] = []
+    for seed in range(max((len(cell.seeds) for cell in chosen), default=0)):
+        for cell in (cell for cell in chosen if seed in cell.seeds):
+            source = _source_of(cell.train)
+            if source is not None and (source, seed) not in sources:
+                settings = study.sources[source]
+                sources[source, seed] = Job(None, f"source {source}", seed, settings, *_facts(study, settings), runs)
+            needs = None if source is None else sources[source, seed]
+            jobs.append(Job(cell, cell.name, seed, cell.train, *facts[cell], runs, needs))
+    return [*sources.values(), *jobs]
+
+
+def _source_of(settings: Iterable[str]) -> str | None:
+    found = [match[1] for text in settings if (match := SOURCE.search(text))]
+    return found[0] if found else None
+
+
+def _facts(study: Study, settings: tuple[str, ...]) -> Facts:
+    """The hash of a configuration, with that of its source in the place of a checkpoint; images trained on; problem."""
+    source = _source_of(settings)
+    if source is None:
+        return _composed(settings, study.train_images)
+    if source not in study.sources:
+        raise UserError(f"conf/study/{study.id}.yaml has no source '{source}': {', '.join(study.sources) or 'none'}")
+    own = _facts(study, study.sources[source])[0]
+    marked = [SOURCE.sub(lambda found: f"run-{own}-{found[2] or 'last'}", text) for text in settings]
+    return _composed(tuple(marked), study.train_images)
+
+
+@functools.cache
+def _composed(settings: tuple[str, ...], train_images: tuple[tuple[str, int], ...]) -> Facts:
+    config = compose_train(list(settings))
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    size = config.data.num_train or dict(train_images).get(config.data.name)
+    images = None if size is None else float(size * config.trainer.epochs)
+    try:
+        return identity(config, values, content_id=lambda source, key: source), images, ""
+    except UserError as problem:
+        return None, images, str(problem)
+
+
+@functools.cache
+def _folder(arguments: tuple[str, ...], seed: int) -> Path:
+    config = compose_train(list(arguments))
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return run_dir({**values, "seed": seed}, hash8=identity(config, values))
+
+
+@functools.cache
+def _evaluation_id(run_config: str, overrides: tuple[str, ...]) -> str:
+    return evaluation_id(settle_evaluation(json.loads(run_config), list(overrides)))
