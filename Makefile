@@ -4,16 +4,18 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test slow
+.PHONY: help setup quickstart check test slow results reproduce-all
 
 VENV ?= .venv
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c '$(SUPPORTED)' 2>/dev/null && echo "$$python"; done) python3)
 BIN := $(VENV)/bin
+SCALE ?= mini
+STUDIES := $(filter-out mini-webvision,$(basename $(notdir $(wildcard conf/study/*.yaml))))
 
 help: ## Say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "make %-20s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed ## Create .venv with the pinned dependencies and this package (once: 4 to 5 minutes, 6 GB)
 
@@ -21,11 +23,25 @@ quickstart: setup ## Set up, then train ResNet-50 with EN on the UCI digits (not
 	@echo "$$(cat $(VENV)/.installed), once; not part of the training time"
 	$(BIN)/exnorm train model=resnet50 norm=en data=digits
 
-check: setup ## Lint, formatting, types, layers
+reproduce-table-%: setup ## Run a study and write its table, such as make reproduce-table-sn-table2 SEEDS=1; SCALE=full DATA=DIR: the paper's
+	$(if $(DATA),EXNORM_DATA="$(DATA)") $(BIN)/exnorm reproduce $* --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS))
+	$(BIN)/exnorm table $* --scale $(SCALE)
+
+reproduce-all: setup ## Every study at scale mini, then tables and figures; goes on where it was stopped
+	@failed=0; for study in $(STUDIES); do \
+		code=0; $(BIN)/exnorm reproduce $$study --scale mini $(if $(SEEDS),--seeds $(SEEDS)) || code=$$?; \
+		if (( code >= 128 )); then exit $$code; fi; if (( code )); then failed=1; fi; \
+	done; $(BIN)/exnorm results; exit $$failed
+
+results: setup ## Write tables, figures, verdicts and results/README.md from results/records/
+	$(BIN)/exnorm results
+
+check: setup ## Lint, formatting, types, layers, and that tables and figures are what the records say
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/exnorm results --check
 
 test: setup ## The tests, without the slow ones
 	$(BIN)/pytest -m "not slow"

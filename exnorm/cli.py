@@ -42,6 +42,15 @@ class Item(StrEnum):
     data = "data"
 
 
+class Format(StrEnum):
+    """How `exnorm table` writes a table."""
+
+    md = "md"
+    tex = "tex"
+    csv = "csv"
+    html = "html"
+
+
 def main() -> None:
     """Run the command line; the entry point of the package."""
     if os.environ.pop("EXNORM_END_WITH_PARENT", None):
@@ -187,7 +196,7 @@ def runs(root: Annotated[Path, typer.Argument(help="The folder with the runs.")]
 
 @app.command()
 def reproduce(
-    study: Annotated[str, typer.Argument(help="A study of conf/study, such as sn-table2.")],
+    study: Annotated[str, typer.Argument(help="A study of conf/study, such as sn-table2, or a yaml file.")],
     scale: Annotated[str, typer.Option(help="mini: on a laptop; full: the paper's.")] = "mini",
     seeds: Annotated[int | None, typer.Option(min=1, help="Of each cell; as the study says without.")] = None,
     only: Annotated[list[str] | None, typer.Option(metavar="AXIS=VALUE", help="Cells with this value.")] = None,
@@ -208,6 +217,48 @@ def reproduce(
         print_plan(wanted, found, results, images_per_s=images_per_s)
     else:
         raise typer.Exit(reproduce(wanted, found, results, at_once=jobs))
+
+
+@app.command()
+def table(
+    study: Annotated[str, typer.Argument(help="A study of conf/study, such as sn-table2, or a yaml file.")],
+    scale: Annotated[str, typer.Option(help="mini or full.")] = "mini",
+    form: Annotated[Format, typer.Option("--format", help="How it is written.")] = Format.md,
+    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path("results"),
+) -> None:
+    """Print the table of a study from its record: mean ± deviation (seeds), published value, difference."""
+    from exnorm.config.study import load_study
+    from exnorm.report.study_table import FORMATS, table_of
+
+    print(FORMATS[form.value](table_of(load_study(study, scale), results)), end="")
+
+
+@app.command()
+def claims(
+    studies: Annotated[list[str] | None, typer.Argument(help="Studies of conf/study; all without.")] = None,
+    scale: Annotated[str, typer.Option(help="mini or full.")] = "mini",
+    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path("results"),
+) -> None:
+    """Judge what the papers claim by what was measured: supported, contradicted or undecided."""
+    from exnorm.report.claims_table import judged_studies, print_verdicts
+
+    print_verdicts(judged_studies(studies or [], scale, results))
+
+
+@app.command()
+def results(
+    folder: Annotated[Path, typer.Argument(help="The folder with records/.")] = Path("results"),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where a file differs.")] = False,
+) -> None:
+    """Write tables, verdicts, figures and the page that explains them, all from the records."""
+    from exnorm.report.results import differences, write_results
+
+    if check:
+        lines = differences(folder)
+        print("\n".join(lines) or f"{folder}: as the records say")
+        raise typer.Exit(1 if lines else 0)
+    for path in write_results(folder):
+        print(path)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 The patterns are those of Hydra 1.3's messages; a message that matches none is shortened to its first line.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -87,6 +88,7 @@ def wrong_type(override: str, reason: str, config_name: str) -> str:
     return f"{override}: not {noun}{example}" if noun else f"{override}: {reason.splitlines()[0]}{example}"
 
 
+@functools.cache
 def known_values(config_name: str) -> dict[str, Any]:
     """Return every dotted key that a command knows, with its default."""
     schema = OmegaConf.structured({"train": TrainConfig, "eval": EvalConfig}[config_name])

@@ -3,6 +3,7 @@
 `conf/<group>/*.yaml` is the list of what a group offers; nothing is registered by hand.
 """
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,18 +55,30 @@ def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
 
 def option_values(group: str, name: str) -> dict[str, Any]:
     """Return the values written in the yaml of an option."""
-    values = OmegaConf.to_container(OmegaConf.load(option_file(group, name)))
-    assert isinstance(values, dict)
+    return file_values(option_file(group, name))
+
+
+def file_values(file: Path) -> dict[str, Any]:
+    """Return the values written in a yaml file; raise UserError if it holds no mapping."""
+    values = OmegaConf.to_container(OmegaConf.load(file))
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no keys with values; conf/{file.parent.name} has examples")
     return {str(key): value for key, value in values.items()}
 
 
 def describe(group: str, name: str) -> str:
     """Return the first comment of an option's yaml that is a sentence."""
-    lines = option_file(group, name).read_text(encoding="utf-8").splitlines()
+    return first_comment(option_file(group, name))
+
+
+def first_comment(file: Path) -> str:
+    """Return the first comment of a yaml file that is a sentence."""
+    lines = file.read_text(encoding="utf-8").splitlines()
     comments = (line[1:].strip() for line in lines if line.startswith("#"))
     return next((text for text in comments if not text.startswith("@package")), "")
 
 
+@functools.cache
 def register_schemas() -> None:
     """Store the two schemas under the names that `train.yaml` and `eval.yaml` begin with."""
     from hydra.core.config_store import ConfigStore

@@ -1,17 +1,19 @@
-"""Studies: `conf/study/<id>.yaml`, a table of a paper as axes, settings and claims, at a scale of `conf/scale/`.
+"""Studies: a table of a paper as axes, settings and claims, in `conf/study/<id>.yaml` or in a file of one's own.
 
 A cell is one choice of a value on every axis. What it runs is `exnorm train` with the settings of, in this order, the
-scale, the study, the study at that scale, the cell's values, and last of all the rules (`when`) that its values meet;
-the last setting of a key counts. A setting that begins with `eval:` belongs to `exnorm eval`, run after the training.
+scale (`conf/scale/`), the study, the study at that scale, the cell's values, and last of all the rules (`when`) that
+its values meet; the last setting of a key counts. A setting that begins with `eval:` belongs to `exnorm eval`, run
+after the training.
 """
 
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from exnorm.config.errors import UserError, suggest
-from exnorm.config.groups import group_options, option_values, unknown_option
+from exnorm.config.groups import file_values, first_comment, group_options, option_file, option_values
 
 STUDY_KEYS = (
     "paper",
@@ -24,6 +26,9 @@ STUDY_KEYS = (
     "more_seeds",
     "columns",
     "published",
+    "as_published",
+    "compare",
+    "layers_of",
     "metrics",
     "sources",
     "claims",
@@ -32,6 +37,7 @@ STUDY_KEYS = (
 SCALE_KEYS = ("set", "when", "threads", "stand_ins", "train_images", "notes")
 RULE_KEYS = ("if", "set")
 EVAL = "eval:"
+YAML = (".yaml", ".yml")
 
 Key = tuple[tuple[str, str], ...]  # an axis and its value, for each axis in the study's order
 
@@ -64,7 +70,7 @@ class Study:
     sources: Mapping[str, tuple[str, ...]]  # runs whose checkpoints others begin with: settings by name
     stand_ins: Mapping[str, str]  # what a value of an axis is at this scale, where it is something smaller
     threads: int | None  # of a run; None: all cores
-    train_images: tuple[tuple[str, int], ...]  # of the data sets that do not say it in their configuration
+    train_images: Mapping[str, int]  # of the data sets that do not say it in their configuration
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -87,13 +93,17 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     Raises:
         UserError: no such study or scale, an unknown key, a rule that names an unknown axis or setting.
     """
-    values, shared = _read("study", name, STUDY_KEYS), _read("scale", scale, SCALE_KEYS)
+    file, where = _study_file(name), f"{_study_file(name)}"
+    values, shared = file_values(file), option_values("scale", scale)
     own = values.get("scales", {}).get(scale, {})
-    _check_keys(own, SCALE_KEYS, f"conf/study/{name}.yaml, scales.{scale}")
+    _check_keys(values, STUDY_KEYS, where)
+    _check_keys(shared, SCALE_KEYS, f"conf/scale/{scale}.yaml")
+    _check_keys(own, SCALE_KEYS, f"{where}, scales.{scale}")
+    if not values.get("axes"):
+        raise UserError(f"{where} has no axes: write for example axes: {{norm: [bn, sn]}}")
     axes = {axis: _axis_values(axis, given) for axis, given in values["axes"].items()}
     settings = [*shared.get("set", ()), *values.get("set", ()), *own.get("set", ())]
     rules = [*shared.get("when", ()), *values.get("when", ()), *own.get("when", ())]
-    where = f"conf/study/{name}.yaml"
     cells = []
     for chosen in itertools.product(*(options.items() for options in axes.values())):
         key = tuple((axis, value) for axis, (value, _) in zip(axes, chosen, strict=True))
@@ -112,16 +122,16 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
         for source, texts in values.get("sources", {}).items()
     }
     return Study(
-        name,
+        file.stem,
         scale,
-        title=_title(name),
+        title=first_comment(file),
         values=values,
         axes={axis: tuple(options) for axis, options in axes.items()},
         cells=tuple(cells),
         sources=sources,
         stand_ins={**shared.get("stand_ins", {}), **own.get("stand_ins", {})},
         threads=own.get("threads", shared.get("threads")),
-        train_images=tuple(shared.get("train_images", {}).items()),
+        train_images=shared.get("train_images", {}),
     )
 
 
@@ -147,24 +157,19 @@ def chosen_cells(study: Study, only: Iterable[str]) -> tuple[Cell, ...]:
     )
 
 
-def _read(group: str, name: str, allowed: tuple[str, ...]) -> dict[str, Any]:
-    if name not in group_options(group):
-        raise UserError(unknown_option(group, name, group_options(group)))
-    values = option_values(group, name)
-    _check_keys(values, allowed, f"conf/{group}/{name}.yaml")
-    return values
+def _study_file(name: str) -> Path:
+    """The yaml of a study: a name of `conf/study`, or the path of a file of one's own."""
+    if not name.endswith(YAML):
+        return option_file("study", name)
+    if not Path(name).is_file():
+        raise UserError(f"there is no study {name}; give a yaml file or one of {', '.join(group_options('study'))}")
+    return Path(name)
 
 
 def _check_keys(values: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
     for key in values:
         if key not in allowed:
             raise UserError(f"{where}: unknown key '{key}': {suggest(key, allowed)}")
-
-
-def _title(name: str) -> str:
-    from exnorm.config.groups import describe
-
-    return describe("study", name)
 
 
 def _axis_values(axis: str, given: Any) -> dict[str, tuple[str, ...]]:

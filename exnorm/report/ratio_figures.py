@@ -5,25 +5,32 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from exnorm.report.palette import colour
+from exnorm.report.palette import OTHER, colour
+from exnorm.runs.layer_ratios import symmetric_kl
 
 TITLES = {"lambda": "ratio", "mean": "ratio of the mean", "var": "ratio of the variance"}
 DASHES = {"lambda": "-", "mean": "-", "var": "--"}
 
 
 def stacked(frame: pd.DataFrame, title: str) -> Figure:
-    """A bar for each layer, from the input to the output; one panel for each kind of ratio."""
+    """A bar for each layer from the input to the output; a panel for each kind of ratio, and for SN's divergence."""
     last = frame.query("epoch == epoch.max()")
     kinds, layers = list(last.kind.unique()), list(last.layer.unique())
-    figure = Figure(figsize=(max(6.0, 0.22 * len(layers)), 2.6 * len(kinds)), layout="constrained")
-    panels = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, kind in zip(panels, kinds, strict=True):
+    diverging = {"mean", "var"} <= set(kinds)
+    count = len(kinds) + diverging
+    figure = Figure(figsize=(max(6.0, 0.22 * len(layers)), 2.2 * count + 0.4), layout="constrained")
+    panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    for panel, kind in zip(panels, kinds, strict=False):
         wide = last.query("kind == @kind").pivot_table(index="layer", columns="normalizer", values="mean", sort=False)
         below = pd.Series(0.0, index=wide.index)
         for normalizer in wide.columns:
             panel.bar(wide.index, wide[normalizer], bottom=below, color=colour(normalizer), label=normalizer.upper())
             below = below + wide[normalizer]
         panel.set(ylabel=TITLES[kind], ylim=(0, 1))
+    if diverging:
+        wide = last.pivot_table(index="layer", columns=["kind", "normalizer"], values="mean", sort=False)
+        panels[-1].bar(wide.index, symmetric_kl(wide["mean"], wide["var"]).replace(np.inf, np.nan), color=OTHER)
+        panels[-1].set_ylabel("symmetric KL (nats)")
     panels[-1].tick_params(axis="x", rotation=90, labelsize=7)
     _finish(figure, panels[0], title)
     return figure

@@ -1,70 +1,91 @@
-"""`results/records/<study>.csv`: what a study has measured, one row for each cell, seed and metric.
+"""`results/records/`: what studies have measured, in three files each, all rebuilt from run folders at any time.
 
-A file is replaced whole, under a lock, so that several processes can add to it and a kill leaves the old one.
+    <study>.csv          a row for each cell, seed and metric, with where it came from
+    <study>.epochs.csv   a row for each epoch: the learning curves
+    <study>.layers.csv   the ratios of the layers, of the first seed: all layers after the last epoch, three after each
+
+The files of a study are replaced under a lock, each in one step, so that several processes can add to them and a kill
+leaves the old ones.
 """
 
 import csv
 import fcntl
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from exnorm.runs.folder import write_text_atomic
 
-COLUMNS = (
+KEY = (
     "scale",
     "cell",  # the values of the study's axes: norm=sn batch=8x2
     "seed",
-    "metric",
-    "value",
-    "facts",  # of the run that a reader of the number has to know: inference=batch_average drop_rate=0.5
-    "hours",  # of training
-    "device",
-    "torch",
-    "commit",
-    "uncommitted",  # whether the code had changes that are not in the commit
-    "config_hash",
-    "run",
 )
+COLUMNS = {
+    "runs": (
+        *KEY,
+        "metric",
+        "value",
+        "facts",  # of the run that a reader of the number has to know: inference=batch_average drop_rate=0.5
+        "hours",  # of training
+        "device",
+        "torch",
+        "commit",
+        "uncommitted",  # whether the code had changes that are not in the commit
+        "config_hash",
+        "run",
+    ),
+    "epochs": (*KEY, "epoch", "train_top1", "top1", "loss"),
+    "layers": (*KEY, "epoch", "layer", "kind", "normalizer", "mean", "std"),
+}
 
 Row = dict[str, str]
+Rows = Mapping[str, list[Row]]  # of a study, by the kind of its files: runs, epochs, layers
 
 
-def record_file(results: Path, study: str) -> Path:
-    """The file of a study's records."""
-    return results / "records" / f"{study}.csv"
+def record_file(results: Path, study: str, kind: str = "runs") -> Path:
+    """The file of a study's records of one kind."""
+    return results / "records" / (f"{study}.csv" if kind == "runs" else f"{study}.{kind}.csv")
 
 
-def read_records(results: Path, study: str) -> list[Row]:
+def recorded(results: Path) -> list[str]:
+    """The studies that have a record."""
+    files = (results / "records").glob("*.csv")
+    return sorted(file.stem for file in files if not file.stem.endswith((".epochs", ".layers")))
+
+
+def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
     """The rows of a study; none where nothing was measured.
 
     Raises:
         ValueError: a file with other columns.
     """
-    path = record_file(results, study)
+    path = record_file(results, study, kind)
     try:
         with open(path, encoding="utf-8", newline="") as stream:
             reader = csv.DictReader(stream)
             rows = list(reader)
     except FileNotFoundError:
         return []
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}: move it away and collect it again")
+    if tuple(reader.fieldnames or ()) != COLUMNS[kind]:
+        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS[kind])}: move it away and collect it again")
     return rows
 
 
-def change_records(results: Path, study: str, change: Callable[[list[Row]], list[Row]]) -> None:
+def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) -> None:
     """Replace a study's rows by what `change` makes of them; other processes that do so wait."""
-    path = record_file(results, study)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.parent):
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([row[name] for name in COLUMNS] for row in change(read_records(results, study)))
-        write_text_atomic(path, stream.getvalue())
+    folder = results / "records"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        rows = change({kind: read_records(results, study, kind) for kind in COLUMNS})
+        for kind, columns in COLUMNS.items():
+            stream = io.StringIO()
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([row[name] for name in columns] for row in rows[kind])
+            write_text_atomic(record_file(results, study, kind), stream.getvalue())
 
 
 @contextmanager

@@ -9,28 +9,26 @@ from exnorm.config.study import Study
 from exnorm.runs.folder import read_json
 from exnorm.runs.layer_ratios import shares, symmetric_kl
 from exnorm.runs.metrics import MetricsLog
-from exnorm.runs.records import Row, change_records
+from exnorm.runs.records import COLUMNS, Row, Rows, change_records
 from exnorm.studies.plan import Job
 
 LARGE_KL = 0.1  # nats; what SN's paper calls large is not known, so this is ours, set before anything was measured
 DIGITS = 6  # of a value, significant
+RATIO_DIGITS = 4
 
 
-def rows_of(study: Study, job: Job) -> list[Row]:
-    """The rows of a finished run: a row for each metric; none where it has not finished or is only a source."""
+def rows_of(study: Study, job: Job) -> Rows:
+    """The rows of a finished run, of each kind; none where it has not finished or is only a source."""
     folder = job.folder()
     if folder is None or job.cell is None or not job.finished():
-        return []
-    record, provenance = folder.read_record(), read_json(folder.provenance_file)
-    assert record is not None
-    provenance = provenance or {}
-    git = provenance.get("git") or {}
+        return {kind: [] for kind in COLUMNS}
+    record, provenance = folder.read_record(), read_json(folder.provenance_file) or {}
     result = job.evaluation() if job.cell.evaluate else record
-    assert result is not None
-    shared = {
-        "scale": study.scale,
-        "cell": job.cell.name,
-        "seed": str(job.seed),
+    assert record is not None and result is not None
+    git = provenance.get("git") or {}
+    log = MetricsLog.read(folder.metrics_file)
+    key = {"scale": study.scale, "cell": job.cell.name, "seed": str(job.seed)}
+    origin = {
         "facts": facts_of(folder.read_config(), record, result),
         "hours": f"{record['hours']:.4f}",
         "device": str(record["device"]),
@@ -40,8 +38,38 @@ def rows_of(study: Study, job: Job) -> list[Row]:
         "config_hash": job.config_hash or "",
         "run": folder.path.name,
     }
-    measured = metrics_of(record, result, MetricsLog.read(folder.metrics_file))
-    return [{**shared, "metric": name, "value": f"{value:.{DIGITS}g}"} for name, value in measured.items()]
+    measured = metrics_of(record, result, log)
+    own = not job.cell.evaluate  # the curves of an evaluation's run are those of another cell
+    return {
+        "runs": [{**key, **origin, "metric": name, "value": _number(value)} for name, value in measured.items()],
+        "epochs": [{**key, **row} for row in curves_of(log)] if own else [],
+        "layers": [{**key, **row} for row in layers_of(log)] if own and job.seed == 0 else [],
+    }
+
+
+def curves_of(log: list[dict[str, Any]]) -> list[Row]:
+    """The accuracies and the validation loss after each epoch."""
+    names = {"epoch": "epoch", "train_top1": "train/top1", "top1": "val/top1", "loss": "val/loss"}
+    return [{column: _number(row.get(name)) for column, name in names.items()} for row in log if "val/top1" in row]
+
+
+def layers_of(log: list[dict[str, Any]]) -> list[Row]:
+    """The ratios of all layers after the last epoch, and of a bottom, a middle and a top one after each."""
+    frame: Any = shares(log)
+    if frame.empty:
+        return []
+    layers = list(frame.layer.unique())
+    followed = frame.layer.isin([layers[0], layers[len(layers) // 2], layers[-1]])
+    kept = frame[(frame.epoch == frame.epoch.max()) | followed]
+    texts: list[dict[str, Any]] = kept.to_dict("records")
+    return [
+        {name: _number(value, RATIO_DIGITS) if name in ("mean", "std") else str(value) for name, value in row.items()}
+        for row in texts
+    ]
+
+
+def _number(value: Any, digits: int = DIGITS) -> str:
+    return "" if value is None or value != value else f"{value:.{digits}g}"
 
 
 def metrics_of(record: dict[str, Any], result: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, float]:
@@ -89,15 +117,14 @@ def facts_of(config: dict[str, Any], record: dict[str, Any], result: dict[str, A
 def add_to_record(study: Study, job: Job, results: Path) -> None:
     """Write the rows of a run into the study's record, in the place of earlier ones of this cell and seed."""
     rows = rows_of(study, job)
-    if not rows:
-        return
-    same = {(row["scale"], row["cell"], row["seed"]) for row in rows}
+    same = (study.scale, job.name, str(job.seed))
     change_records(
         results,
         study.id,
-        lambda before: in_order(
-            study, [*(row for row in before if (row["scale"], row["cell"], row["seed"]) not in same), *rows]
-        ),
+        lambda before: {
+            kind: in_order(study, [*(row for row in before[kind] if _key(row) != same), *rows[kind]])
+            for kind in COLUMNS
+        },
     )
 
 
@@ -106,24 +133,27 @@ def collect(study: Study, jobs: Sequence[Job], results: Path) -> list[str]:
 
     Rows of runs that are not here are kept, as long as the study still has that cell with that configuration.
     """
-    notes: list[str] = []
-    found = {(job.name, str(job.seed)): rows_of(study, job) for job in jobs if job.cell is not None}
+    found = {(study.scale, job.name, str(job.seed)): rows_of(study, job) for job in jobs if job.cell is not None}
+    found = {key: rows for key, rows in found.items() if rows["runs"]}
     hashes = {job.name: job.config_hash for job in jobs if job.cell is not None}
+    problems: dict[tuple[str, ...], str] = {}
 
-    def change(before: list[Row]) -> list[Row]:
-        kept, notes[:] = [], []
-        for row in before:
-            if row["scale"] == study.scale and found.get((row["cell"], row["seed"])):
-                continue  # replaced by what the folder says now
-            problem = _outdated(study, row, hashes)
-            if problem is None:
-                kept.append(row)
-            elif problem not in notes:
-                notes.append(problem)
-        return in_order(study, [*kept, *(row for rows in found.values() for row in rows)])
+    def change(before: Rows) -> Rows:
+        for row in before["runs"]:
+            if (problem := _outdated(study, row, hashes)) is not None:
+                problems[_key(row)] = problem
+        kept = {
+            kind: [row for row in before[kind] if _key(row) not in found and _key(row) not in problems]
+            for kind in COLUMNS
+        }
+        return {
+            kind: in_order(study, [*kept[kind], *(row for rows in found.values() for row in rows[kind])])
+            for kind in COLUMNS
+        }
 
     change_records(results, study.id, change)
-    return [*notes, *_other_runs(study, jobs)]
+    left_out = [problem for key, problem in problems.items() if key not in found]
+    return [*left_out, *_other_runs(study, jobs)]
 
 
 def _outdated(study: Study, row: Row, hashes: dict[str, str | None]) -> str | None:
@@ -154,6 +184,10 @@ def _other_runs(study: Study, jobs: Sequence[Job]) -> list[str]:
 
 
 def in_order(study: Study, rows: list[Row]) -> list[Row]:
-    """Rows by scale, cell in the study's order, seed and metric."""
+    """Rows by scale, cell in the study's order, and seed; those of one run stay as they are."""
     order = {cell.name: position for position, cell in enumerate(study.cells)}
     return sorted(rows, key=lambda row: (row["scale"], order.get(row["cell"], len(order)), int(row["seed"])))
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["scale"], row["cell"], row["seed"]

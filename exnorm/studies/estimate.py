@@ -7,7 +7,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from exnorm.config.study import Study
-from exnorm.runs.records import read_records
+from exnorm.runs.records import read_records, recorded
 from exnorm.studies.plan import Job
 
 
@@ -49,8 +49,8 @@ def speed_of(study: Study, results: Path, given: float | None) -> Speed:
         return Speed(given, "as given by --images-per-s")
     measured = [
         float(row["value"])
-        for file in sorted((results / "records").glob("*.csv"))
-        for row in read_records(results, file.stem)
+        for name in recorded(results)
+        for row in read_records(results, name)
         if row["scale"] == study.scale and row["metric"] == "images_per_s"
     ]
     if measured:

@@ -8,7 +8,7 @@ instead of by the bytes of that file, so that a plan can be made before the sour
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,21 +56,24 @@ class Job:
         Raises:
             UserError: the checkpoint that it begins with is not there.
         """
-        return [*(self._with_checkpoint(text) for text in self.settings), f"seed={self.seed}", f"runs={self.runs}"]
+        return [*self._with_checkpoints(), f"seed={self.seed}", f"runs={self.runs}"]
 
     def folder(self) -> RunFolder | None:
         """The run's folder, which need not exist; None before its source has run, or without its data."""
-        if self.config_hash is None or (self.needs and not self.needs.finished()):
+        if self.config_hash is None or (self.needs and not self.needs.trained()):
             return None
-        arguments = tuple(self.arguments())
-        return RunFolder(_folder(arguments[:-2] + arguments[-1:], self.seed))
+        values, hash8 = _identified(tuple(self._with_checkpoints()))
+        return RunFolder(run_dir({**values, "seed": self.seed, "runs": str(self.runs)}, hash8=hash8))
+
+    def trained(self) -> bool:
+        """Whether the run has finished."""
+        folder = self.folder()
+        return folder is not None and folder.read_record() is not None
 
     def finished(self) -> bool:
         """Whether the run, and what its cell evaluates afterwards, has a result."""
-        folder = self.folder()
-        if folder is None or folder.read_record() is None:
-            return False
-        return self.cell is None or not self.cell.evaluate or self.evaluation() is not None
+        evaluates = self.cell is not None and self.cell.evaluate
+        return self.trained() and (not evaluates or self.evaluation() is not None)
 
     def evaluation(self) -> dict[str, Any] | None:
         """The row of `evaluations.jsonl` that the cell asks for, of the run's last checkpoint."""
@@ -81,6 +84,9 @@ class Job:
         wanted = _evaluation_id(json.dumps(folder.read_config()), self.cell.evaluate)
         rows = MetricsLog.read(folder.path / "evaluations.jsonl")
         return next((row for row in reversed(rows) if (row.get("id"), row["step"]) == (wanted, record["steps"])), None)
+
+    def _with_checkpoints(self) -> list[str]:
+        return [self._with_checkpoint(text) for text in self.settings]
 
     def _with_checkpoint(self, text: str) -> str:
         found = SOURCE.search(text)
@@ -112,6 +118,11 @@ def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
     return [*sources.values(), *jobs]
 
 
+def trainings_of(jobs: Iterable[Job]) -> list[Job]:
+    """One job of each run: several cells may be evaluations of the same one."""
+    return list({(job.config_hash or job.settings, job.seed): job for job in jobs}.values())
+
+
 def _source_of(settings: Iterable[str]) -> str | None:
     found = [match[1] for text in settings if (match := SOURCE.search(text))]
     return found[0] if found else None
@@ -130,22 +141,28 @@ def _facts(study: Study, settings: tuple[str, ...]) -> Facts:
 
 
 @functools.cache
-def _composed(settings: tuple[str, ...], train_images: tuple[tuple[str, int], ...]) -> Facts:
-    config = compose_train(list(settings))
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    size = config.data.num_train or dict(train_images).get(config.data.name)
+def _config(settings: tuple[str, ...]) -> Any:
+    return compose_train(list(settings))
+
+
+def _values(settings: tuple[str, ...]) -> Any:
+    return OmegaConf.to_container(_config(settings), resolve=True)
+
+
+def _composed(settings: tuple[str, ...], train_images: Mapping[str, int]) -> Facts:
+    config = _config(settings)
+    size = config.data.num_train or train_images.get(config.data.name)
     images = None if size is None else float(size * config.trainer.epochs)
     try:
-        return identity(config, values, content_id=lambda source, key: source), images, ""
+        return identity(config, _values(settings), content_id=lambda source, key: source), images, ""
     except UserError as problem:
         return None, images, str(problem)
 
 
 @functools.cache
-def _folder(arguments: tuple[str, ...], seed: int) -> Path:
-    config = compose_train(list(arguments))
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    return run_dir({**values, "seed": seed}, hash8=identity(config, values))
+def _identified(settings: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    values = _values(settings)
+    return values, identity(_config(settings), values)
 
 
 @functools.cache

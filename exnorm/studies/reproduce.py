@@ -22,10 +22,10 @@ from exnorm.config.study import Study
 from exnorm.runs.children import END_WITH_PARENT, available_cores, importing_environment
 from exnorm.runs.provenance import STUDY
 from exnorm.studies.collect import add_to_record, collect
-from exnorm.studies.estimate import hours_left, measured_hours, speed_of
-from exnorm.studies.plan import Job
+from exnorm.studies.estimate import Speed, hours_left, measured_hours, speed_of
+from exnorm.studies.plan import Job, trainings_of
 
-LOCK_WAIT_S = 30.0  # for the workers of a killed study to end
+LOCK_PAUSE_S = 0.5
 ERROR = "exnorm: error: "
 
 
@@ -77,6 +77,7 @@ class Runner:
         self.done = 0
         self._processes: set[subprocess.Popen[str]] = set()
         self._changing = threading.Lock()
+        self._folders: dict[Path, threading.Lock] = {}
 
     def run(self, job: Job, source: "Future[None] | None") -> None:
         """Train, evaluate and record one job.
@@ -93,14 +94,13 @@ class Runner:
             raise Failed(str(problem)) from None
         folder = job.folder()
         assert folder is not None
-        waited = 0.0
-        while folder.is_locked() and waited < LOCK_WAIT_S:
-            time.sleep(0.5)
-            waited += 0.5
-        if folder.read_record() is None:
-            self._exnorm(["train", *arguments], job)
-        if job.cell is not None and job.cell.evaluate and job.evaluation() is None:
-            self._exnorm(["eval", str(folder.path), *job.cell.evaluate], job)
+        with self._alone_in(folder.path):  # cells may share a run
+            while folder.is_locked() and not self.signum:  # by another study, or a killed one that is ending
+                time.sleep(LOCK_PAUSE_S)
+            if folder.read_record() is None:
+                self._exnorm(["train", *arguments], job)
+            if job.cell is not None and job.cell.evaluate and job.evaluation() is None:
+                self._exnorm(["eval", str(folder.path), *job.cell.evaluate], job)
         if job.cell is not None:
             add_to_record(self.study, job, self.results)
         with self._changing:
@@ -126,6 +126,10 @@ class Runner:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+    def _alone_in(self, path: Path) -> threading.Lock:
+        with self._changing:
+            return self._folders.setdefault(path, threading.Lock())
 
     def _exnorm(self, arguments: list[str], job: Job) -> None:
         environment = importing_environment() | {
@@ -170,28 +174,28 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
 
     from exnorm.runs.table import print_table
 
-    left = [job for job in jobs if not job.finished()]
     speed, measured_h = speed_of(study, results, images_per_s), measured_hours(study, results)
+    left = [job for job in jobs if not job.finished()]
     table = Table(*study.axes, "seeds", "done", "hours left", box=None, pad_edge=False)
     for cell in dict.fromkeys(job.cell for job in jobs if job.cell is not None):
         own = [job for job in jobs if job.cell == cell]
-        open_jobs = [job for job in own if job in left]
         labels = [study.label(value) for _, value in cell.key]
+        open_jobs = [job for job in own if job in left]
         table.add_row(*labels, str(len(own)), str(len(own) - len(open_jobs)), _hours(open_jobs, speed, measured_h))
     print_table(table)
-    sources = [job for job in jobs if job.cell is None]
-    if sources:
-        print(f"{len(sources)} further runs, with whose checkpoints others begin")
     for problem in dict.fromkeys(job.problem for job in jobs if job.problem):
         print(f"not here: {problem}")
+    trainings, to_train = trainings_of(jobs), [job for job in trainings_of(left) if not job.trained()]
+    evaluations = [job for job in jobs if job.cell is not None and job.cell.evaluate]
+    further = f" and {len(evaluations)} evaluations of them" if evaluations else ""
     unit = "GPU-hours" if study.scale == "full" else "hours on one core"
     print(
-        f"{study.id} at scale {study.scale}: {len(jobs)} runs, {len(jobs) - len(left)} done, {len(left)} left: "
-        f"{_hours(left, speed, measured_h)} {unit}"
+        f"{study.id} at scale {study.scale}: {len(trainings)} runs{further}; {len(trainings) - len(to_train)} runs "
+        f"done, {len(to_train)} left: {_hours(to_train, speed, measured_h)} {unit}"
     )
     print(f"speed: {f'{speed.images_per_s:.0f} images/s, ' if speed.images_per_s else ''}{speed.source}")
 
 
-def _hours(jobs: Sequence[Job], speed: Any, measured_h: dict[str, float]) -> str:
+def _hours(jobs: Sequence[Job], speed: Speed, measured_h: dict[str, float]) -> str:
     hours = hours_left(jobs, speed, measured_h)
     return "unknown" if hours is None else f"{hours:.1f}"

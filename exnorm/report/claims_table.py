@@ -1,0 +1,120 @@
+"""The verdicts of studies as tables: for the terminal, for a page, and as plain numbers."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from exnorm.config.groups import group_options
+from exnorm.config.study import Study, load_study
+from exnorm.report.grids import Entry, Grid
+from exnorm.report.published import claims
+from exnorm.report.verdicts import UNDECIDED, Comparison, is_weak, judge, overall
+from exnorm.runs.records import read_records
+from exnorm.runs.table import print_table
+
+HEADS = ("claim", "comparison", "metric", "seeds", "mean difference", "95 % interval", "p (Holm)", "verdict")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A study and its comparisons, by the id of the claim."""
+
+    study: Study
+    comparisons: dict[str, list[Comparison]]
+
+
+def judged_studies(names: Sequence[str], scale: str, results: Path) -> list[Judged]:
+    """The studies that something was measured of at a scale, judged; all studies if none is named."""
+    found = []
+    for name in names or group_options("study"):
+        study = load_study(name, scale)
+        rows = read_records(results, study.id)
+        if any(row["scale"] == scale for row in rows):
+            by_claim: dict[str, list[Comparison]] = {}
+            for comparison in judge(study, rows):
+                by_claim.setdefault(comparison.claim, []).append(comparison)
+            found.append(Judged(study, by_claim))
+    return found
+
+
+def grid_of(judged: Judged) -> Grid:
+    """A row for each comparison, and the verdict on the claim in bold."""
+    rows = []
+    for claim, comparisons in judged.comparisons.items():
+        for comparison in comparisons:
+            rows.append([Entry(text) for text in _texts(comparison)])
+        if len(comparisons) > 1:
+            rows.append([Entry(claim), *[Entry("")] * (len(HEADS) - 2), Entry(labelled(comparisons), True)])
+        else:
+            rows[-1][-1] = Entry(labelled(comparisons), True)
+    return Grid(HEADS, rows)
+
+
+def labelled(comparisons: Sequence[Comparison]) -> str:
+    """The verdict on a claim, marked as weak where a comparison has fewer than 5 seeds."""
+    verdict = overall(comparisons)
+    return f"{verdict} (weak)" if is_weak(comparisons) and verdict != UNDECIDED else verdict
+
+
+def not_covered() -> list[str]:
+    """The claims that no study is about."""
+    studies = [load_study(name, "mini") for name in group_options("study")]
+    covered = {wanted["id"] for study in studies for wanted in study.values.get("claims", ())}
+    return [claim for claim in claims() if claim not in covered]
+
+
+def as_csv(judged: Sequence[Judged]) -> str:
+    """A line for each comparison of each study, in plain numbers."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["study", "scale", "claim", "metric", "comparison", "seeds", "mean", "low", "high", "p", "p_holm", "verdict"]
+        + ["claim_verdict"]
+    )
+    for item in judged:
+        for claim, comparisons in item.comparisons.items():
+            for comparison in comparisons:
+                numbers = [comparison.mean, *(comparison.interval or (None, None)), comparison.p, comparison.p_holm]
+                writer.writerow(
+                    [item.study.id, item.study.scale, claim, comparison.metric, comparison.text, comparison.n]
+                    + ["" if number is None else f"{number:.4g}" for number in numbers]
+                    + [comparison.verdict, labelled(comparisons)]
+                )
+    return stream.getvalue()
+
+
+def _texts(comparison: Comparison) -> list[str]:
+    middle, interval, p = comparison.mean, comparison.interval, comparison.p_holm
+    return [
+        comparison.claim,
+        comparison.text,
+        comparison.metric,
+        str(comparison.n),
+        "–" if middle is None else f"{middle:+.2f}",
+        "–" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
+        "–" if p is None else f"{p:.3g}",
+        comparison.verdict,
+    ]
+
+
+def print_verdicts(judged: Sequence[Judged]) -> None:
+    """The verdicts on the terminal, study by study, and the claims that no study covers."""
+    if not judged:
+        print("nothing was measured yet: exnorm reproduce STUDY")
+        return
+    known = claims()
+    for item in judged:
+        table = Table(*HEADS, box=None, pad_edge=False)
+        for row in grid_of(item).rows:
+            table.add_row(*(f"[bold]{text}[/bold]" if bold else escape(text) for text, bold in row))
+        print(f"{item.study.id}: {item.study.title}")
+        print_table(table)
+    print("The claims:")
+    for claim in dict.fromkeys(claim for item in judged for claim in item.comparisons):
+        print(f"  {claim} ({known[claim].paper}): {known[claim].claim}")
+    print(f"No study covers: {', '.join(not_covered()) or 'none'}")

@@ -1,0 +1,72 @@
+"""The papers' numbers and claims, from `results/published/`, the only place of the project where they are written."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from exnorm.config.errors import UserError
+from exnorm.config.study import Cell, Study
+
+FILES = ("sn2019", "en2020", "other")
+
+
+class Claim(NamedTuple):
+    """A sentence of a paper, and the comparison in it."""
+
+    paper: str
+    claim: str
+    expect: str
+
+
+def published_folder() -> Path:
+    """The folder of the CSV files: inside the package (wheel), else in the checkout.
+
+    Raises:
+        UserError: it is missing.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "published", package.parent / "results" / "published"):
+        if (folder / "claims.csv").is_file():
+            return folder
+    raise UserError(f"no published/claims.csv in or next to {package}: reinstall exnorm")
+
+
+class Published(NamedTuple):
+    """A number of a paper as it is printed there; a text alone where there is none."""
+
+    text: str
+    value: float | None
+
+
+def published(study: Study, cell: Cell, metric: str) -> Published | None:
+    """What the paper has for a cell; None where it says nothing, or its tables are not at hand."""
+    wanted = study.values.get("published")
+    if wanted is None:
+        return None
+    written = study.values.get("as_published", {})
+    values = {axis: written.get(value, value) for axis, value in cell.key}
+    filters = {"metric": [metric], **{column: _filled(pattern, values) for column, pattern in wanted.items()}}
+    for row in _numbers():
+        if all(row[column] in options for column, options in filters.items()):
+            return Published(row["value"] or row["note"], float(row["value"]) if row["value"] else None)
+    return None
+
+
+def claims() -> dict[str, Claim]:
+    """The papers' claims by their id."""
+    return {row["id"]: Claim(row["paper"], row["claim"], row["expect"]) for row in _rows("claims")}
+
+
+def _filled(pattern: str | list[str], values: Mapping[str, str]) -> list[str]:
+    patterns = pattern if isinstance(pattern, list) else [pattern]
+    return [text.format_map(values) for text in patterns]
+
+
+def _numbers() -> list[dict[str, str]]:
+    return [row for name in FILES for row in _rows(name)]
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    text = (published_folder() / f"{name}.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))

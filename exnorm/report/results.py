@@ -1,0 +1,154 @@
+"""`exnorm results`: tables, verdicts, figures and the page `results/README.md`, all from `results/records/`.
+
+`--check` writes nothing and names what differs from the records; figures are compared by the numbers in them.
+"""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from exnorm.config.groups import group_options
+from exnorm.config.study import load_study
+from exnorm.report.claims_table import Judged, as_csv, grid_of, judged_studies, labelled, not_covered
+from exnorm.report.grids import Entry, Grid, to_markdown
+from exnorm.report.published import claims
+from exnorm.report.study_figures import StudyFigure, figures_of, save
+from exnorm.report.study_table import FORMATS, StudyTable, table_of
+from exnorm.runs.folder import write_text_atomic
+from exnorm.runs.records import read_records
+
+SCALES = ("mini", "full")
+SUFFIXES = ("md", "csv")
+
+
+def write_results(results: Path) -> list[Path]:
+    """Write everything that follows from the records; return the files."""
+    texts, figures = everything(results)
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, text)
+    for path, figure in figures.items():
+        save(figure, path)
+    return [*texts, *(path.with_suffix(suffix) for path in figures for suffix in (".svg", ".png"))]
+
+
+def differences(results: Path) -> list[str]:
+    """What in the files is not what the records say: a line for each file."""
+    texts, figures = everything(results)
+    pictures = [path.with_suffix(suffix) for path in figures for suffix in (".svg", ".png")]
+    lines = [f"{path} is not what the records say" for path, text in texts.items() if _read(path) != text]
+    lines += [f"{path} is missing" for path in pictures if not path.is_file()]
+    known = {*texts, *pictures}
+    folders = (results / "tables", results / "figures")
+    return lines + [
+        f"{path} follows from no record" for folder in folders for path in sorted(folder.glob("*")) if path not in known
+    ]
+
+
+def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]:
+    """The texts to be written, and the figures by their path without suffix."""
+    texts: dict[Path, str] = {}
+    figures: dict[Path, StudyFigure] = {}
+    tables = measured_tables(results)
+    for table in tables:
+        name = f"{table.study.id}-{table.study.scale}"
+        for suffix in SUFFIXES:
+            texts[results / "tables" / f"{name}.{suffix}"] = FORMATS[suffix](table)
+        for figure in figures_of(table.study, results):
+            path = results / "figures" / f"{name}-{figure.name}"
+            figures[path] = figure
+            texts[path.with_suffix(".csv")] = figure.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    judged = [item for scale in SCALES for item in judged_studies([], scale, results)]
+    texts[results / "claims.csv"] = as_csv(judged)
+    texts[results / "README.md"] = page(tables, judged, [path.name for path in figures])
+    return texts, figures
+
+
+def measured_tables(results: Path) -> list[StudyTable]:
+    """The tables of all studies and scales that have a record."""
+    found = []
+    for name in group_options("study"):
+        scales = {row["scale"] for row in read_records(results, name)}
+        found += [table_of(load_study(name, scale), results) for scale in SCALES if scale in scales]
+    return found
+
+
+def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequence[str]) -> str:
+    """`results/README.md`, which a reader understands without the code."""
+    by_study = {(item.study.id, item.study.scale): item for item in judged}
+    missing = [name for name in group_options("study") if name not in {table.study.id for table in tables}]
+    parts = [INTRODUCTION, "## What agrees with the papers, and what does not", to_markdown(summary(judged)), JUDGED]
+    uncovered = ", ".join(f"`{claim}`" for claim in not_covered())
+    parts.append(f"No study is about: {uncovered}. Not measured yet: {', '.join(missing) or 'nothing is missing'}.")
+    for table in tables:
+        parts += section(table, by_study[table.study.id, table.study.scale], figures)
+    return "\n\n".join([*parts, ENDING]) + "\n"
+
+
+def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[str]:
+    """One study: its table across, or else cell by cell, verdicts, figures, and where the rest lies."""
+    study = table.study
+    name = f"{study.id}-{study.scale}"
+    heading, grid = table.grids()[0]
+    parts = [f"## {study.title}", f"`{study.id}`, scale {study.scale}. {duration(table)}", heading, to_markdown(grid)]
+    own = [figure for figure in figures if figure.startswith(f"{name}-")]
+    parts += [
+        f"![{html.escape(study.title)}: {figure}](figures/{figure}.png)" for figure in own if "accuracy" in figure
+    ]
+    parts += [to_markdown(grid_of(judged))] if judged.comparisons else []
+    others = " · ".join(f"[{figure.removeprefix(f'{name}-')}](figures/{figure}.png)" for figure in own)
+    parts.append(f"[All cells and footnotes](tables/{name}.md) · [numbers](tables/{name}.csv) · figures: {others}")
+    return [part for part in parts if part]
+
+
+def duration(table: StudyTable) -> str:
+    """How much was run, on what."""
+    rows = [row for row in table.rows if row["scale"] == table.study.scale and row["metric"] == "top1"]
+    runs = {row["run"]: float(row["hours"]) for row in rows}
+    devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
+    cells = {row["cell"] for row in rows}
+    return (
+        f"{len(cells)} of {len(table.study.cells)} cells measured, {len(runs)} runs, {sum(runs.values()):.1f} hours of "
+        f"training, {60 * sum(runs.values()) / len(runs):.1f} minutes a run on {devices}."
+    )
+
+
+def summary(judged: Sequence[Judged]) -> Grid:
+    """A row for each claim and study."""
+    known = claims()
+    rows = [
+        [Entry(f"{known[claim].claim} ({known[claim].paper})"), Entry(item.study.id), Entry(labelled(found), True)]
+        for item in judged
+        for claim, found in item.comparisons.items()
+    ]
+    return Grid(("claim", "study", "verdict"), rows)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+INTRODUCTION = """# What was measured
+Made by `exnorm results` from `records/`; nothing here is typed. `records/*.csv` hold every number with its seed, \
+commit, device, versions, duration and the hash of its configuration; `exnorm reproduce STUDY` makes them again, on \
+this or another machine, and goes on where it was stopped.
+
+**Scale mini** is a stand-in that runs on a laptop: `glyphs`, ten classes of characters drawn in many styles (32 px, \
+12,000 images; validation on fonts that training did not see), for ImageNet; `glyphs_web`, other styles and a fifth of \
+the labels wrong, for WebVision; and `resnet_mini`, a ResNet of four blocks, for ResNet-50. The batch settings are the \
+papers' (replicas x samples, as virtual replicas on one core). How it was chosen, on BN alone and with a seed that is \
+in no record, is said in `conf/scale/mini.yaml`. **A mini result is no ImageNet result**: it shows whether an effect \
+appears at all at this size. **Scale full** is the papers' protocol, from the same files in `conf/study/`."""
+
+JUDGED = """A verdict comes from the differences of equal seeds (the same data order and initialization), by a t-test \
+with Holm's correction over the comparisons of a study: supported or contradicted where the corrected p is below \
+0.05, else undecided; "no worse than" allows 0.5 points. *Weak*: fewer than 5 seeds. The last epoch counts; no best \
+epoch is picked on the validation set."""
+
+ENDING = """## The papers' numbers
+`published/` holds them with their sources. The tables of EN's paper were not at hand, so its cells read "not \
+available": who has the paper adds rows to `published/en2020.csv`, in the columns of `sn2019.csv`, and types `exnorm \
+results`; the column `table` is what `published:` in the study's yaml names. Speed and memory are in `bench/`."""

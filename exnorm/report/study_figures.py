@@ -1,0 +1,203 @@
+"""The figures of a study, each with the numbers that it shows; from the study's record."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from exnorm.config.study import Cell, Study
+from exnorm.report.measured import measured
+from exnorm.report.palette import colour
+from exnorm.report.published import published
+from exnorm.report.ratio_figures import stacked
+from exnorm.report.study_table import METRICS
+from exnorm.runs.records import Row, read_records
+
+MARKERS = "osD^vP*Xh<>"
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "exnorm", "axes.spines.top": False, "axes.spines.right": False}
+NORMALIZERS = ("in", "ln", "bn")
+
+
+@dataclass(frozen=True)
+class StudyFigure:
+    """A figure by its name, the numbers in it, and what draws them."""
+
+    name: str
+    data: pd.DataFrame
+    draw: Callable[[pd.DataFrame], Figure]
+
+
+def figures_of(study: Study, results: Path) -> list[StudyFigure]:
+    """The figures that the study's record is enough for."""
+    rows = read_records(results, study.id)
+    found = [
+        StudyFigure("accuracy", accuracy_data(study, rows), lambda data: draw_accuracy(study, data)),
+        StudyFigure("curves", curve_data(study, results), lambda data: draw_curves(study, data)),
+        StudyFigure("mean_ratios", ratio_data(study, rows), lambda data: draw_mean_ratios(study, data)),
+    ]
+    for cell in _followed(study):
+        name = "layers-" + "-".join(value for _, value in cell.key)
+        data = layer_data(study, cell, results)
+        found.append(StudyFigure(name, data, lambda data, cell=cell: stacked(data, f"{study.id}: {cell.name}, seed 0")))
+    return [figure for figure in found if not figure.data.empty]
+
+
+def save(figure: StudyFigure, path: Path) -> None:
+    """Write a figure as SVG and PNG beside each other."""
+    with rc_context(STYLE):
+        drawn = figure.draw(figure.data)
+        drawn.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        drawn.savefig(path.with_suffix(".png"), dpi=120)
+
+
+def accuracy_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
+    """The first metric of each cell: seeds, mean, deviation, and the paper's number."""
+    metric = study.metrics[0]
+    values = measured(study, rows, metric)
+    lines = []
+    for cell in study.cells:
+        if cell.name in values:
+            ours, paper = values[cell.name], published(study, cell, metric)
+            numbers = {"n": ours.n, "mean": ours.mean, "std": ours.std, "published": paper.value if paper else None}
+            lines.append({**dict(cell.key), **numbers})
+    return pd.DataFrame(lines)
+
+
+def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
+    """Accuracy over the axis that the table has across, a line for each choice of the others; right, the paper's."""
+    axis = study.values.get("columns", next(iter(study.axes)))
+    sides = [("mean", f"measured, scale {study.scale}")]
+    if data["published"].notna().to_numpy().any():
+        sides.append(("published", f"{study.values['paper']}, {study.values['table']}"))
+    places = {value: place for place, value in enumerate(study.axes[axis])}
+    figure = Figure(figsize=(max(3.4, 0.62 * len(places) + 1.4) * len(sides), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(sides), squeeze=False)[0]
+    for panel, (column, title) in zip(panels, sides, strict=True):
+        for number, (label, lines) in enumerate(_lines(study, data, axis)):
+            at = np.array([places[value] for value in lines[axis]]) + (0.06 * number if column == "mean" else 0.0)
+            spread = lines["std"].fillna(0.0) if column == "mean" else None
+            style = {"color": _colour(study, lines, number), "marker": MARKERS[number % len(MARKERS)], "label": label}
+            panel.errorbar(at, lines[column].astype(float), spread, capsize=2, markersize=4, linewidth=1.2, **style)
+        panel.set_xticks(list(places.values()), [study.label(value) for value in places], rotation=40, ha="right")
+        panel.set_title(title, fontsize=9)
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel(METRICS[study.metrics[0]][0])
+    _legend(figure, panels[0])
+    return figure
+
+
+def curve_data(study: Study, results: Path) -> pd.DataFrame:
+    """Validation top-1 after each epoch, mean and deviation over seeds, of each cell that was trained for itself."""
+    rows = [row for row in read_records(results, study.id, "epochs") if row["scale"] == study.scale]
+    if not rows:
+        return pd.DataFrame()
+    frame = pd.DataFrame(rows).astype({"epoch": int, "top1": float})
+    grouped = frame.groupby(["cell", "epoch"], sort=False)["top1"].agg(["count", "mean", "std"]).reset_index()
+    return grouped.rename(columns={"count": "n"})
+
+
+def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
+    """Learning curves, a panel for each value of the axis that the table has across."""
+    axis = study.values.get("columns")
+    groups: dict[str, list[Cell]] = {}
+    for cell in study.cells:
+        if cell.name in set(data.cell):
+            groups.setdefault(dict(cell.key)[axis] if axis else "", []).append(cell)
+    across = min(len(groups), 5)
+    down = -(-len(groups) // across)
+    figure = Figure(figsize=(2.6 * across + 1.2, 2.4 * down + 0.4), layout="constrained")
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for panel, (value, cells) in zip(panels, groups.items(), strict=False):
+        for number, cell in enumerate(cells):
+            line: Any = data[data.cell == cell.name]
+            label = " ".join(study.label(text) for name, text in cell.key if name != axis)
+            tint = _colour_of(study, dict(cell.key), number)
+            panel.plot(line.epoch, line["mean"], color=tint, label=label, linewidth=1.2)
+            spread = line["std"].fillna(0.0)
+            panel.fill_between(line.epoch, line["mean"] - spread, line["mean"] + spread, color=tint, alpha=0.2)
+        panel.set_title(study.label(value), fontsize=9)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(axis="y", alpha=0.3)
+    for panel in panels[len(groups) :]:
+        panel.set_visible(False)
+    figure.supxlabel("epoch", fontsize=9)
+    panels[0].set_ylabel("validation top-1 %")
+    _legend(figure, panels[0])
+    return figure
+
+
+def ratio_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
+    """The mean share of each normalizer over all layers and seeds, of each cell that mixes."""
+    shares = {name: measured(study, rows, f"ratio/{name}") for name in NORMALIZERS}
+    lines = [
+        {"cell": cell.name, "normalizer": name, "mean": values[cell.name].mean, "std": values[cell.name].std}
+        for cell in study.cells
+        for name, values in shares.items()
+        if cell.name in values
+    ]
+    return pd.DataFrame(lines)
+
+
+def draw_mean_ratios(study: Study, data: pd.DataFrame) -> Figure:
+    """A stacked bar for each cell."""
+    cells = [cell for cell in study.cells if cell.name in set(data.cell)]
+    labels = [" ".join(study.label(value) for _, value in cell.key) for cell in cells]
+    figure = Figure(figsize=(max(4.0, 0.34 * len(cells) + 1.6), 3.2), layout="constrained")
+    panel = figure.subplots()
+    below = np.zeros(len(cells))
+    for name in NORMALIZERS:
+        heights = data[data.normalizer == name].set_index("cell")["mean"].reindex([cell.name for cell in cells])
+        panel.bar(range(len(cells)), heights.fillna(0.0), bottom=below, color=colour(name), label=name.upper())
+        below = below + heights.fillna(0.0).to_numpy()
+    panel.set_xticks(range(len(cells)), labels, rotation=90, fontsize=7)
+    panel.set(ylabel="mean ratio over layers", ylim=(0, 1))
+    _legend(figure, panel)
+    return figure
+
+
+def layer_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
+    """The ratios of all layers of a cell's first seed."""
+    rows = [
+        row
+        for row in read_records(results, study.id, "layers")
+        if row["scale"] == study.scale and row["cell"] == cell.name
+    ]
+    columns = ["epoch", "layer", "kind", "normalizer", "mean", "std"]
+    frame = pd.DataFrame([{name: row[name] for name in columns} for row in rows], columns=columns)
+    return frame.replace({"std": {"": None}}).astype({"epoch": int, "mean": float, "std": float})
+
+
+def _followed(study: Study) -> list[Cell]:
+    """The cells whose layers are drawn one by one."""
+    wanted = study.values.get("layers_of", ())
+    return [cell for cell in study.cells if any(item.items() <= dict(cell.key).items() for item in wanted)]
+
+
+def _lines(study: Study, data: pd.DataFrame, axis: str) -> list[tuple[str, pd.DataFrame]]:
+    """What is one line of the figure: its label and points, in the order of the study."""
+    others = [name for name in study.axes if name != axis]
+    if not others:
+        return [(study.id, data)]
+    groups: Any = data.groupby(others, sort=False)
+    return [(" ".join(study.label(value) for value in key), lines) for key, lines in groups]
+
+
+def _colour(study: Study, lines: pd.DataFrame, number: int) -> str:
+    return _colour_of(study, {name: str(lines[name].iloc[0]) for name in study.axes}, number)
+
+
+def _colour_of(study: Study, key: dict[str, str], number: int) -> str:
+    """The normalizer's colour where the study compares normalizers alone in a panel, else one after the other."""
+    return colour(key["norm"]) if "norm" in key else f"C{number}"
+
+
+def _legend(figure: Figure, panel: Axes) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)

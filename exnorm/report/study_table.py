@@ -1,0 +1,192 @@
+"""`exnorm table STUDY`: what was measured beside what the paper printed, from the study's record.
+
+Mean ± standard deviation (seeds); the best of those that differ in one axis alone is bold.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exnorm.config.errors import UserError
+from exnorm.config.study import Cell, Study
+from exnorm.report.grids import Entry, Grid, to_html, to_markdown, to_tex
+from exnorm.report.measured import Measured, measured
+from exnorm.report.published import published
+from exnorm.runs.records import Row, read_records
+
+NOT_AVAILABLE = "not available"
+NOTHING = Entry("–")
+PERCENT = ("top1", "top5")
+METRICS = {  # name: heading, digits, whether more is better
+    "top1": ("top-1 %", 2, True),
+    "top5": ("top-5 %", 2, True),
+    "parameters_m": ("parameters (M)", 3, None),
+    "gflops": ("GFLOPs", 4, None),
+    "images_per_s": ("images/s in training", 0, None),
+}
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """A study's table, in the forms that it is written in."""
+
+    study: Study
+    rows: Sequence[Row]
+
+    def grids(self) -> list[tuple[str, Grid]]:
+        """The tables: one across `columns`, where the study has such an axis, and one with a row for each cell."""
+        across = [("", self.across())] if self.study.values.get("columns") else []
+        return [*across, ("Cell by cell, with the paper's numbers" if across else "", self.by_cell())]
+
+    def across(self) -> Grid:
+        """The first metric, with the values of one axis side by side."""
+        axis, metric = self.study.values["columns"], self.study.metrics[0]
+        others = [name for name in self.study.axes if name != axis]
+        values = measured(self.study, self.rows, metric)
+        best = self._best(metric)
+        lines: dict[tuple[str, ...], list[Entry]] = {}
+        for cell in self.study.cells:
+            key = dict(cell.key)
+            entries = lines.setdefault(tuple(self.study.label(key[name]) for name in others), [])
+            entries.append(_entry(values.get(cell.name), metric, cell.name in best))
+        heads = [*others, *(self.study.label(value) for value in self.study.axes[axis])]
+        return Grid(heads, [[*map(Entry, labels), *entries] for labels, entries in lines.items()])
+
+    def by_cell(self) -> Grid:
+        """A row for each cell: every metric, and beside an accuracy the paper's and the difference."""
+        heads, columns = (
+            list(self.study.axes),
+            [[Entry(self.study.label(v)) for _, v in c.key] for c in self.study.cells],
+        )
+        for metric in self.study.metrics:
+            values, best = measured(self.study, self.rows, metric), self._best(metric)
+            heads.append(METRICS[metric][0])
+            if metric in PERCENT:
+                heads += ["published", "difference"]
+            for line, cell in zip(columns, self.study.cells, strict=True):
+                line.append(_entry(values.get(cell.name), metric, cell.name in best))
+                if metric in PERCENT:
+                    line += self._beside(cell, values.get(cell.name), metric)
+        return Grid(heads, columns)
+
+    def footnotes(self) -> list[str]:
+        """What a reader of the numbers has to know."""
+        rows = [row for row in self.rows if row["scale"] == self.study.scale and row["metric"] == "top1"]
+        lines = ["Mean ± standard deviation over seeds (number of seeds); the last epoch counts."]
+        if self.study.scale != "full":
+            stand_ins = self._stand_ins()
+            lines.append(
+                f"Scale {self.study.scale}: nothing here was measured on the paper's data or networks"
+                + (f" ({stand_ins})" if stand_ins else "")
+                + "; a difference to the published number is one of tasks as well."
+            )
+        lines += self.study.values.get("notes", ())
+        lines += [f"Facts: {fact}." for fact in dict.fromkeys(row["facts"] for row in rows)]
+        hours = sum({row["run"]: float(row["hours"]) for row in rows}.values())
+        runs = len({row["run"] for row in rows})
+        for name in ("device", "torch", "commit"):
+            found = dict.fromkeys(row[name] for row in rows)
+            lines.append(f"{name}: {', '.join(found)}." if name != "torch" else f"torch {', '.join(found)}.")
+        changed = {row["run"] for row in rows if row["uncommitted"] == "yes"}
+        if changed:
+            lines.append(f"{len(changed)} of the runs were made with changes that are not in that commit.")
+        lines.append(f"{runs} runs, {hours:.1f} hours of training in all.")
+        return lines
+
+    def _stand_ins(self) -> str:
+        used = [value for values in self.study.axes.values() for value in values if value in self.study.stand_ins]
+        return ", ".join(f"{self.study.stand_ins[value]} for {value}" for value in dict.fromkeys(used))
+
+    def _best(self, metric: str) -> set[str]:
+        """The cells with the highest mean among those that differ from them in the compared axis alone."""
+        if not METRICS[metric][2]:
+            return set()
+        axis = self.study.values.get("compare", "norm" if "norm" in self.study.axes else next(iter(self.study.axes)))
+        values = measured(self.study, self.rows, metric)
+        groups: dict[tuple[tuple[str, str], ...], list[Cell]] = {}
+        for cell in self.study.cells:
+            if cell.name in values:
+                groups.setdefault(tuple(item for item in cell.key if item[0] != axis), []).append(cell)
+        return {max(g, key=lambda cell: values[cell.name].mean).name for g in groups.values() if len(g) > 1}
+
+    def _beside(self, cell: Cell, ours: Measured | None, metric: str) -> list[Entry]:
+        paper = published(self.study, cell, metric)
+        if paper is None:
+            return [Entry(NOT_AVAILABLE) if self.study.values.get("published") else NOTHING, NOTHING]
+        if ours is None or paper.value is None:
+            return [Entry(paper.text), NOTHING]
+        return [Entry(paper.text), Entry(f"{ours.mean - paper.value:+.2f}")]
+
+
+def table_of(study: Study, results: Path) -> StudyTable:
+    """The table of a study.
+
+    Raises:
+        UserError: nothing was measured at this scale.
+    """
+    rows = read_records(results, study.id)
+    if not any(row["scale"] == study.scale for row in rows):
+        raise UserError(
+            f"nothing was measured of {study.id} at scale {study.scale}: exnorm reproduce {study.id} "
+            f"--scale {study.scale}"
+        )
+    return StudyTable(study, rows)
+
+
+def _entry(value: Measured | None, metric: str, best: bool) -> Entry:
+    if value is None:
+        return NOTHING
+    digits = METRICS[metric][1]
+    spread = "" if value.std is None or METRICS[metric][2] is None else f" ± {value.std:.{digits}f}"
+    return Entry(f"{value.mean:.{digits}f}{spread} ({value.n})", best)
+
+
+def as_markdown(table: StudyTable) -> str:
+    """The table as a page."""
+    study = table.study
+    parts = [f"# {study.title}", _origin(study)]
+    for heading, grid in table.grids():
+        parts += [f"## {heading}"] if heading else []
+        parts.append(to_markdown(grid))
+    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in table.footnotes())]) + "\n"
+
+
+def as_tex(table: StudyTable) -> str:
+    """The tables as `tabular`s of the package booktabs, with the footnotes as comments."""
+    return (
+        "\n".join([*(to_tex(grid) for _, grid in table.grids()), *(f"% {line}" for line in table.footnotes())]) + "\n"
+    )
+
+
+def as_html(table: StudyTable) -> str:
+    """The tables and footnotes as HTML, without a page around them."""
+    notes = "".join(f"<li>{line}</li>" for line in table.footnotes())
+    grids = "".join((f"<h3>{heading}</h3>" if heading else "") + to_html(grid) for heading, grid in table.grids())
+    return f"{grids}<ul class='notes'>{notes}</ul>\n"
+
+
+def as_csv(table: StudyTable) -> str:
+    """A line for each cell and metric, in plain numbers."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*table.study.axes, "metric", "n", "mean", "std", "published", "difference"])
+    for metric in table.study.metrics:
+        values = measured(table.study, table.rows, metric)
+        for cell in table.study.cells:
+            ours, printed = values.get(cell.name), published(table.study, cell, metric)
+            paper = printed.value if printed else None
+            numbers = [ours.mean if ours else None, ours.std if ours else None, paper]
+            numbers.append(ours.mean - paper if ours and paper is not None else None)
+            texts = ["" if number is None else f"{number:.6g}" for number in numbers]
+            writer.writerow([*(value for _, value in cell.key), metric, ours.n if ours else 0, *texts])
+    return stream.getvalue()
+
+
+FORMATS = {"md": as_markdown, "tex": as_tex, "csv": as_csv, "html": as_html}
+
+
+def _origin(study: Study) -> str:
+    answer = f"Answers to: {study.values['paper']}, {study.values['table']}."
+    return f"{answer} Study `{study.id}`, scale {study.scale}: `exnorm reproduce {study.id} --scale {study.scale}`."

@@ -1,0 +1,196 @@
+"""`exnorm claims`: what the papers claim, judged by what was measured.
+
+A comparison is `left` against `right`, each a cell, several cells with weights, or a number, as the study's yaml says;
+cells that leave an axis open are averaged over it. It is judged by the differences of equal seeds, d_i (equal data
+order and initialization), of which n are there:
+
+    mean ± t_{0.975, n-1} s / sqrt(n)        the 95 % interval of the mean difference
+    p = 2 P(T_{n-1} > |mean - threshold| / (s / sqrt(n))), Holm-corrected over the comparisons of the study
+
+"left > right" has the threshold 0; "left >= right" (no worse than) -0.5 points, fixed beforehand; "left >= k * right" 0
+for left - k right. Corrected p below 0.05 is supported above the threshold and contradicted below it; all else is
+undecided. A claim is supported if all of its comparisons are, contradicted if one of them is. Fewer than 5 seeds are
+weak. Holm: S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+from typing import Any
+
+from exnorm.config.errors import UserError
+from exnorm.config.study import Study, cell_name
+from exnorm.report.measured import measured
+from exnorm.report.published import claims
+from exnorm.runs.records import Row
+
+LEVEL = 0.05
+MARGIN = 0.5  # points that "no worse than" allows
+ENOUGH_SEEDS = 5
+SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison of a claim and what came of it.
+
+    Attributes:
+        threshold: the mean difference is judged against it; None where the paper claims no direction.
+        differences: left - right of each seed.
+        p, p_holm: None of fewer than 2 seeds.
+    """
+
+    claim: str
+    metric: str
+    text: str
+    threshold: float | None
+    differences: tuple[float, ...]
+    p: float | None = None
+    p_holm: float | None = None
+
+    @property
+    def n(self) -> int:
+        """The number of seeds that both sides have."""
+        return len(self.differences)
+
+    @property
+    def mean(self) -> float | None:
+        """The mean difference."""
+        return mean(self.differences) if self.differences else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean difference."""
+        if self.n < 2:
+            return None
+        from scipy.stats import t
+
+        half = float(t.ppf(1 - LEVEL / 2, self.n - 1)) * stdev(self.differences) / math.sqrt(self.n)
+        return mean(self.differences) - half, mean(self.differences) + half
+
+    @property
+    def verdict(self) -> str:
+        """supported, contradicted or undecided; where no direction is claimed, whether there is a difference."""
+        decided = self.p_holm is not None and self.p_holm < LEVEL
+        if self.threshold is None:
+            return "no direction claimed, " + ("a difference found" if decided else "none found")
+        if not decided:
+            return UNDECIDED
+        return SUPPORTED if mean(self.differences) > self.threshold else CONTRADICTED
+
+
+def judge(study: Study, rows: Sequence[Row]) -> list[Comparison]:
+    """Every comparison of a study, with Holm's correction over them."""
+    found = [_compare(study, rows, wanted) for wanted in study.values.get("claims", ())]
+    corrected = holm([comparison.p for comparison in found])
+    return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
+
+
+def overall(comparisons: Sequence[Comparison]) -> str:
+    """The verdict on a claim by those on its comparisons."""
+    verdicts = [comparison.verdict for comparison in comparisons]
+    if CONTRADICTED in verdicts:
+        return CONTRADICTED
+    return verdicts[0] if len(set(verdicts)) == 1 else UNDECIDED
+
+
+def is_weak(comparisons: Sequence[Comparison]) -> bool:
+    """Whether one of them has fewer than 5 seeds."""
+    return any(comparison.n < ENOUGH_SEEDS for comparison in comparisons)
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """Corrected p-values: of the i-th smallest of m the largest of (m - j + 1) p_j for j up to i, at most 1."""
+    order = sorted((value, index) for index, value in enumerate(values) if value is not None)
+    corrected: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for rank, (value, index) in enumerate(order):
+        largest = max(largest, (len(order) - rank) * value)
+        corrected[index] = min(1.0, largest)
+    return corrected
+
+
+def p_value(differences: Sequence[float], threshold: float) -> float | None:
+    """The two-sided p-value of a t-test of the mean against a threshold; None of fewer than 2 values."""
+    if len(differences) < 2:
+        return None
+    from scipy.stats import t
+
+    error = stdev(differences) / math.sqrt(len(differences))
+    distance = abs(mean(differences) - threshold)
+    if error == 0:
+        return 1.0 if distance == 0 else 0.0
+    return float(2 * t.sf(distance / error, len(differences) - 1))
+
+
+def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comparison:
+    known = claims()
+    if wanted["id"] not in known:
+        raise UserError(f"conf/study/{study.id}.yaml: no claim '{wanted['id']}' in claims.csv")
+    expect = known[wanted["id"]].expect
+    metric = wanted.get("metric", study.metrics[0])
+    values = {cell: value.by_seed for cell, value in measured(study, rows, metric).items()}
+    factor = _factor(expect)
+    terms = [*_terms(study, wanted["left"]), *((-factor * w, cells) for w, cells in _terms(study, wanted["right"]))]
+    differences = tuple(_differences(terms, values))
+    threshold = _threshold(expect)
+    text = f"{_written(wanted['left'])} {_sign(expect)} {_written(wanted['right'])}"
+    return Comparison(wanted["id"], metric, text, threshold, differences, p_value(differences, threshold or 0.0))
+
+
+Term = tuple[float, list[str] | None]  # a weight, and the cells whose mean it weighs; None: the number 1
+
+
+def _terms(study: Study, side: Any) -> list[Term]:
+    """The left or right of a comparison: a cell, `[[weight, cell], ...]`, or a number."""
+    if isinstance(side, int | float):
+        return [(float(side), None)]
+    if isinstance(side, Mapping):
+        return [(1.0, _cells(study, side))]
+    return [(float(weight), _cells(study, cell)) for weight, cell in side]
+
+
+def _cells(study: Study, selector: Mapping[str, str]) -> list[str]:
+    wanted = {axis: str(value) for axis, value in selector.items()}
+    names = [cell.name for cell in study.cells if wanted.items() <= dict(cell.key).items()]
+    if not names:
+        raise UserError(f"conf/study/{study.id}.yaml, claims: no cell has {cell_name(wanted.items())}")
+    return names
+
+
+def _differences(terms: Sequence[Term], values: Mapping[str, Mapping[int, float]]) -> list[float]:
+    """The weighted sum of each seed that all cells have."""
+    cells = [cell for _, names in terms for cell in names or ()]
+    seeds = set.intersection(*(set(values.get(cell, {})) for cell in cells))
+    return [
+        sum(weight * (1.0 if names is None else mean(values[cell][seed] for cell in names)) for weight, names in terms)
+        for seed in sorted(seeds)
+    ]
+
+
+def _factor(expect: str) -> float:
+    found = re.search(r"(\d+) \* right", expect)
+    return float(found[1]) if found else 1.0
+
+
+def _threshold(expect: str) -> float | None:
+    if expect == "unknown":
+        return None
+    return -MARGIN if expect == "left >= right" else 0.0
+
+
+def _sign(expect: str) -> str:
+    if expect == "unknown":
+        return "against"
+    return expect.removeprefix("left ").removesuffix("right").strip()
+
+
+def _written(side: Any) -> str:
+    if isinstance(side, int | float):
+        return f"{side:g}"
+    if isinstance(side, Mapping):
+        return cell_name((axis, str(value)) for axis, value in side.items())
+    parts = [f"{'-' if weight < 0 else '+'} ({_written(cell)})" for weight, cell in side]
+    return "(" + " ".join(parts).removeprefix("+ ") + ")"

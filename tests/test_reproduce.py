@@ -1,0 +1,99 @@
+"""`exnorm reproduce` with real trainings: killed and started again, with a run that fails, with evaluations."""
+
+import csv
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from engine_cases import make_image_folder, start, wait_for, workers
+
+from exnorm.runs.records import Row, record_file
+
+TIMES = ("hours", "commit", "uncommitted")
+TINY = """# Tiny networks on three colours
+axes:
+  norm: {{bn: [norm=bn], sn: [norm=sn]{more}}}
+  inference: {{moving: [], batches: ["eval:inference=batch_average", "eval:calibration_batches=2"]}}
+set:
+  - model=resnet18
+  - model.name=test_resnet
+  - data=imagefolder
+  - data.root={root}
+  - data.image_size=32
+  - data.resize=32
+  - data.workers=0
+  - batch=1x8
+  - ops.backend=eager
+  - trainer.epochs=2
+  - trainer.checkpoint_every_steps=2
+seeds: 1
+"""
+
+pytestmark = pytest.mark.slow
+
+
+def tiny_study(tmp_path: Path, more: str = "") -> str:
+    """The path of a study of seconds; `more` are further values of its first axis."""
+    root = make_image_folder(tmp_path / "data")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(root=root, more=more), encoding="utf-8")
+    return str(path)
+
+
+def records(results: Path, kind: str = "runs") -> list[Row]:
+    """The rows of the tiny study's record, without what differs from one time to the next."""
+    with open(record_file(results, "tiny", kind), encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows if row.get("metric") != "images_per_s"]
+
+
+def begin(study: str, folder: Path, *more: str) -> "subprocess.Popen[str]":
+    """Start the study with runs and records in a folder."""
+    folder.mkdir(exist_ok=True)
+    return start(["reproduce", study, "--jobs", "2", *more], folder)
+
+
+def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path) -> None:
+    """By SIGKILL, which takes the workers with it, then by SIGTERM, which leaves checkpoints and says how to go on."""
+    study = tiny_study(tmp_path)
+    whole = begin(study, tmp_path / "whole")
+    out, err = whole.communicate(timeout=600)
+    assert whole.returncode == 0, err
+    assert "0 of 4 runs are done" in out and "[4/4]" in out
+
+    broken = tmp_path / "broken"
+    killed = begin(study, broken)
+    wait_for(lambda: list(broken.glob("runs/*/*/checkpoints/step-*.pt")), "a first checkpoint")
+    killed.kill()
+    killed.communicate()
+    wait_for(lambda: not workers(str(broken)), "the end of the workers")
+    stopped = begin(study, broken)
+    wait_for(lambda: list(broken.glob("runs/*/*/record.json")), "a first finished run")
+    stopped.send_signal(signal.SIGTERM)
+    _, err = stopped.communicate(timeout=600)
+    assert stopped.returncode == 143 and "the same command goes on" in err
+    again = begin(study, broken)
+    out, err = again.communicate(timeout=600)
+    assert again.returncode == 0, err
+    for kind in ("runs", "epochs", "layers"):
+        assert records(broken / "results", kind) == records(tmp_path / "whole" / "results", kind) != []
+    cells = {row["cell"] for row in records(broken / "results")}
+    assert len(cells) == 4
+
+    plan = begin(study, broken, "--plan")
+    out, _ = plan.communicate(timeout=60)
+    assert "2 runs and 2 evaluations of them; 2 runs done, 0 left: 0.0 hours" in out
+
+
+def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path, ", wild: [norm=bn, optim.lr=1e30]")
+    process = begin(study, tmp_path / "here", "--only", "inference=moving")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 1
+    (line,) = err.splitlines()
+    assert line.startswith("failed: norm=wild inference=moving, seed 0: the loss is not finite at step")
+    assert {row["cell"] for row in records(tmp_path / "here" / "results")} == {
+        "norm=bn inference=moving",
+        "norm=sn inference=moving",
+    }

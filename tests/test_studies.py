@@ -1,0 +1,316 @@
+"""Studies as they are written down: cells, settings, seeds, records, tables and verdicts."""
+
+import csv
+import math
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+from conftest import ROOT, CliRunner
+
+from exnorm.config.errors import UserError
+from exnorm.config.groups import group_options
+from exnorm.config.study import chosen_cells, load_study
+from exnorm.report.claims_table import as_csv, judged_studies
+from exnorm.report.published import claims
+from exnorm.report.results import differences, write_results
+from exnorm.report.study_table import FORMATS, METRICS, table_of
+from exnorm.report.verdicts import CONTRADICTED, SUPPORTED, UNDECIDED, holm, judge, overall, p_value
+from exnorm.runs.records import COLUMNS, Row, change_records, read_records
+from exnorm.studies.collect import collect
+from exnorm.studies.plan import jobs_of, trainings_of
+
+STUDIES = group_options("study")
+SCALES = ("mini", "full")
+
+
+def row(cell: str, seed: int, value: float, metric: str = "top1", **more: str) -> Row:
+    """A row of a record."""
+    usual = dict.fromkeys(COLUMNS["runs"], "x") | {"scale": "mini", "hours": "0.01", "facts": "", "uncommitted": "no"}
+    return usual | {"cell": cell, "seed": str(seed), "metric": metric, "value": str(value), **more}
+
+
+def put(results: Path, study: str, rows: list[Row]) -> None:
+    """Write a record."""
+    change_records(results, study, lambda before: {"runs": rows, "epochs": [], "layers": []})
+
+
+def own_study(tmp_path: Path, text: str) -> str:
+    """A study of one's own, as the path of its file."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"# A study of mine\n{text}", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_is_whole(name: str, scale: str) -> None:
+    """Its rules are met by a cell, what it names exists, and each paper's number stands at one cell at most."""
+    study = load_study(name, scale)
+    values = study.values
+    assert study.title and not study.title.startswith("exnorm")
+    for key in ("columns", "compare"):
+        assert values.get(key) in (None, *study.axes)
+    assert set(study.metrics) <= set(METRICS)
+    assert {wanted["id"] for wanted in values["claims"]} <= set(claims())
+    judge(study, [])
+    own = values.get("scales", {}).get(scale, {})
+    used = {text for cell in study.cells for text in (*cell.train, *(f"eval:{text}" for text in cell.evaluate))}
+    for rule in [*values.get("when", ()), *own.get("when", ())]:
+        assert set(rule["set"]) <= used, rule
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_cell_of_every_study_composes(name: str, tmp_path: Path) -> None:
+    """At scale mini each is a run with an identity of its own, unless it evaluates another cell's run."""
+    study = load_study(name, "mini")
+    jobs = jobs_of(study, study.cells, tmp_path)
+    assert all(job.config_hash for job in jobs), {job.problem for job in jobs}
+    hashes = [job.config_hash for job in jobs if job.cell and job.seed == 0 and not job.cell.evaluate]
+    assert len(set(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("sn-table2", 132), ("sn-hard", 21), ("sn-inference", 30), ("en-transfer", 18), ("en-pi", 17)]
+)
+def test_a_plan_counts_each_run_once(name: str, count: int, tmp_path: Path) -> None:
+    """Four normalizers at nine settings, 3 seeds, and 5 at three of them; evaluations are no runs; sources are."""
+    study = load_study(name, "full")
+    assert len(trainings_of(jobs_of(study, study.cells, tmp_path))) == count
+
+
+def test_a_plan_for_imagenet_needs_no_imagenet(run_cli: CliRunner) -> None:
+    few = ("reproduce", "sn-table2", "--scale", "full", "--only", "batch=8x2")
+    done = run_cli(*few, "--plan", "--seeds", "1", "--images-per-s", "100")
+    assert done.returncode == 0, done.stderr
+    hours = 4 * 1_281_167 * 100 / 100 / 3600
+    assert f"4 runs; 0 runs done, 4 left: {hours:.1f} GPU-hours" in done.stdout
+    assert "not here: data=imagenet needs a folder" in done.stdout
+    refused = run_cli(*few)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+
+
+def test_the_last_setting_counts_and_rules_come_last(tmp_path: Path) -> None:
+    text = """
+axes: {norm: [bn, sn], size: {small: [batch=1x8], large: [batch=1x64, trainer.epochs=9]}}
+set: [data=digits, trainer.epochs=5]
+when: [{if: {norm: sn, size: large}, set: [trainer.epochs=7, "eval:inference=batch_average"]}]
+"""
+    study = load_study(own_study(tmp_path, text), "mini")
+    epochs = {cell.name: [text for text in cell.train if "epochs" in text] for cell in study.cells}
+    assert epochs == {
+        "norm=bn size=small": ["trainer.epochs=5"],
+        "norm=bn size=large": ["trainer.epochs=9"],
+        "norm=sn size=small": ["trainer.epochs=5"],
+        "norm=sn size=large": ["trainer.epochs=7"],
+    }
+    assert [cell.evaluate for cell in study.cells] == [(), (), (), ("inference=batch_average",)]
+    assert study.cells[0].train[:2] == ("model=resnet_mini", "data=digits")
+    assert len(chosen_cells(study, ["norm=sn,bn", "size=small"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sn-tabel2"], "did you mean 'sn-table2'?"),
+        (["sn-table2", "--scale", "mimi"], "unknown scale 'mimi': did you mean 'mini'?"),
+        (["sn-table2", "--only", "batch=8x3"], "no batch '8x3' in sn-table2: did you mean '8x32'?"),
+        (["sn-table2", "--only", "nrom=sn"], "sn-table2 has no axis 'nrom': did you mean 'norm'?"),
+        (["sn-table2", "--only", "sn"], "write AXIS=VALUE"),
+        (["nowhere.yaml"], "there is no study nowhere.yaml"),
+    ],
+)
+def test_a_wrong_word_is_one_line(arguments: list[str], said: str, run_cli: CliRunner) -> None:
+    done = run_cli("reproduce", *arguments, "--plan")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_study_is_no_part_of_a_run(run_cli: CliRunner) -> None:
+    done = run_cli("train", "study=sn-table2")
+    assert done.returncode == 2 and "type exnorm reproduce" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("axis: {}", "unknown key 'axis': did you mean 'axes'?"),
+        ("set: [norm=bn]", "has no axes"),
+        ("axes: {norm: [bn]}\nwhen: [{iff: {norm: bn}, set: []}]", "unknown key 'iff': did you mean 'if'?"),
+    ],
+)
+def test_a_wrong_study_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mine.yaml") as caught:
+        load_study(own_study(tmp_path, text), "mini")
+    assert said in str(caught.value)
+
+
+def test_a_run_from_a_checkpoint_is_known_by_the_run_that_it_begins_with(tmp_path: Path) -> None:
+    """Another source is another run, before either of them has run."""
+    text = """
+axes: {at: {half: ["model.init_from={soft@0.5}"]}}
+set: [norm=sn, data=digits]
+sources: {soft: [norm=%s]}
+"""
+    first, second = (
+        jobs_of(study, study.cells, tmp_path)
+        for study in (load_study(own_study(tmp_path, text % norm), "mini") for norm in ("sn", "bn"))
+    )
+    assert [job.cell is None for job in first] == [True] * 3 + [False] * 3
+    assert first[3].needs is first[0] and first[3].folder() is None
+    assert first[3].config_hash == first[4].config_hash != second[3].config_hash
+
+
+def test_a_record_is_the_sum_of_what_several_processes_add(tmp_path: Path) -> None:
+    """Nobody overwrites what another one has written meanwhile."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=add_rows, args=(tmp_path, number)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(read_records(tmp_path, "s")) == 40
+
+
+def add_rows(results: Path, number: int) -> None:
+    """Twenty changes, of one row each."""
+    for index in range(20):
+        change_records(
+            results, "s", lambda before, i=index: {**before, "runs": [*before["runs"], row(f"c{number}", i, 1.0)]}
+        )
+
+
+def test_what_is_not_the_studys_any_more_is_left_out_and_said(tmp_path: Path) -> None:
+    """A row with another hash, or of a cell that is gone, goes; the row of another machine's run stays."""
+    study = load_study("sn-table2", "mini")
+    jobs = jobs_of(study, chosen_cells(study, ["batch=8x2"]), tmp_path / "runs")
+    now = {job.name: job.config_hash or "" for job in jobs}
+    rows = [
+        row("norm=bn batch=8x2", 0, 50.0, config_hash=now["norm=bn batch=8x2"]),
+        row("norm=sn batch=8x2", 0, 80.0, config_hash="0ld0ld00"),
+        row("norm=sn batch=9x9", 0, 80.0),
+        row("norm=sn batch=8x2", 0, 80.0, scale="full", config_hash="other"),
+    ]
+    put(tmp_path, "sn-table2", rows)
+    notes = collect(study, jobs, tmp_path)
+    assert len(notes) == 2 and "0ld0ld00" in notes[0] and "no such cell" in notes[1]
+    assert [r["cell"] + r["scale"] for r in read_records(tmp_path, "sn-table2")] == [
+        "norm=sn batch=8x2full",
+        "norm=bn batch=8x2mini",
+    ]
+
+
+def test_a_table_shows_mean_deviation_seeds_the_papers_number_and_the_best(tmp_path: Path) -> None:
+    values = {"norm=bn batch=8x2": [60.0, 62.0], "norm=sn batch=8x2": [80.0, 83.0, 86.0]}
+    put(tmp_path, "sn-table2", [row(cell, seed, v) for cell, of in values.items() for seed, v in enumerate(of)])
+    table = table_of(load_study("sn-table2", "mini"), tmp_path)
+    text = FORMATS["md"](table)
+    published = {
+        (r["method"], r["setting"]): float(r["value"] or "nan")
+        for r in csv.DictReader((ROOT / "results/published/sn2019.csv").read_text().splitlines())
+        if r["table"] == "table2"
+    }
+    paper = published["sn", "batch=8x2"]
+    assert f"| sn | 8x2 | **83.00 ± 3.00 (3)** | {paper} | {83 - paper:+.2f} |" in text
+    assert "| bn | 8x2 | 61.00 ± 1.41 (2) |" in text
+    assert "| bn | 8x1 | – | does not converge | – |" in text
+    assert "| en | 8x2 | – | not available | – |" in text
+    assert "Scale mini: nothing here was measured on the paper's data" in text
+    assert r"\textbf{83.00 $\pm$ 3.00 (3)}" in FORMATS["tex"](table)
+    assert "<td class=best>83.00 ± 3.00 (3)</td>" in FORMATS["html"](table)
+    lines = list(csv.DictReader(FORMATS["csv"](table).splitlines()))
+    (cell,) = (r for r in lines if (r["norm"], r["batch"]) == ("sn", "8x2"))
+    assert (float(cell["mean"]), float(cell["std"]), cell["n"], float(cell["published"])) == (83.0, 3.0, "3", paper)
+
+
+def test_a_table_without_measurements_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exnorm reproduce en-pi --scale mini"):
+        table_of(load_study("en-pi", "mini"), tmp_path)
+
+
+def verdict(tmp_path: Path, study: str, claim: str, rows: list[Row]) -> Any:
+    """The comparisons of a claim, judged on rows."""
+    return [found for found in judge(load_study(study, "mini"), rows) if found.claim == claim]
+
+
+@pytest.mark.parametrize(
+    ("sn", "expected"),
+    [
+        ([70.0, 71.0, 69.5, 70.2, 70.4], SUPPORTED),
+        ([40.0, 41.0, 39.5, 40.2, 40.4], CONTRADICTED),
+        ([70.0, 30.0, 55.0, 45.0, 60.0], UNDECIDED),
+        ([70.0], UNDECIDED),
+    ],
+)
+def test_a_claim_is_judged_by_the_differences_of_equal_seeds(sn: list[float], expected: str, tmp_path: Path) -> None:
+    bn = [50.0, 50.5, 49.0, 50.1, 50.3]
+    rows = [row("norm=sn batch=8x2", seed, value) for seed, value in enumerate(sn)]
+    rows += [row("norm=bn batch=8x2", seed, value) for seed, value in enumerate(bn)]
+    (found,) = verdict(tmp_path, "sn-table2", "sn-small-batch", rows)
+    assert found.verdict == expected
+    assert found.differences == tuple(a - b for a, b in zip(sn, bn, strict=False))
+    if len(sn) > 1:
+        reference = scipy.stats.ttest_rel(sn, bn)
+        assert math.isclose(found.p, reference.pvalue)
+        low, high = reference.confidence_interval(0.95)
+        assert found.interval == pytest.approx((low, high))
+
+
+def test_no_worse_than_allows_half_a_point(tmp_path: Path) -> None:
+    """0.2 points below is within the margin, for certain; 0.8 below is not."""
+    name = "norm=sn batch={} inference={}"
+    for below, expected in ((0.2, SUPPORTED), (0.8, CONTRADICTED)):
+        rows = [
+            row(name.format(batch, rule), seed, 80.0 + seed - (below + 0.01 * (seed % 2)) * (rule != "moving_average"))
+            for batch in ("8x32", "8x2")
+            for rule in ("moving_average", "batch_average-50k", "batch_average-all")
+            for seed in range(5)
+        ]
+        found = verdict(tmp_path, "sn-inference", "sn-batch-average", rows)
+        assert len(found) == 3 and overall(found) == expected
+
+
+def test_four_times_the_gain_is_compared_with_four_times_the_gain(tmp_path: Path) -> None:
+    """EN - BN against 4 (SN - BN), seed by seed."""
+    scores = {"bn": [70.0, 71.0, 70.5], "sn": [71.0, 72.0, 71.7], "en": [73.9, 75.2, 75.0]}
+    rows = [row(f"norm={norm}", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
+    (found,) = verdict(tmp_path, "en-webvision", "en-webvision", rows)
+    assert found.differences == pytest.approx((-0.1, 0.2, -0.3))
+
+
+def test_a_claim_with_several_comparisons_needs_all_of_them(tmp_path: Path) -> None:
+    scores = {"sn": [80.0, 80.1, 80.2], "bn": [70.0, 70.2, 70.1], "gn": [80.0, 80.4, 79.9]}
+    rows = [row(f"norm={norm} batch=8x32", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
+    found = verdict(tmp_path, "sn-table2", "sn-regular-batch", rows)
+    assert [item.verdict for item in found] == [SUPPORTED, UNDECIDED] and overall(found) == UNDECIDED
+
+
+def test_holm_corrects_by_the_number_of_comparisons_that_are_left() -> None:
+    """The example of the method: sorted p times m, m - 1, ..., never falling, at most 1."""
+    assert holm([0.04, None, 0.01, 0.03]) == pytest.approx([0.06, None, 0.03, 0.06], abs=1e-12)
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert p_value([1.0, 1.0], 0.0) == 0.0 and p_value([0.0, 0.0], 0.0) == 1.0 and p_value([1.0], 0.0) is None
+
+
+def test_results_are_what_the_records_say_or_are_named(tmp_path: Path) -> None:
+    """A number that is changed by hand, a file that is missing and one that nothing stands behind are each found."""
+    rows = [row("norm=bn batch=8x2", 0, 60.0), row("norm=sn batch=8x2", 0, 80.0)]
+    put(tmp_path, "sn-table2", rows)
+    written = write_results(tmp_path)
+    assert {path.suffix for path in written} == {".md", ".csv", ".svg", ".png"} and differences(tmp_path) == []
+    table = tmp_path / "tables" / "sn-table2-mini.md"
+    table.write_text(table.read_text().replace("80.00", "81.00"))
+    (tmp_path / "figures" / "sn-table2-mini-accuracy.png").unlink()
+    (tmp_path / "tables" / "mine.md").write_text("typed")
+    lines = differences(tmp_path)
+    assert [line.split(" ")[0].rpartition("/")[2] for line in lines] == [
+        "sn-table2-mini.md",
+        "sn-table2-mini-accuracy.png",
+        "mine.md",
+    ]
+    assert "undecided" in as_csv(judged_studies([], "mini", tmp_path))
+
+
+def test_the_committed_results_are_what_the_records_say() -> None:
+    assert differences(ROOT / "results") == []
