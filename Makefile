@@ -12,6 +12,7 @@ PYTHON ?= $(firstword $(shell for python in python3 python3.13 python3.12 python
 	"$$python" -c '$(SUPPORTED)' 2>/dev/null && echo "$$python"; done) python3)
 BIN := $(VENV)/bin
 SCALE ?= mini
+WORKERS ?= 2
 STUDIES := $(filter-out mini-webvision,$(basename $(notdir $(wildcard conf/study/*.yaml))))
 
 help: ## Say what there is
@@ -44,10 +45,10 @@ check: setup ## Lint, formatting, types, layers, and that tables and figures are
 	$(BIN)/exnorm results --check
 
 test: setup ## The tests, without the slow ones
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 slow: setup ## The slow tests: whole trainings, kills, several processes, the wheel
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n $(WORKERS) --dist loadfile
 
 # Rebuilt only when one of the two files changed; torch on Linux brings the CUDA libraries, hence the size.
 $(VENV)/.installed: pyproject.toml constraints.txt

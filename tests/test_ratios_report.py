@@ -69,8 +69,10 @@ def test_the_spread_over_samples_is_beside_the_mean() -> None:
 def test_the_bars_of_a_layer_are_its_ratios_in_the_colours_of_the_normalizers() -> None:
     figure = stacked(shares(sn_rows()), "title")
     assert isinstance(figure, Figure)
-    mean, var = figure.axes
-    assert [text.get_text() for text in var.get_xticklabels()] == ["bn1", "layer1.0.bn1"]
+    mean, var, divergence = figure.axes
+    assert [text.get_text() for text in divergence.get_xticklabels()] == ["bn1", "layer1.0.bn1"]
+    kl = per_layer(shares(sn_rows()))["symmetric KL", ""]
+    assert [bar.get_height() for bar in divergence.patches] == pytest.approx(list(kl))
     for panel, place in ((mean, 0), (var, 1)):
         bars = [container.patches[0] for container in panel.containers]
         assert [bar.get_height() for bar in bars] == pytest.approx([ratios[place] for ratios in SN.values()])

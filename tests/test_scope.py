@@ -45,6 +45,16 @@ def step(norm: Norm, x: Tensor, grad: Tensor, passes: int = 1) -> Results:
     return {"y": torch.cat(outputs), **total, **{f"buffer {k}": v for k, v in state(norm).items() if "running" in k}}
 
 
+@pytest.mark.parametrize("name", ["sn", "en"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mix_without_bn_takes_any_number_of_samples(name: str, training: bool) -> None:
+    """Eight replicas of one sample have no scope that could be split wrongly."""
+    norm = build(name, normalizers=["in", "ln"]).train(training)
+    configure_scope(norm, replicas=8)
+    alone = norm(inputs()[0][:1])
+    assert_same({"y": alone}, {"y": norm(inputs()[0])[:1]}, rtol=1e-9, atol=1e-10)
+
+
 @every_batch_norm
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_virtual_replicas_equal_separate_calls(name: str, replicas: int) -> None:

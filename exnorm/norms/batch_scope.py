@@ -82,9 +82,13 @@ class BatchScopeNorm(Norm):
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
 
+    def has_batch_scope(self) -> bool:
+        """Whether BN's scope is among those that it normalizes over; a mix may do without."""
+        return True
+
     def uses_batch_statistics(self) -> bool:
         """Whether BN's scope is the current batch, rather than the running statistics."""
-        return self.training or self.running_mean is None
+        return self.has_batch_scope() and (self.training or self.running_mean is None)
 
     def stored_variance(self, var_RC: Tensor, moments: Moments) -> Tensor:
         """The variance that goes into `running_var`: here the biased one."""

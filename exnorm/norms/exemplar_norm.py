@@ -101,6 +101,9 @@ class ExemplarNorm(BatchScopeNorm):
         self.fc2_bias = nn.Parameter(torch.empty(count, **factory))
         self.reset_ratios()
 
+    def has_batch_scope(self) -> bool:
+        return "bn" in self.normalizers
+
     def affine_shape(self) -> tuple[int, ...]:
         return (self.num_features,) if self.shared_affine else (len(self.normalizers), self.num_features)
 

@@ -87,6 +87,9 @@ class SwitchNorm(BatchScopeNorm):
         self.mean_weight.copy_(logits)
         self.var_weight.copy_(logits)
 
+    def has_batch_scope(self) -> bool:
+        return "bn" in self.normalizers
+
     def channel_multiple(self) -> int:
         return math.lcm(super().channel_multiple(), self.groups)
 
