@@ -47,5 +47,6 @@ def test_no_published_number_is_typed_anywhere_else() -> None:
     assert len(values) > 100
     files = [*(ROOT / "exnorm").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml"), *(ROOT / "scripts").rglob("*.py")]
     for file in [*files, ROOT / "README.md", ROOT / "Makefile"]:
-        found = set(re.findall(r"(?<![\d.])\d\d\.\d+(?![\d.])", file.read_text(encoding="utf-8")))
+        text = re.sub(r"<!-- made by.*?<!-- end -->", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        found = set(re.findall(r"(?<![\d.])\d\d\.\d+(?![\d.])", text))
         assert not found & values, f"{file} has {found & values}; read it from results/published/"

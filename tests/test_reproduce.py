@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from engine_cases import make_image_folder, start, wait_for, workers
 
-from exnorm.runs.records import Row, record_file
+from exnorm.runs.records import COLUMNS, Row, record_file
 
 TIMES = ("hours", "commit", "uncommitted")
 TINY = """# Tiny networks on three colours
@@ -28,6 +28,7 @@ set:
   - trainer.epochs=2
   - trainer.checkpoint_every_steps=2
 seeds: 1
+layers_of: [{{norm: sn}}]
 """
 
 pytestmark = pytest.mark.slow
@@ -76,7 +77,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     again = begin(study, broken)
     out, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
-    for kind in ("runs", "epochs", "layers"):
+    for kind in COLUMNS:
         assert records(broken / "results", kind) == records(tmp_path / "whole" / "results", kind) != []
     cells = {row["cell"] for row in records(broken / "results")}
     assert len(cells) == 4

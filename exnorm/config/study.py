@@ -77,6 +77,12 @@ class Study:
         """What its tables show, the first one first."""
         return tuple(self.values.get("metrics", ("top1",)))
 
+    @property
+    def followed(self) -> tuple[Cell, ...]:
+        """The cells whose layers are recorded and drawn one by one."""
+        wanted = self.values.get("layers_of", ())
+        return tuple(cell for cell in self.cells if any(item.items() <= dict(cell.key).items() for item in wanted))
+
     def label(self, value: str) -> str:
         """A value of an axis as tables show it."""
         return self.stand_ins.get(value, value)

@@ -19,6 +19,8 @@ from exnorm.runs.records import read_records
 
 SCALES = ("mini", "full")
 SUFFIXES = ("md", "csv")
+FRONT = "sn-table2"  # the study on the first screen of the project's README, between these two marks
+BEGIN, END = "<!-- made by exnorm results -->", "<!-- end -->"
 
 
 def write_results(results: Path) -> list[Path]:
@@ -61,6 +63,13 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
     judged = [item for scale in SCALES for item in judged_studies([], scale, results)]
     texts[results / "claims.csv"] = as_csv(judged)
     texts[results / "README.md"] = page(tables, judged, [path.name for path in figures])
+    front = _read(results.parent / "README.md")
+    shown = next((table for table in tables if table.study.id == FRONT), None)
+    if front is not None and shown is not None and BEGIN in front and END in front:
+        before, _, rest = front.partition(BEGIN)
+        texts[results.parent / "README.md"] = (
+            before + BEGIN + first_screen(shown, results.name) + END + rest.partition(END)[2]
+        )
     return texts, figures
 
 
@@ -99,6 +108,18 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[s
     others = " · ".join(f"[{figure.removeprefix(f'{name}-')}](figures/{figure}.png)" for figure in own)
     parts.append(f"[All cells and footnotes](tables/{name}.md) · [numbers](tables/{name}.csv) · figures: {others}")
     return [part for part in parts if part]
+
+
+def first_screen(table: StudyTable, folder: str) -> str:
+    """What the project's own README shows of the results: one table and one figure."""
+    study = table.study
+    name = f"{study.id}-{study.scale}"
+    return (
+        f"\n\n{to_markdown(table.across())}\n\n![{study.title}](./{folder}/figures/{name}-accuracy.png)\n\n"
+        f"{study.title}: top-1 in % at scale {study.scale}, on characters drawn here and a small ResNet, mean ± standard "
+        f"deviation (seeds). {duration(table)} All studies, verdicts on the papers' claims and their numbers: "
+        f"[{folder}/README.md]({folder}/README.md).\n"
+    )
 
 
 def duration(table: StudyTable) -> str:

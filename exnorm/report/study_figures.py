@@ -42,7 +42,7 @@ def figures_of(study: Study, results: Path) -> list[StudyFigure]:
         StudyFigure("curves", curve_data(study, results), lambda data: draw_curves(study, data)),
         StudyFigure("mean_ratios", ratio_data(study, rows), lambda data: draw_mean_ratios(study, data)),
     ]
-    for cell in _followed(study):
+    for cell in study.followed:
         name = "layers-" + "-".join(value for _, value in cell.key)
         data = layer_data(study, cell, results)
         found.append(StudyFigure(name, data, lambda data, cell=cell: stacked(data, f"{study.id}: {cell.name}, seed 0")))
@@ -172,12 +172,6 @@ def layer_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
     columns = ["epoch", "layer", "kind", "normalizer", "mean", "std"]
     frame = pd.DataFrame([{name: row[name] for name in columns} for row in rows], columns=columns)
     return frame.replace({"std": {"": None}}).astype({"epoch": int, "mean": float, "std": float})
-
-
-def _followed(study: Study) -> list[Cell]:
-    """The cells whose layers are drawn one by one."""
-    wanted = study.values.get("layers_of", ())
-    return [cell for cell in study.cells if any(item.items() <= dict(cell.key).items() for item in wanted)]
 
 
 def _lines(study: Study, data: pd.DataFrame, axis: str) -> list[tuple[str, pd.DataFrame]]:

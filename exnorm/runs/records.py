@@ -2,7 +2,7 @@
 
     <study>.csv          a row for each cell, seed and metric, with where it came from
     <study>.epochs.csv   a row for each epoch: the learning curves
-    <study>.layers.csv   the ratios of the layers, of the first seed: all layers after the last epoch, three after each
+    <study>.layers.csv   the ratios of the layers of some cells, first seed: all after the last epoch, three after each
 
 The files of a study are replaced under a lock, each in one step, so that several processes can add to them and a kill
 leaves the old ones.

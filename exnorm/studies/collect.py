@@ -43,7 +43,7 @@ def rows_of(study: Study, job: Job) -> Rows:
     return {
         "runs": [{**key, **origin, "metric": name, "value": _number(value)} for name, value in measured.items()],
         "epochs": [{**key, **row} for row in curves_of(log)] if own else [],
-        "layers": [{**key, **row} for row in layers_of(log)] if own and job.seed == 0 else [],
+        "layers": [{**key, **row} for row in layers_of(log)] if job.cell in study.followed and job.seed == 0 else [],
     }
 
 
