@@ -66,10 +66,9 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
     front = _read(results.parent / "README.md")
     shown = next((table for table in tables if table.study.id == FRONT), None)
     if front is not None and shown is not None and BEGIN in front and END in front:
-        before, _, rest = front.partition(BEGIN)
-        texts[results.parent / "README.md"] = (
-            before + BEGIN + first_screen(shown, results.name) + END + rest.partition(END)[2]
-        )
+        before, after = front.partition(BEGIN)[0], front.partition(END)[2]
+        block = first_screen(shown, results.name)
+        texts[results.parent / "README.md"] = f"{before}{BEGIN}{block}{END}{after}"
     return texts, figures
 
 
@@ -116,8 +115,8 @@ def first_screen(table: StudyTable, folder: str) -> str:
     name = f"{study.id}-{study.scale}"
     return (
         f"\n\n{to_markdown(table.across())}\n\n![{study.title}](./{folder}/figures/{name}-accuracy.png)\n\n"
-        f"{study.title}: top-1 in % at scale {study.scale}, on characters drawn here and a small ResNet, mean ± standard "
-        f"deviation (seeds). {duration(table)} All studies, verdicts on the papers' claims and their numbers: "
+        f"{study.title}: top-1 in % at scale {study.scale}, on characters drawn here and a small ResNet, mean ± "
+        f"standard deviation (seeds). {duration(table)} All studies, verdicts on the papers' claims and their numbers: "
         f"[{folder}/README.md]({folder}/README.md).\n"
     )
 
