@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test slow results reproduce-all
+.PHONY: help setup quickstart check test browser slow results reproduce-all
 
 VENV ?= .venv
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
@@ -47,7 +47,12 @@ check: setup ## Lint, formatting, types, layers, and that tables and figures are
 test: setup ## The tests, without the slow ones
 	$(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
-slow: setup ## The slow tests: whole trainings, kills, several processes, the wheel
+browser: ## Install Chromium with apt-get where it is missing and that is possible; the tests of pages are skipped without it
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ [[ $$(id -u) = 0 ]] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+		echo "no Chromium here: the tests of pages are skipped"
+
+slow: setup browser ## The slow tests: whole trainings, kills, several processes, the wheel
 	$(BIN)/pytest -m slow -n $(WORKERS) --dist loadfile
 
 # Rebuilt only when one of the two files changed; torch on Linux brings the CUDA libraries, hence the size.

@@ -262,6 +262,20 @@ def results(
 
 
 @app.command()
+def report(
+    what: Annotated[str, typer.Argument(help="A study, such as sn-table2, or a run folder.")],
+    scale: Annotated[str, typer.Option(help="Of the study: mini or full.")] = "mini",
+    out: Annotated[Path | None, typer.Option(help="[STUDY-SCALE.html, or report.html in the run folder]")] = None,
+    runs: Annotated[Path, typer.Option(help="The folder with the study's runs.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path("results"),
+) -> None:
+    """Write one HTML file, which needs no network: table, verdicts, figures, and the runs behind every number."""
+    from exnorm.report.html_report import write_report
+
+    print(write_report(what, scale, out, runs=runs, results=results))
+
+
+@app.command()
 def ratios(run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)]) -> None:
     """Show what each layer of a run mixes, draw it into the run folder, and say what the authors advise."""
     from exnorm.report.ratios import run

@@ -14,7 +14,7 @@ from exnorm.config.study import Study, load_study
 from exnorm.report.grids import Entry, Grid
 from exnorm.report.published import claims
 from exnorm.report.verdicts import UNDECIDED, Comparison, is_weak, judge, overall
-from exnorm.runs.records import read_records
+from exnorm.runs.records import Row, read_records
 from exnorm.runs.table import print_table
 
 HEADS = ("claim", "comparison", "metric", "seeds", "mean difference", "95 % interval", "p (Holm)", "verdict")
@@ -30,16 +30,17 @@ class Judged:
 
 def judged_studies(names: Sequence[str], scale: str, results: Path) -> list[Judged]:
     """The studies that something was measured of at a scale, judged; all studies if none is named."""
-    found = []
-    for name in names or group_options("study"):
-        study = load_study(name, scale)
-        rows = read_records(results, study.id)
-        if any(row["scale"] == scale for row in rows):
-            by_claim: dict[str, list[Comparison]] = {}
-            for comparison in judge(study, rows):
-                by_claim.setdefault(comparison.claim, []).append(comparison)
-            found.append(Judged(study, by_claim))
-    return found
+    studies = [load_study(name, scale) for name in names or group_options("study")]
+    records = [(study, read_records(results, study.id)) for study in studies]
+    return [judged_study(study, rows) for study, rows in records if any(row["scale"] == scale for row in rows)]
+
+
+def judged_study(study: Study, rows: Sequence[Row]) -> Judged:
+    """A study with its comparisons judged by the rows of its record."""
+    by_claim: dict[str, list[Comparison]] = {}
+    for comparison in judge(study, rows):
+        by_claim.setdefault(comparison.claim, []).append(comparison)
+    return Judged(study, by_claim)
 
 
 def grid_of(judged: Judged) -> Grid:

@@ -1,0 +1,211 @@
+"""`exnorm report STUDY|RUN_DIR`: one HTML file that needs no network, with every run behind the numbers."""
+
+import base64
+import glob
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from exnorm.config.study import Cell, Study, load_study
+from exnorm.report.claims_table import Judged, grid_of, judged_study
+from exnorm.report.grids import Entry, Grid, to_html
+from exnorm.report.measured import measured
+from exnorm.report.published import claims
+from exnorm.report.ratio_figures import dynamics, stacked
+from exnorm.report.results import duration
+from exnorm.report.study_figures import STYLE, figures_of
+from exnorm.report.study_table import METRICS, StudyTable, table_of
+from exnorm.runs.folder import RunFolder, write_text_atomic
+from exnorm.runs.layer_ratios import shares
+from exnorm.runs.metrics import MetricsLog
+from exnorm.runs.records import Row, read_records
+
+PAGE = Path(__file__).with_name("page.html")
+WIDTH, HEIGHT = 220, 70  # px of a small curve
+KEPT = ("seed", "value", "hours", "device", "torch", "commit", "config_hash", "run")
+
+
+def write_report(what: str, scale: str, out: Path | None, *, runs: Path, results: Path) -> Path:
+    """Write the page of a run folder, if `what` is a folder, or else of a study; return the file."""
+    if Path(what).is_dir():
+        folder = RunFolder(what)
+        text, path = run_page(folder), out or folder.path / "report.html"
+    else:
+        study = load_study(what, scale)
+        text, path = study_page(study, results, runs), out or Path(f"{study.id}-{scale}.html")
+    write_text_atomic(path, text)
+    return path
+
+
+def study_page(study: Study, results: Path, runs: Path) -> str:
+    """The page of a study; configuration and provenance of the runs whose folders are below `runs`.
+
+    Raises:
+        UserError: nothing was measured at this scale.
+    """
+    table = table_of(study, results)
+    parts = [
+        f"<h1>{_text(study.title)}</h1>",
+        f"<p class='quiet'>Study {_text(study.id)}, scale <strong>{_text(study.scale)}</strong>, answers to "
+        f"{_text(str(study.values['paper']))}, {_text(str(study.values['table']))}. {_text(duration(table))}</p>",
+        "<h2>Measured</h2>",
+        _wide(to_html(table.across())) if study.values.get("columns") else "",
+        "<h2>Cell by cell, beside the paper</h2>",
+        "<label>Show cells with <input id='filter' type='search' placeholder='sn 8x2'></label>",
+        _wide(_cells_table(table)),
+        "<ul class='notes'>" + "".join(f"<li>{_text(line)}</li>" for line in table.footnotes()) + "</ul>",
+        *_verdicts(judged_study(study, table.rows)),
+        *_figures([(figure.name, figure.draw(figure.data)) for figure in figures_of(study, results)]),
+        "<h2>The runs</h2><div id='runs'>",
+        *(_runs_of(study, cell, table.rows, results, runs) for cell in study.cells),
+        "</div>",
+    ]
+    return _page(study.title, parts)
+
+
+def run_page(folder: RunFolder) -> str:
+    """The page of one run: result, curves, ratios, configuration, provenance.
+
+    Raises:
+        ValueError: the folder is none of a run.
+    """
+    config, record = folder.read_config(), folder.read_record() or {}
+    log = [row for row in MetricsLog.read(folder.metrics_file) if "val/top1" in row]
+    curve = [(float(row["epoch"]), float(row["val/top1"])) for row in log]
+    numbers = [(key, value) for key, value in record.items() if isinstance(value, int | float | str)]
+    ratios, drawn = shares(log), []
+    if not ratios.empty:
+        with rc_context(STYLE):
+            drawn = [("ratios", stacked(ratios, "")), ("ratios over epochs", dynamics(ratios, ""))]
+    state = "" if record else " It has not finished."
+    parts = [
+        f"<h1>{_text(folder.path.name)}</h1>",
+        f"<p class='quiet'>{_text(config['model']['name'])}, {_text(config['norm']['name'])}, batch "
+        f"{_text(config['batch'])}, data {_text(config['data']['name'])}, seed {config['seed']}.{state}</p>",
+        "<h2>Result</h2>",
+        _wide(to_html(Grid(("what", "value"), [[Entry(key), Entry(_number(value))] for key, value in numbers]))),
+        "<h2>Validation top-1 over the epochs</h2>",
+        _curves({config["seed"]: curve}) if curve else "<p>No epoch has ended yet.</p>",
+        *_figures(drawn),
+        "<h2>Where it comes from</h2>",
+        *_origin(folder),
+    ]
+    return _page(folder.path.name, parts)
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        title=_text(title), body="\n".join(filter(None, parts))
+    )
+
+
+def _text(text: str) -> str:
+    return html.escape(text)
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _wide(table: str) -> str:
+    return f"<div class='wide'>{table}</div>"
+
+
+def _slug(cell: Cell) -> str:
+    return "cell-" + "-".join(value for _, value in cell.key).replace(" ", "-")
+
+
+def _cells_table(table: StudyTable) -> str:
+    """The table cell by cell, each first entry a link to the cell's runs."""
+    grid = table.by_cell()
+    head = "".join(f"<th>{_text(text)}</th>" for text in grid.heads)
+    rows = []
+    for cell, row in zip(table.study.cells, grid.rows, strict=True):
+        first, *rest = row
+        linked = f"<td><a href='#{_text(_slug(cell))}'>{_text(first.text)}</a></td>"
+        rest_html = "".join(f"<td{' class=best' if bold else ''}>{_text(text)}</td>" for text, bold in rest)
+        rows.append(f"<tr data-name='{_text(cell.name)}'>{linked}{rest_html}</tr>")
+    return f"<table id='cells'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _verdicts(judged: Judged) -> list[str]:
+    if not judged.comparisons:
+        return []
+    known = claims()
+    said = "".join(f"<li><strong>{_text(c)}</strong>: {_text(known[c].claim)}</li>" for c in judged.comparisons)
+    return ["<h2>Verdicts</h2>", _wide(to_html(grid_of(judged))), f"<ul class='notes'>{said}</ul>"]
+
+
+def _figures(figures: Sequence[tuple[str, Figure]]) -> list[str]:
+    """The figures, one at a time, and the control that chooses."""
+    if not figures:
+        return []
+    names = "".join(f"<option>{_text(name)}</option>" for name, _ in figures)
+    shown = [
+        f"<figure data-name='{_text(name)}'{' hidden' if index else ''}>"
+        f"<img alt='{_text(name)}' src='data:image/svg+xml;base64,{_svg(figure)}'></figure>"
+        for index, (name, figure) in enumerate(figures)
+    ]
+    return ["<h2>Figures</h2>", f"<label>Figure <select id='chosen'>{names}</select></label>", *shown]
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], results: Path, runs: Path) -> str:
+    """The runs of one cell: command, result of each seed, curves, configuration and provenance."""
+    metric = study.metrics[0]
+    own = [r for r in rows if (r["scale"], r["cell"], r["metric"]) == (study.scale, cell.name, metric)]
+    values = measured(study, rows, metric).get(cell.name)
+    summary = _text(cell.name) + (f": {METRICS[metric][0]} {values.mean:.2f}" if values else ": not measured yet")
+    command = " ".join(["exnorm train", *(f"'{text}'" if "[" in text else text for text in cell.train)])
+    curves: dict[int, list[tuple[float, float]]] = {}
+    for row in read_records(results, study.id, "epochs"):
+        if (row["scale"], row["cell"]) == (study.scale, cell.name):
+            curves.setdefault(int(row["seed"]), []).append((float(row["epoch"]), float(row["top1"])))
+    grid = Grid(KEPT, [[Entry(row[name]) for name in KEPT] for row in own])
+    parts = [f"<pre>{_text(command)}</pre>", _wide(to_html(grid)) if own else "", _curves(curves) if curves else ""]
+    for row in own:
+        for folder in sorted(runs.glob(f"*/{glob.escape(row['run'])}")):
+            parts += [f"<h3>seed {row['seed']}</h3>", *_origin(RunFolder(folder))]
+    head = f"<details id='{_text(_slug(cell))}' data-name='{_text(cell.name)}'><summary>{summary}</summary>"
+    return f"{head}{''.join(parts)}</details>"
+
+
+def _origin(folder: RunFolder) -> list[str]:
+    """Configuration and provenance of a run, as they lie in its folder."""
+    found = []
+    for name, file in (("configuration", folder.config_file), ("provenance", folder.provenance_file)):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8", errors="replace")
+            text = json.dumps(json.loads(text), indent=1) if file.suffix == ".json" else text
+            found.append(f"<details><summary>{name}</summary><pre>{_text(text)}</pre></details>")
+    return found
+
+
+def _curves(by_seed: dict[int, list[tuple[float, float]]]) -> str:
+    """Small curves of all seeds: top-1 from 0 to 100 over the epochs."""
+    last = max(epoch for points in by_seed.values() for epoch, _ in points)
+    lines = []
+    for points in by_seed.values():
+        places = " ".join(
+            f"{WIDTH * (epoch - 1) / max(last - 1, 1):.1f},{HEIGHT * (1 - top1 / 100):.1f}" for epoch, top1 in points
+        )
+        lines.append(f"<polyline points='{places}' fill='none' stroke='#0a58a8' stroke-width='1.5'/>")
+    final = ", ".join(f"{points[-1][1]:.2f}" for points in by_seed.values())
+    label = f"validation top-1 over {last:.0f} epochs, at the end {final}"
+    return (
+        f"<figure><svg role='img' aria-label='{label}' width='{WIDTH}' height='{HEIGHT}' "
+        f"viewBox='0 -2 {WIDTH} {HEIGHT + 4}' style='border-bottom:1px solid #d8dbe0'>{''.join(lines)}</svg>"
+        f"<figcaption class='quiet'>{label}</figcaption></figure>"
+    )
