@@ -283,6 +283,24 @@ def ratios(run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=
     run(run_dir)
 
 
+@app.command()
+def explain(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder of a norm that mixes.", exists=True, file_okay=False)],
+    images: Annotated[list[Path], typer.Argument(help="Files of images.")],
+    checkpoint: Annotated[str, typer.Option(help="last, best or a file.")] = "last",
+    out: Annotated[Path, typer.Option(help="The figure, PNG or SVG.")] = Path("explained.png"),
+) -> None:
+    """Draw, for single images, each layer's ratios beside the image and the prediction."""
+    from exnorm.diagnostics.explain_images import explain_images
+    from exnorm.report.image_figure import image_figure
+
+    found = explain_images(run_dir, images, at=checkpoint)
+    for item in found:
+        print(f"{item.name}: " + ", ".join(f"{name} {share:.1%}" for name, share in item.guesses))
+    image_figure(found, run_dir.name).savefig(out, dpi=150)
+    print(f"figure: {out}")
+
+
 bench = typer.Typer(help="Measure speed and memory; tables are appended to results/bench/.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

@@ -1,0 +1,64 @@
+"""What a trained model makes of single images: its prediction, and the ratios of every layer."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from exnorm.analysis.ratios import measure_ratios, mixing_layers
+from exnorm.config.errors import UserError
+from exnorm.data.files import opened
+from exnorm.data.transforms import eval_transform
+from exnorm.engine import checkpoint
+from exnorm.runs.folder import RunFolder
+
+SHOWN_CLASSES = 3
+
+
+class Explained(NamedTuple):
+    """One image as the model saw it.
+
+    Attributes:
+        pixels: the crop, (height, width, 3).
+        guesses: the likeliest classes with their probabilities.
+        ratios: layer, kind, normalizer, mean; layers in the order of the network.
+    """
+
+    name: str
+    pixels: NDArray[np.uint8]
+    guesses: list[tuple[str, float]]
+    ratios: pd.DataFrame
+
+
+@torch.no_grad()
+def explain_images(run_path: Path, images: Sequence[Path], *, at: str = "last") -> list[Explained]:
+    """Look at images with a checkpoint of a run: last, best or a file.
+
+    Raises:
+        UserError: a model that mixes nothing, a file that is no image, no run or checkpoint.
+    """
+    folder = RunFolder(run_path)
+    config, state = checkpoint.read_config(folder), checkpoint.find(folder, at)
+    model = checkpoint.build_trained(config, state).eval()
+    if not mixing_layers(model):
+        raise UserError(f"{run_path}: norm={config.norm.name} mixes nothing; explain a run of sn, ssn or en")
+    transform = eval_transform(config.data)
+    found = []
+    for path in images:
+        pixels = np.asarray(transform.crop(opened(str(path), partial(open, path, "rb")))).transpose(1, 2, 0)
+        batch = transform.normalize(torch.from_numpy(pixels.copy())[None])
+        shares = torch.softmax(model(batch)[0].double(), 0)
+        top = shares.topk(min(SHOWN_CLASSES, len(shares)))
+        guesses = [
+            (str(state["classes"][label]), float(share))
+            for share, label in zip(top.values, top.indices.tolist(), strict=True)
+        ]
+        rows = [(row.layer, row.ratio, row.normalizer, row.mean) for row in measure_ratios(model, batch)]
+        frame = pd.DataFrame(rows, columns=["layer", "kind", "normalizer", "mean"])
+        found.append(Explained(path.name, pixels, guesses, frame))
+    return found
