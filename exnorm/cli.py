@@ -199,9 +199,12 @@ def reproduce(
     study: Annotated[str, typer.Argument(help="A study of conf/study, such as sn-table2, or a yaml file.")],
     scale: Annotated[str, typer.Option(help="mini: on a laptop; full: the paper's.")] = "mini",
     seeds: Annotated[int | None, typer.Option(min=1, help="Of each cell; as the study says without.")] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="AXIS=VALUE", help="Cells with this value.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="AXIS=VALUE", help="Some cells; also seed=0.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Run nothing: list cells, seeds and hours left.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; as many as fit the cores without.")] = None,
+    submit: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="To a cluster, by submitit: gpus_per_node=8, ...")
+    ] = None,
     images_per_s: Annotated[float | None, typer.Option(min=0.001, help="Of a GPU, for the plan.")] = None,
     runs: Annotated[Path, typer.Option(help="The folder for run folders.")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="The folder for records.")] = Path("results"),
@@ -215,6 +218,10 @@ def reproduce(
     found = jobs_of(wanted, chosen_cells(wanted, only or []), runs)
     if plan:
         print_plan(wanted, found, results, images_per_s=images_per_s)
+    elif submit:
+        from exnorm.studies.submit import submit as submit_jobs
+
+        submit_jobs(wanted, study, found, runs, results, submit)
     else:
         raise typer.Exit(reproduce(wanted, found, results, at_once=jobs))
 

@@ -87,6 +87,24 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     assert "2 runs and 2 evaluations of them; 2 runs done, 0 left: 0.0 hours" in out
 
 
+def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
+    """On submitit's local cluster, whose jobs are processes: one for each run, with the evaluations of it."""
+    study, here = tiny_study(tmp_path), tmp_path / "here"
+    process = begin(study, here, "--submit", "cluster=local", "--submit", "timeout_min=20")
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "2 jobs queued" in out and "norm=sn inference=moving, norm=sn inference=batches, seed 0" in out
+
+    def complete() -> bool:
+        file = record_file(here / "results", "tiny")
+        return file.is_file() and len({row["cell"] for row in records(here / "results")}) == 4
+
+    wait_for(complete, "the record of four cells")
+    wrong = begin(study, here, "--submit", "cluster=local", "--submit", "timeout=20")
+    _, err = wrong.communicate(timeout=600)
+    assert wrong.returncode == 2 and err.count("\n") == 1 and "timeout" in err
+
+
 def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     study = tiny_study(tmp_path, ", wild: [norm=bn, optim.lr=1e30]")
     process = begin(study, tmp_path / "here", "--only", "inference=moving")

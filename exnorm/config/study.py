@@ -8,7 +8,7 @@ after the training.
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ SCALE_KEYS = ("set", "when", "threads", "stand_ins", "train_images", "notes")
 RULE_KEYS = ("if", "set")
 EVAL = "eval:"
 YAML = (".yaml", ".yml")
+SEED = "seed"
 
 Key = tuple[tuple[str, str], ...]  # an axis and its value, for each axis in the study's order
 
@@ -142,25 +143,29 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
 
 
 def chosen_cells(study: Study, only: Iterable[str]) -> tuple[Cell, ...]:
-    """The cells that meet every `axis=value` (or `axis=a,b`).
+    """The cells that meet every `axis=value` (or `axis=a,b`), with the seeds of `seed=0,1`, or else all.
 
     Raises:
         UserError: an unknown axis or value, or words of another form.
     """
+    there = sorted({seed for cell in study.cells for seed in cell.seeds})
+    choices = {**study.axes, SEED: tuple(map(str, there))}
     wanted: dict[str, set[str]] = {}
     for word in only:
         axis, equals, given = word.partition("=")
         if not equals:
             raise UserError(f"--only {word}: write AXIS=VALUE, such as --only norm=sn; axes: {', '.join(study.axes)}")
-        if axis not in study.axes:
-            raise UserError(f"--only {word}: {study.id} has no axis '{axis}': {suggest(axis, study.axes)}")
+        if axis not in choices:
+            raise UserError(f"--only {word}: {study.id} has no axis '{axis}': {suggest(axis, choices)}")
         for value in given.split(","):
-            if value not in study.axes[axis]:
-                raise UserError(f"--only {word}: no {axis} '{value}' in {study.id}: {suggest(value, study.axes[axis])}")
+            if value not in choices[axis]:
+                raise UserError(f"--only {word}: no {axis} '{value}' in {study.id}: {suggest(value, choices[axis])}")
             wanted.setdefault(axis, set()).add(value)
-    return tuple(
-        cell for cell in study.cells if all(value in wanted[axis] for axis, value in cell.key if axis in wanted)
-    )
+    seeds = wanted.pop(SEED, None)
+    chosen = [cell for cell in study.cells if all(value in wanted[axis] for axis, value in cell.key if axis in wanted)]
+    if seeds is None:
+        return tuple(chosen)
+    return tuple(replace(cell, seeds=tuple(seed for seed in cell.seeds if str(seed) in seeds)) for cell in chosen)
 
 
 def _study_file(name: str) -> Path:

@@ -107,7 +107,7 @@ def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
     facts = {cell: _facts(study, cell.train) for cell in chosen}
     sources: dict[tuple[str, int], Job] = {}
     jobs: list[Job] = []
-    for seed in range(max((len(cell.seeds) for cell in chosen), default=0)):
+    for seed in sorted({seed for cell in chosen for seed in cell.seeds}):
         for cell in (cell for cell in chosen if seed in cell.seeds):
             source = _source_of(cell.train)
             if source is not None and (source, seed) not in sources:

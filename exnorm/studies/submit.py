@@ -1,0 +1,83 @@
+"""A study on a cluster, through submitit: each run that is missing, with the evaluations of it, is a job of its own.
+
+A job is `exnorm reproduce` for the cells of one run and one seed, so it skips what is done, goes on from a checkpoint
+and writes the record; one that is preempted or runs out of time is queued again.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exnorm.config.errors import UserError, suggest
+from exnorm.config.study import Study
+from exnorm.runs.children import importing_environment
+from exnorm.studies.plan import Job
+
+CLUSTERS = ("slurm", "local")
+
+
+class Reproduction:
+    """What a job does; picklable, and queued again as it is when the cluster takes its node away."""
+
+    def __init__(self, commands: Sequence[Sequence[str]]) -> None:
+        self.commands = [list(command) for command in commands]
+
+    def __call__(self) -> None:
+        """Run the commands one after the other; raise CalledProcessError where one fails."""
+        for command in self.commands:
+            subprocess.run([sys.executable, "-m", "exnorm", *command], env=importing_environment(), check=True)
+
+    def checkpoint(self) -> Any:
+        """What submitit queues instead when it is stopped: the same, which goes on."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def submit(study: Study, name: str, jobs: Sequence[Job], runs: Path, results: Path, options: Sequence[str]) -> None:
+    """Queue the runs that are missing; `options` are submitit's parameters, such as `gpus_per_node=8`.
+
+    Raises:
+        UserError: submitit is not installed, or an option is none of its.
+    """
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        raise UserError("--submit needs submitit: pip install submitit") from None
+    parameters = dict(_parameter(word) for word in options)
+    cluster = parameters.pop("cluster", "slurm")
+    if cluster not in CLUSTERS:
+        raise UserError(f"--submit cluster={cluster}: {suggest(str(cluster), CLUSTERS)}")
+    executor = submitit.AutoExecutor(folder=runs.resolve() / ".submitted", cluster=cluster)
+    try:
+        executor.update_parameters(name=study.id, **parameters)
+    except (NameError, TypeError) as problem:
+        raise UserError(f"--submit: {' '.join(str(problem).split())}") from None
+    groups: dict[Any, list[Job]] = {}
+    for job in jobs:
+        if job.cell is not None and not job.finished():
+            groups.setdefault((job.config_hash, job.seed), []).append(job)
+    for group in groups.values():
+        commands = [_command(study, name, job, runs, results) for job in group]
+        queued = executor.submit(Reproduction(commands))
+        print(f"job {queued.job_id}: {', '.join(job.name for job in group)}, seed {group[0].seed}")
+    print(f"{len(groups)} jobs queued; exnorm reproduce {name} --scale {study.scale} --plan shows what is done")
+
+
+def _command(study: Study, name: str, job: Job, runs: Path, results: Path) -> list[str]:
+    assert job.cell is not None
+    name = str(Path(name).resolve()) if Path(name).is_file() else name
+    chosen = [
+        word for axis, value in (*job.cell.key, ("seed", str(job.seed))) for word in ("--only", f"{axis}={value}")
+    ]
+    folders = ["--runs", str(runs.resolve()), "--results", str(results.resolve())]
+    return ["reproduce", name, "--scale", study.scale, "--jobs", "1", *chosen, *folders]
+
+
+def _parameter(word: str) -> tuple[str, int | str]:
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise UserError(f"--submit {word}: write KEY=VALUE, such as --submit gpus_per_node=8")
+    return key, int(value) if value.isdigit() else value
