@@ -113,14 +113,17 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_its_configuration_only(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_its_configuration_and_the_papers_numbers_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {name for name in names if ".dist-info/" not in name}
     conf = {f"exnorm/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "conf").rglob("*.yaml")}
     code = {
-        file.relative_to(ROOT).as_posix() for kind in ("py", "cpp") for file in (ROOT / "exnorm").rglob(f"*.{kind}")
+        file.relative_to(ROOT).as_posix()
+        for kind in ("py", "cpp", "html")
+        for file in (ROOT / "exnorm").rglob(f"*.{kind}")
     }
-    assert conf and shipped == conf | code
+    published = {f"exnorm/published/{file.name}" for file in (ROOT / "results" / "published").iterdir()}
+    assert conf and published and shipped == conf | code | published
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 
 
@@ -130,6 +133,7 @@ def test_the_installed_wheel_lists_and_trains_outside_the_repository(installed: 
     assert Path(location.strip()).is_relative_to(installed.parent)
     norms = run(installed / "exnorm", "list", "norms", cwd=tmp_path).stdout
     assert {line.split()[0] for line in norms.splitlines()} >= {"bn", "en", "sn"}
+    run(installed / "python", "-c", "from exnorm.report.published import claims; assert claims()", cwd=tmp_path)
     options = ["model=resnet18", "norm=bn", "trainer.epochs=1", "data.workers=0", "logger=off"]
     run(installed / "exnorm", "train", *options, cwd=tmp_path)
     assert len(list(tmp_path.rglob("record.json"))) == 1
