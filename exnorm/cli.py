@@ -32,6 +32,7 @@ class Kind(StrEnum):
     norms = "norms"
     models = "models"
     data = "data"
+    studies = "studies"
 
 
 class Item(StrEnum):
@@ -149,10 +150,10 @@ def list_group(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
     pattern: Annotated[str, typer.Option("--filter", metavar="PATTERN", help="Names such as 'resnet*'.")] = "*",
 ) -> None:
-    """List the norms, models or data sets that norm=, model= and data= take."""
+    """List the norms, models or data sets that norm=, model= and data= take, or the studies of exnorm reproduce."""
     from exnorm.config.catalog import catalog
 
-    rows = catalog(kind.value.removesuffix("s"), pattern)
+    rows = catalog("study" if kind is Kind.studies else kind.value.removesuffix("s"), pattern)
     width = max((len(name) for name, text in rows if text), default=0)
     for name, text in rows:
         print(f"{name:<{width}}  {text}".rstrip())

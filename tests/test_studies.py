@@ -127,6 +127,12 @@ def test_a_wrong_word_is_one_line(arguments: list[str], said: str, run_cli: CliR
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_studies_are_listed_with_what_they_are_about(run_cli: CliRunner) -> None:
+    lines = run_cli("list", "studies").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == STUDIES
+    assert "nine batch settings" in next(line for line in lines if line.startswith("sn-table2 "))
+
+
 def test_a_study_is_no_part_of_a_run(run_cli: CliRunner) -> None:
     done = run_cli("train", "study=sn-table2")
     assert done.returncode == 2 and "type exnorm reproduce" in done.stderr
