@@ -100,9 +100,7 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[s
     heading, grid = table.grids()[0]
     parts = [f"## {study.title}", f"`{study.id}`, scale {study.scale}. {duration(table)}", heading, to_markdown(grid)]
     own = [figure for figure in figures if figure.startswith(f"{name}-")]
-    parts += [
-        f"![{html.escape(study.title)}: {figure}](figures/{figure}.png)" for figure in own if "accuracy" in figure
-    ]
+    parts += [f"![{html.escape(study.title)}](figures/{figure}.png)" for figure in own if "accuracy" in figure]
     parts += [to_markdown(grid_of(judged))] if judged.comparisons else []
     others = " · ".join(f"[{figure.removeprefix(f'{name}-')}](figures/{figure}.png)" for figure in own)
     parts.append(f"[All cells and footnotes](tables/{name}.md) · [numbers](tables/{name}.csv) · figures: {others}")

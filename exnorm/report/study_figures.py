@@ -73,6 +73,7 @@ def accuracy_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
 def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
     """Accuracy over the axis that the table has across, a line for each choice of the others; right, the paper's."""
     axis = study.values.get("columns", next(iter(study.axes)))
+    joined = "-" if "columns" in study.values else "none"  # what has no order is no line
     sides = [("mean", f"measured, scale {study.scale}")]
     if data["published"].notna().to_numpy().any():
         sides.append(("published", f"{study.values['paper']}, {study.values['table']}"))
@@ -84,7 +85,7 @@ def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
             at = np.array([places[value] for value in lines[axis]]) + (0.06 * number if column == "mean" else 0.0)
             spread = lines["std"].fillna(0.0) if column == "mean" else None
             style = {"color": _colour(study, lines, number), "marker": MARKERS[number % len(MARKERS)], "label": label}
-            panel.errorbar(at, lines[column].astype(float), spread, capsize=2, markersize=4, linewidth=1.2, **style)
+            panel.errorbar(at, lines[column].astype(float), spread, capsize=2, markersize=4, linestyle=joined, **style)
         panel.set_xticks(list(places.values()), [study.label(value) for value in places], rotation=40, ha="right")
         panel.set_title(title, fontsize=9)
         panel.grid(axis="y", alpha=0.3)
