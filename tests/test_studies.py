@@ -1,6 +1,7 @@
 """Studies as they are written down: cells, settings, seeds, records, tables and verdicts."""
 
 import csv
+import json
 import math
 import multiprocessing
 from pathlib import Path
@@ -205,6 +206,20 @@ def test_what_is_not_the_studys_any_more_is_left_out_and_said(tmp_path: Path) ->
         "norm=sn batch=8x2full",
         "norm=bn batch=8x2mini",
     ]
+
+
+def test_a_finished_run_with_another_configuration_is_said_for_the_seeds_that_are_asked_for(tmp_path: Path) -> None:
+    """Asking for one seed does not make the runs of the others look wrong."""
+    study = load_study("sn-table2", "mini", seeds=1)
+    jobs = jobs_of(study, chosen_cells(study, ["norm=bn", "batch=8x2"]), tmp_path / "runs")
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / "glyphs" / f"old-s{seed}"
+        folder.mkdir(parents=True)
+        made_for = {"id": "sn-table2", "scale": "mini", "cell": "norm=bn batch=8x2", "seed": seed}
+        (folder / "provenance.json").write_text(json.dumps({"study": made_for}))
+        (folder / "record.json").write_text("{}")
+    (note,) = collect(study, jobs, tmp_path)
+    assert "old-s0" in note and "asks for another run now" in note
 
 
 def test_a_table_shows_mean_deviation_seeds_the_papers_number_and_the_best(tmp_path: Path) -> None:

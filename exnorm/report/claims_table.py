@@ -1,10 +1,9 @@
 """The verdicts of studies as tables: for the terminal, for a page, and as plain numbers."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -15,6 +14,7 @@ from exnorm.report.grids import Entry, Grid
 from exnorm.report.published import claims
 from exnorm.report.verdicts import UNDECIDED, Comparison, is_weak, judge, overall
 from exnorm.runs.records import Row, read_records
+from exnorm.runs.sinks import csv_text
 from exnorm.runs.table import print_table
 
 HEADS = ("claim", "comparison", "metric", "seeds", "mean difference", "95 % interval", "p (Holm)", "verdict")
@@ -71,9 +71,8 @@ def not_covered() -> list[str]:
 
 def as_csv(judged: Sequence[Judged]) -> str:
     """A line for each comparison of each study, in plain numbers."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
+    lines: list[list[Any]] = []
+    lines.append(
         ["study", "scale", "claim", "metric", "comparison", "seeds", "mean", "low", "high", "p", "p_holm", "verdict"]
         + ["claim_verdict"]
     )
@@ -81,12 +80,12 @@ def as_csv(judged: Sequence[Judged]) -> str:
         for claim, comparisons in item.comparisons.items():
             for comparison in comparisons:
                 numbers = [comparison.mean, *(comparison.interval or (None, None)), comparison.p, comparison.p_holm]
-                writer.writerow(
+                lines.append(
                     [item.study.id, item.study.scale, claim, comparison.metric, comparison.text, comparison.n]
                     + ["" if number is None else f"{number:.4g}" for number in numbers]
                     + [comparison.verdict, labelled(comparisons)]
                 )
-    return stream.getvalue()
+    return csv_text(lines)
 
 
 def _texts(comparison: Comparison) -> list[str]:

@@ -3,11 +3,10 @@
 Mean ± standard deviation (seeds); the best of those that differ in one axis alone is bold.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from exnorm.config.errors import UserError
 from exnorm.config.study import Cell, Study
@@ -15,6 +14,7 @@ from exnorm.report.grids import Entry, Grid, to_html, to_markdown, to_tex
 from exnorm.report.measured import Measured, measured
 from exnorm.report.published import published
 from exnorm.runs.records import Row, read_records
+from exnorm.runs.sinks import csv_text
 
 NOT_AVAILABLE = "not available"
 NOTHING = Entry("–")
@@ -169,9 +169,8 @@ def as_html(table: StudyTable) -> str:
 
 def as_csv(table: StudyTable) -> str:
     """A line for each cell and metric, in plain numbers."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*table.study.axes, "metric", "n", "mean", "std", "published", "difference"])
+    lines: list[list[Any]] = []
+    lines.append([*table.study.axes, "metric", "n", "mean", "std", "published", "difference"])
     for metric in table.study.metrics:
         values = measured(table.study, table.rows, metric)
         for cell in table.study.cells:
@@ -180,8 +179,8 @@ def as_csv(table: StudyTable) -> str:
             numbers = [ours.mean if ours else None, ours.std if ours else None, paper]
             numbers.append(ours.mean - paper if ours and paper is not None else None)
             texts = ["" if number is None else f"{number:.6g}" for number in numbers]
-            writer.writerow([*(value for _, value in cell.key), metric, ours.n if ours else 0, *texts])
-    return stream.getvalue()
+            lines.append([*(value for _, value in cell.key), metric, ours.n if ours else 0, *texts])
+    return csv_text(lines)
 
 
 FORMATS = {"md": as_markdown, "tex": as_tex, "csv": as_csv, "html": as_html}

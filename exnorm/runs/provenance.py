@@ -24,7 +24,7 @@ PACKAGES = (
 )
 PATCH_BYTES = 1_000_000  # of uncommitted changes; more is data rather than code
 CODE = ("exnorm", "conf")
-STUDY = "EXNORM_STUDY"  # set by `exnorm reproduce`: id, scale and cell that a run is made for, as JSON
+STUDY = "EXNORM_STUDY"  # set by `exnorm reproduce`: what a run is made for, as JSON
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

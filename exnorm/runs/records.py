@@ -10,13 +10,13 @@ leaves the old ones.
 
 import csv
 import fcntl
-import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from exnorm.runs.folder import write_text_atomic
+from exnorm.runs.sinks import csv_text
 
 KEY = (
     "scale",
@@ -81,11 +81,8 @@ def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) ->
     with _alone(folder):
         rows = change({kind: read_records(results, study, kind) for kind in COLUMNS})
         for kind, columns in COLUMNS.items():
-            stream = io.StringIO()
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows([row[name] for name in columns] for row in rows[kind])
-            write_text_atomic(record_file(results, study, kind), stream.getvalue())
+            lines = [columns, *([row[name] for name in columns] for row in rows[kind])]
+            write_text_atomic(record_file(results, study, kind), csv_text(lines))
 
 
 @contextmanager

@@ -170,14 +170,15 @@ def _outdated(study: Study, row: Row, hashes: dict[str, str | None]) -> str | No
 
 
 def _other_runs(study: Study, jobs: Sequence[Job]) -> list[str]:
-    """Finished runs that were made for a cell of this study and are not what the study asks for now."""
+    """Finished runs that were made for one of these cells and seeds and are not what the study asks for now."""
     if not jobs:
         return []
     wanted = {folder.path for job in jobs if (folder := job.folder()) is not None}
+    asked = {(study.id, study.scale, job.name, job.seed) for job in jobs}
     notes = []
     for file in sorted(jobs[0].runs.glob("*/*/provenance.json")):
         origin = (read_json(file) or {}).get("study") or {}
-        ours = (origin.get("id"), origin.get("scale")) == (study.id, study.scale)
+        ours = tuple(origin.get(name) for name in ("id", "scale", "cell", "seed")) in asked
         if ours and (file.parent / "record.json").is_file() and file.parent not in wanted:
             notes.append(f"left out: {file.parent}, made for {origin.get('cell')}: the study asks for another run now")
     return notes

@@ -134,7 +134,7 @@ class Runner:
     def _exnorm(self, arguments: list[str], job: Job) -> None:
         environment = importing_environment() | {
             END_WITH_PARENT: "1",
-            STUDY: json.dumps({"id": self.study.id, "scale": self.study.scale, "cell": job.name}),
+            STUDY: json.dumps({"id": self.study.id, "scale": self.study.scale, "cell": job.name, "seed": job.seed}),
         }
         if self.study.threads:
             environment["OMP_NUM_THREADS"] = str(self.study.threads)
