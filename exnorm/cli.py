@@ -284,11 +284,25 @@ def report(
 
 
 @app.command()
-def ratios(run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)]) -> None:
+def ratios(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data=NAME data.root=DIR: by class, on another set beside the run's own.")
+    ] = None,
+    by_class: Annotated[bool, typer.Option("--by-class", help="Of EN: by class of validation images.")] = False,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", metavar="NAME", help="By class, of these instead of ten of all.")
+    ] = None,
+) -> None:
     """Show what each layer of a run mixes, draw it into the run folder, and say what the authors advise."""
-    from exnorm.report.ratios import run
+    from exnorm.report import ratios as room
 
-    run(run_dir)
+    if by_class or overrides or classes:
+        from exnorm.diagnostics.class_ratios import measured_sets
+
+        room.run_by_class(run_dir, measured_sets(run_dir, overrides or [], classes or []))
+    else:
+        room.run(run_dir)
 
 
 @app.command()

@@ -6,14 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from engine_cases import make_image_folder, start, wait_for, workers
+from engine_cases import CLASSES, make_image_folder, start, wait_for, workers
 
 from exnorm.runs.records import COLUMNS, Row, record_file
 
 TIMES = ("hours", "commit", "uncommitted")
 TINY = """# Tiny networks on three colours
 axes:
-  norm: {{bn: [norm=bn], sn: [norm=sn]{more}}}
+  norm: {{bn: [norm=bn], sn: [norm=sn], en: [norm=en]{more}}}
   inference: {{moving: [], batches: ["eval:inference=batch_average", "eval:calibration_batches=2"]}}
 set:
   - model=resnet18
@@ -27,8 +27,10 @@ set:
   - ops.backend=eager
   - trainer.epochs=2
   - trainer.checkpoint_every_steps=2
+  - "trainer.snapshots=[0.5]"
 seeds: 1
 layers_of: [{{norm: sn}}]
+classes_of: [{{norm: en, inference: moving}}]
 """
 
 pytestmark = pytest.mark.slow
@@ -61,7 +63,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     whole = begin(study, tmp_path / "whole")
     out, err = whole.communicate(timeout=600)
     assert whole.returncode == 0, err
-    assert "0 of 4 runs are done" in out and "[4/4]" in out
+    assert "0 of 6 runs are done" in out and "[6/6]" in out
 
     broken = tmp_path / "broken"
     killed = begin(study, broken)
@@ -80,11 +82,13 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     for kind in COLUMNS:
         assert records(broken / "results", kind) == records(tmp_path / "whole" / "results", kind) != []
     cells = {row["cell"] for row in records(broken / "results")}
-    assert len(cells) == 4
+    assert len(cells) == 6
+    by_class = records(broken / "results", "classes")
+    assert {row["epoch"] for row in by_class} == {"1", "2"} and {row["class"] for row in by_class} == {*CLASSES}
 
     plan = begin(study, broken, "--plan")
     out, _ = plan.communicate(timeout=60)
-    assert "2 runs and 2 evaluations of them; 2 runs done, 0 left: 0.0 hours" in out
+    assert "3 runs and 3 evaluations of them; 3 runs done, 0 left: 0.0 hours" in out
 
 
 def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
@@ -93,13 +97,13 @@ def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
     process = begin(study, here, "--submit", "cluster=local", "--submit", "timeout_min=20")
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert "2 jobs queued" in out and "norm=sn inference=moving, norm=sn inference=batches, seed 0" in out
+    assert "3 jobs queued" in out and "norm=sn inference=moving, norm=sn inference=batches, seed 0" in out
 
     def complete() -> bool:
         file = record_file(here / "results", "tiny")
-        return file.is_file() and len({row["cell"] for row in records(here / "results")}) == 4
+        return file.is_file() and len({row["cell"] for row in records(here / "results")}) == 6
 
-    wait_for(complete, "the record of four cells")
+    wait_for(complete, "the record of six cells")
     wrong = begin(study, here, "--submit", "cluster=local", "--submit", "timeout=20")
     _, err = wrong.communicate(timeout=600)
     assert wrong.returncode == 2 and err.count("\n") == 1 and "timeout" in err
@@ -112,7 +116,11 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     assert process.returncode == 1
     (line,) = err.splitlines()
     assert line.startswith("failed: norm=wild inference=moving, seed 0: the loss is not finite at step")
-    assert {row["cell"] for row in records(tmp_path / "here" / "results")} == {
+    found = records(tmp_path / "here" / "results")
+    (diverged,) = (row for row in found if row["cell"] == "norm=wild inference=moving")
+    assert diverged["metric"] == "diverged_at" and f"at step {diverged['value']} " in line
+    assert {row["cell"] for row in found if row["metric"] == "top1"} == {
         "norm=bn inference=moving",
         "norm=sn inference=moving",
+        "norm=en inference=moving",
     }

@@ -19,7 +19,7 @@ from exnorm.report.published import claims
 from exnorm.report.results import differences, write_results
 from exnorm.report.study_table import FORMATS, METRICS, table_of
 from exnorm.report.verdicts import CONTRADICTED, SUPPORTED, UNDECIDED, holm, judge, overall, p_value
-from exnorm.runs.records import COLUMNS, Row, change_records, read_records
+from exnorm.runs.records import COLUMNS, DIVERGED_AT, Row, change_records, read_records
 from exnorm.studies.collect import collect
 from exnorm.studies.plan import jobs_of, trainings_of
 
@@ -35,7 +35,7 @@ def row(cell: str, seed: int, value: float, metric: str = "top1", **more: str) -
 
 def put(results: Path, study: str, rows: list[Row]) -> None:
     """Write a record."""
-    change_records(results, study, lambda before: {"runs": rows, "epochs": [], "layers": []})
+    change_records(results, study, lambda before: {kind: rows if kind == "runs" else [] for kind in COLUMNS})
 
 
 def own_study(tmp_path: Path, text: str) -> str:
@@ -57,6 +57,8 @@ def test_every_study_is_whole(name: str, scale: str) -> None:
     assert set(study.metrics) <= set(METRICS)
     assert {wanted["id"] for wanted in values["claims"]} <= set(claims())
     judge(study, [])
+    for pair in values.get("ratio_differences", ()):
+        assert {study.cell(pair["left"]), study.cell(pair["right"])} <= set(study.by_class)
     own = values.get("scales", {}).get(scale, {})
     used = {text for cell in study.cells for text in (*cell.train, *(f"eval:{text}" for text in cell.evaluate))}
     for rule in [*values.get("when", ()), *own.get("when", ())]:
@@ -305,6 +307,22 @@ def test_a_claim_with_several_comparisons_needs_all_of_them(tmp_path: Path) -> N
     rows = [row(f"norm={norm} batch=8x32", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
     found = verdict(tmp_path, "sn-table2", "sn-regular-batch", rows)
     assert [item.verdict for item in found] == [SUPPORTED, UNDECIDED] and overall(found) == UNDECIDED
+
+
+def test_what_always_holds_is_counted_over_all_runs(tmp_path: Path) -> None:
+    """Supported by all of a study's runs, contradicted by one that diverged, undecided while one is missing."""
+    study = load_study("sn-table2", "mini")
+    runs = [(cell.name, seed) for cell in study.cells for seed in cell.seeds if dict(cell.key)["norm"] == "en"]
+    rows = [row(cell, seed, 0.5, metric="loss") for cell, seed in runs]
+    diverged = row(*runs[0], 17, metric=DIVERGED_AT)
+    for given, expected in ((rows, SUPPORTED), ([diverged, *rows[1:]], CONTRADICTED), (rows[1:], UNDECIDED)):
+        (found,) = verdict(tmp_path, "sn-table2", "en-stable", given)
+        assert found.verdict == expected and found.runs.wanted == len(runs) == 33
+    put(tmp_path, "sn-table2", [diverged, row("norm=en batch=8x32", 1, 90.0), row("norm=en batch=8x2", 0, 80.0)])
+    text = FORMATS["md"](table_of(study, tmp_path))
+    assert "norm=en batch=8x32 diverged, its loss was not finite: seed 0 at step 17; the mean is over" in text
+    put(tmp_path, "sn-table2", [diverged])
+    assert "| en | diverged |" in FORMATS["md"](table_of(study, tmp_path)) and write_results(tmp_path)
 
 
 def test_holm_corrects_by_the_number_of_comparisons_that_are_left() -> None:

@@ -31,19 +31,11 @@ def mixing_layers(model: nn.Module) -> dict[str, Norm]:
     }
 
 
-@torch.no_grad()
 def measure_ratios(model: nn.Module, images: Tensor) -> list[LayerRatio]:
     """The ratios of every mixing layer on a batch of images, in evaluation mode; the mode is restored."""
     layers = mixing_layers(model)
-    if not layers:
-        return []
-    captured: dict[str, dict[str, Tensor]] = {}
-    was_training = model.training
-    with _capture(layers, captured):
-        model.eval()(images)
-    model.train(was_training)
     rows = []
-    for layer, ratios in captured.items():
+    for layer, ratios in read_ratios(model, images).items():
         names: Any = layers[layer].normalizers
         for ratio, value in ratios.items():
             several = value.ndim == 2
@@ -53,6 +45,19 @@ def measure_ratios(model: nn.Module, images: Tensor) -> list[LayerRatio]:
                 std = None if std_K is None else float(std_K[k])
                 rows.append(LayerRatio(layer, ratio, normalizer, float(mean_K[k]), std))
     return rows
+
+
+@torch.no_grad()
+def read_ratios(model: nn.Module, images: Tensor) -> dict[str, dict[str, Tensor]]:
+    """What every mixing layer's `ratios` says of a batch, in evaluation mode; the mode is restored."""
+    layers = mixing_layers(model)
+    captured: dict[str, dict[str, Tensor]] = {}
+    if layers:
+        was_training = model.training
+        with _capture(layers, captured):
+            model.eval()(images)
+        model.train(was_training)
+    return captured
 
 
 @contextmanager

@@ -29,6 +29,8 @@ STUDY_KEYS = (
     "as_published",
     "compare",
     "layers_of",
+    "classes_of",
+    "ratio_differences",
     "metrics",
     "sources",
     "claims",
@@ -81,7 +83,27 @@ class Study:
     @property
     def followed(self) -> tuple[Cell, ...]:
         """The cells whose layers are recorded and drawn one by one."""
-        wanted = self.values.get("layers_of", ())
+        return self._cells_of("layers_of")
+
+    @property
+    def by_class(self) -> tuple[Cell, ...]:
+        """The cells, of a norm with ratios per image, whose ratios are recorded class by class."""
+        return self._cells_of("classes_of")
+
+    def cell(self, values: Mapping[str, Any]) -> Cell:
+        """The cell with these values.
+
+        Raises:
+            UserError: there is no such cell, or several.
+        """
+        wanted = {axis: str(value) for axis, value in values.items()}
+        found = [cell for cell in self.cells if wanted.items() <= dict(cell.key).items()]
+        if len(found) != 1:
+            raise UserError(f"{self.id}: {len(found)} cells have {cell_name(wanted.items())}; name one")
+        return found[0]
+
+    def _cells_of(self, key: str) -> tuple[Cell, ...]:
+        wanted = self.values.get(key, ())
         return tuple(cell for cell in self.cells if any(item.items() <= dict(cell.key).items() for item in wanted))
 
     def label(self, value: str) -> str:

@@ -20,7 +20,7 @@ from exnorm.engine.evaluate import autocast
 from exnorm.models import build_model, load_ratios, load_weights
 from exnorm.norms import commit_running_stats, configure_scope
 from exnorm.optim import build_optimizer
-from exnorm.runs.folder import RunFolder
+from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.tasks.classification import SUMS, Classification
 
 NO_BAD_STEP = 2**62
@@ -130,7 +130,7 @@ def check(learner: Learner, signum: int) -> int:
     signum, negated = learner.world.largest(signum, -int(learner.bad_step))
     if -negated != NO_BAD_STEP:
         raise UserError(
-            f"the loss is not finite at step {-negated} (epoch {learner.epoch + 1}); the last checkpoint is kept. "
+            f"{NOT_FINITE} {-negated} (epoch {learner.epoch + 1}); the last checkpoint is kept. "
             "Lower optim.lr, add optim.warmup=0.05, or use trainer.precision=fp32 or bf16"
         )
     return signum

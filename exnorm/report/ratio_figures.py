@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from exnorm.report.palette import OTHER, colour
-from exnorm.runs.layer_ratios import symmetric_kl
+from exnorm.runs.layer_ratios import bottom_middle_top, symmetric_kl
 
 TITLES = {"lambda": "ratio", "mean": "ratio of the mean", "var": "ratio of the variance"}
 DASHES = {"lambda": "-", "mean": "-", "var": "--"}
@@ -32,14 +32,13 @@ def stacked(frame: pd.DataFrame, title: str) -> Figure:
         panels[-1].bar(wide.index, symmetric_kl(wide["mean"], wide["var"]).replace(np.inf, np.nan), color=OTHER)
         panels[-1].set_ylabel("symmetric KL (nats)")
     panels[-1].tick_params(axis="x", rotation=90, labelsize=7)
-    _finish(figure, panels[0], title)
+    finish(figure, panels[0], title)
     return figure
 
 
 def dynamics(frame: pd.DataFrame, title: str) -> Figure:
     """The ratios of a bottom, a middle and a top layer after each epoch; shaded, the deviation over samples."""
-    layers = list(frame.layer.unique())
-    chosen = list(dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])))
+    chosen = bottom_middle_top(list(frame.layer.unique()))
     figure = Figure(figsize=(3.2 * len(chosen) + 1, 3.0), layout="constrained")
     panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for panel, layer in zip(panels, chosen, strict=True):
@@ -55,11 +54,11 @@ def dynamics(frame: pd.DataFrame, title: str) -> Figure:
                 )
         panel.set(title=layer, xlabel="epoch", ylim=(0, 1))
     panels[0].set_ylabel("ratio")
-    _finish(figure, panels[0], title)
+    finish(figure, panels[0], title)
     return figure
 
 
-def _finish(figure: Figure, panel: Axes, title: str) -> None:
+def finish(figure: Figure, panel: Axes, title: str) -> None:
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
     figure.suptitle(title, fontsize=10)

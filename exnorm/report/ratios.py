@@ -1,11 +1,14 @@
 """`exnorm ratios RUN_DIR`: what the layers of a run chose, from its `metrics.jsonl`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from exnorm.config.errors import UserError
+from exnorm.report import class_figures
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.layer_ratios import shares, symmetric_kl
@@ -13,6 +16,7 @@ from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.table import print_table
 
 KINDS = {"lambda": "", "mean": "mean ", "var": "var "}
+SPREAD = ("mean", "within", "between")
 LARGE_BN = 0.3  # above it the authors of SN advise batch averages (Luo et al., TPAMI 2019, Table XI)
 
 
@@ -30,7 +34,36 @@ def run(run_path: Path) -> None:
     for line in advice(frame, run_path):
         print(line)
     title = f"{config['model']['name']}, {config['norm']['name']}, {config['data']['name']}, batch {config['batch']}"
-    for name, figure in {"ratios": stacked(frame, title), "ratio_dynamics": dynamics(frame, title)}.items():
+    save_figures(folder, {"ratios": stacked(frame, title), "ratio_dynamics": dynamics(frame, title)})
+
+
+def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
+    """Print how far the ratios of each layer spread over images and classes, and write the figures by class.
+
+    Args:
+        frames: what was measured on each data set, the run's own first.
+    """
+    folder, figures = RunFolder(run_path), dict[str, Figure]()
+    for name, frame in frames.items():
+        title = f"{folder.path.name}, images of {name}"
+        for kind, (data_of, draw) in class_figures.OF_ONE.items():
+            data = data_of(frame)
+            if not data.empty:
+                figures[f"{kind}-{name}"] = draw(data, title)
+        print(f"Images of {name}: mean ratio, deviation within and between {frame['class'].nunique()} classes")
+        spread = class_figures.spread_data(frame)
+        print_layers(spread.pivot_table(index="layer", columns="normalizer", values=list(SPREAD), sort=False))
+    own, *others = frames
+    for other in others:
+        data = class_figures.difference_data(frames[own], frames[other])
+        data.insert(0, "pair", f"{own} less {other}")
+        figures[f"difference-{other}"] = class_figures.draw_differences(data, folder.path.name)
+    save_figures(folder, figures)
+
+
+def save_figures(folder: RunFolder, figures: Mapping[str, Figure]) -> None:
+    """Write figures into the run folder and print their paths."""
+    for name, figure in figures.items():
         for suffix in ("svg", "png"):
             path = folder.path / "figures" / f"{name}.{suffix}"
             path.parent.mkdir(exist_ok=True)

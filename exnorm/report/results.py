@@ -125,6 +125,8 @@ def duration(table: StudyTable) -> str:
     runs = {row["run"]: float(row["hours"]) for row in rows}
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     cells = {row["cell"] for row in rows}
+    if not runs:
+        return f"0 of {len(table.study.cells)} cells measured."
     return (
         f"{len(cells)} of {len(table.study.cells)} cells measured, {len(runs)} runs, {sum(runs.values()):.1f} hours of "
         f"training, {60 * sum(runs.values()) / len(runs):.1f} minutes a run on {devices}."

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from exnorm.config.study import Cell, Study
+from exnorm.report import class_figures
 from exnorm.report.measured import measured
 from exnorm.report.palette import colour
 from exnorm.report.published import published
@@ -43,10 +44,55 @@ def figures_of(study: Study, results: Path) -> list[StudyFigure]:
         StudyFigure("mean_ratios", ratio_data(study, rows), lambda data: draw_mean_ratios(study, data)),
     ]
     for cell in study.followed:
-        name = "layers-" + "-".join(value for _, value in cell.key)
         data = layer_data(study, cell, results)
-        found.append(StudyFigure(name, data, lambda data, cell=cell: stacked(data, f"{study.id}: {cell.name}, seed 0")))
+        found.append(
+            StudyFigure(
+                _named("layers", cell), data, lambda data, cell=cell: stacked(data, f"{study.id}: {cell.name}, seed 0")
+            )
+        )
+    found += class_figures_of(study, results)
     return [figure for figure in found if not figure.data.empty]
+
+
+def class_figures_of(study: Study, results: Path) -> list[StudyFigure]:
+    """Of each cell on its own data: classes over training, spread over images, likeness; then pairs of cells."""
+    found = []
+    for cell in study.by_class:
+        frame = class_data(study, cell, results)
+        if cell.evaluate or frame.empty:
+            continue
+        for kind, (data_of, draw) in class_figures.OF_ONE.items():
+            title = f"{study.id}: {cell.name}, seed 0"
+            data = data_of(frame)
+            found.append(StudyFigure(_named(kind, cell), data, lambda data, draw=draw, title=title: draw(data, title)))
+    differences = difference_data(study, results)
+    found.append(
+        StudyFigure(
+            "differences", differences, lambda data: class_figures.draw_differences(data, f"{study.id}, seed 0")
+        )
+    )
+    return found
+
+
+def class_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
+    """The ratios by class of a cell's first seed."""
+    rows = _rows_of(study, cell, results, "classes")
+    columns = ["epoch", "layer", "class", "normalizer", "images", "mean", "std"]
+    frame = pd.DataFrame([{name: row[name] for name in columns} for row in rows], columns=columns)
+    return frame.astype({"epoch": int, "images": int, "mean": float, "std": float})
+
+
+def difference_data(study: Study, results: Path) -> pd.DataFrame:
+    """What two cells differ by in each layer, for the pairs that the study names and that were measured."""
+    parts = [pd.DataFrame(columns=["pair", "layer", "normalizer", "difference"])]
+    for pair in study.values.get("ratio_differences", ()):
+        left, right = study.cell(pair["left"]), study.cell(pair["right"])
+        frames = [class_data(study, cell, results) for cell in (left, right)]
+        if not any(frame.empty for frame in frames):
+            data = class_figures.difference_data(*frames)
+            data.insert(0, "pair", f"{left.name} less {right.name}")
+            parts.append(data)
+    return pd.concat(parts[1:] or parts)
 
 
 def save(figure: StudyFigure, path: Path) -> None:
@@ -165,14 +211,19 @@ def draw_mean_ratios(study: Study, data: pd.DataFrame) -> Figure:
 
 def layer_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
     """The ratios of all layers of a cell's first seed."""
-    rows = [
-        row
-        for row in read_records(results, study.id, "layers")
-        if row["scale"] == study.scale and row["cell"] == cell.name
-    ]
+    rows = _rows_of(study, cell, results, "layers")
     columns = ["epoch", "layer", "kind", "normalizer", "mean", "std"]
     frame = pd.DataFrame([{name: row[name] for name in columns} for row in rows], columns=columns)
     return frame.replace({"std": {"": None}}).astype({"epoch": int, "mean": float, "std": float})
+
+
+def _rows_of(study: Study, cell: Cell, results: Path, kind: str) -> list[Row]:
+    rows = read_records(results, study.id, kind)
+    return [row for row in rows if row["scale"] == study.scale and row["cell"] == cell.name]
+
+
+def _named(kind: str, cell: Cell) -> str:
+    return "-".join([kind, *(value for _, value in cell.key)])
 
 
 def _lines(study: Study, data: pd.DataFrame, axis: str) -> list[tuple[str, pd.DataFrame]]:

@@ -13,7 +13,7 @@ from exnorm.config.study import Cell, Study
 from exnorm.report.grids import Entry, Grid, to_html, to_markdown, to_tex
 from exnorm.report.measured import Measured, measured
 from exnorm.report.published import published
-from exnorm.runs.records import Row, read_records
+from exnorm.runs.records import DIVERGED_AT, Row, read_records
 from exnorm.runs.sinks import csv_text
 
 NOT_AVAILABLE = "not available"
@@ -50,7 +50,7 @@ class StudyTable:
         for cell in self.study.cells:
             key = dict(cell.key)
             entries = lines.setdefault(tuple(self.study.label(key[name]) for name in others), [])
-            entries.append(_entry(values.get(cell.name), metric, cell.name in best))
+            entries.append(self._entry(cell, values.get(cell.name), metric, cell.name in best))
         heads = [*others, *(self.study.label(value) for value in self.study.axes[axis])]
         return Grid(heads, [[*map(Entry, labels), *entries] for labels, entries in lines.items()])
 
@@ -66,7 +66,7 @@ class StudyTable:
             if metric in PERCENT:
                 heads += ["published", "difference"]
             for line, cell in zip(columns, self.study.cells, strict=True):
-                line.append(_entry(values.get(cell.name), metric, cell.name in best))
+                line.append(self._entry(cell, values.get(cell.name), metric, cell.name in best))
                 if metric in PERCENT:
                     line += self._beside(cell, values.get(cell.name), metric)
         return Grid(heads, columns)
@@ -84,6 +84,9 @@ class StudyTable:
             )
         lines += self.study.values.get("notes", ())
         lines += [f"Facts: {fact}." for fact in dict.fromkeys(row["facts"] for row in rows)]
+        for cell, steps in measured(self.study, self.rows, DIVERGED_AT).items():
+            seeds = ", ".join(f"seed {seed} at step {step:.0f}" for seed, step in steps.by_seed.items())
+            lines.append(f"{cell} diverged, its loss was not finite: {seeds}; the mean is over the other seeds.")
         hours = sum({row["run"]: float(row["hours"]) for row in rows}.values())
         runs = len({row["run"] for row in rows})
         for name in ("device", "torch", "commit"):
@@ -94,6 +97,13 @@ class StudyTable:
             lines.append(f"{len(changed)} of the runs were made with changes that are not in that commit.")
         lines.append(f"{runs} runs, {hours:.1f} hours of training in all.")
         return lines
+
+    def _entry(self, cell: Cell, value: Measured | None, metric: str, best: bool) -> Entry:
+        if value is None:
+            return Entry("diverged") if cell.name in measured(self.study, self.rows, DIVERGED_AT) else NOTHING
+        digits = METRICS[metric][1]
+        spread = "" if value.std is None or METRICS[metric][2] is None else f" ± {value.std:.{digits}f}"
+        return Entry(f"{value.mean:.{digits}f}{spread} ({value.n})", best)
 
     def _stand_ins(self) -> str:
         used = [value for values in self.study.axes.values() for value in values if value in self.study.stand_ins]
@@ -133,14 +143,6 @@ def table_of(study: Study, results: Path) -> StudyTable:
             f"--scale {study.scale}"
         )
     return StudyTable(study, rows)
-
-
-def _entry(value: Measured | None, metric: str, best: bool) -> Entry:
-    if value is None:
-        return NOTHING
-    digits = METRICS[metric][1]
-    spread = "" if value.std is None or METRICS[metric][2] is None else f" ± {value.std:.{digits}f}"
-    return Entry(f"{value.mean:.{digits}f}{spread} ({value.n})", best)
 
 
 def as_markdown(table: StudyTable) -> str:

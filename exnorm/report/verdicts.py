@@ -9,8 +9,11 @@ order and initialization), of which n are there:
 
 "left > right" has the threshold 0; "left >= right" (no worse than) -0.5 points, fixed beforehand; "left >= k * right" 0
 for left - k right. Corrected p below 0.05 is supported above the threshold and contradicted below it; all else is
-undecided. A claim is supported if all of its comparisons are, contradicted if one of them is. Fewer than 5 seeds are
-weak. Holm: S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
+undecided. "Always" counts runs instead: it is supported if all runs of the left's cells ended with a finite loss,
+contradicted if one diverged, undecided while some are missing.
+
+A claim is supported if all of its comparisons are, contradicted if one of them is. Fewer than 5 seeds are weak. Holm:
+S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
 """
 
 import math
@@ -18,18 +21,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from exnorm.config.errors import UserError
 from exnorm.config.study import Study, cell_name
 from exnorm.report.measured import measured
 from exnorm.report.published import claims
-from exnorm.runs.records import Row
+from exnorm.runs.records import DIVERGED_AT, Row
 
 LEVEL = 0.05
 MARGIN = 0.5  # points that "no worse than" allows
 ENOUGH_SEEDS = 5
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
+
+
+class Runs(NamedTuple):
+    """The runs of some cells: how many finished, how many diverged, and how many seeds the study has of them."""
+
+    finished: int
+    diverged: int
+    wanted: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Comparison:
         threshold: the mean difference is judged against it; None where the paper claims no direction.
         differences: left - right of each seed.
         p, p_holm: None of fewer than 2 seeds.
+        runs: how many finished, diverged and belong to the study, of a claim about what always holds.
     """
 
     claim: str
@@ -49,11 +61,12 @@ class Comparison:
     differences: tuple[float, ...]
     p: float | None = None
     p_holm: float | None = None
+    runs: Runs | None = None
 
     @property
     def n(self) -> int:
-        """The number of seeds that both sides have."""
-        return len(self.differences)
+        """The number of seeds that both sides have; of runs, where these are counted."""
+        return self.runs.finished + self.runs.diverged if self.runs else len(self.differences)
 
     @property
     def mean(self) -> float | None:
@@ -63,7 +76,7 @@ class Comparison:
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval of the mean difference."""
-        if self.n < 2:
+        if len(self.differences) < 2:
             return None
         from scipy.stats import t
 
@@ -73,6 +86,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """supported, contradicted or undecided; where no direction is claimed, whether there is a difference."""
+        if self.runs:
+            return CONTRADICTED if self.runs.diverged else SUPPORTED if self.n >= self.runs.wanted else UNDECIDED
         decided = self.p_holm is not None and self.p_holm < LEVEL
         if self.threshold is None:
             return "no direction claimed, " + ("a difference found" if decided else "none found")
@@ -130,6 +145,8 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Co
     if wanted["id"] not in known:
         raise UserError(f"conf/study/{study.id}.yaml: no claim '{wanted['id']}' in claims.csv")
     expect = known[wanted["id"]].expect
+    if expect == "always":
+        return _count(study, rows, wanted)
     metric = wanted.get("metric", study.metrics[0])
     values = {cell: value.by_seed for cell, value in measured(study, rows, metric).items()}
     factor = _factor(expect)
@@ -138,6 +155,18 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Co
     threshold = _threshold(expect)
     text = f"{_written(wanted['left'])} {_sign(expect)} {_written(wanted['right'])}"
     return Comparison(wanted["id"], metric, text, threshold, differences, p_value(differences, threshold or 0.0))
+
+
+def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comparison:
+    """How many runs of some cells ended with a finite loss."""
+    names = set(_cells(study, wanted["left"]))
+    finished, diverged = (
+        sum(value.n for cell, value in measured(study, rows, metric).items() if cell in names)
+        for metric in ("loss", DIVERGED_AT)
+    )
+    runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in study.cells if cell.name in names))
+    text = f"{_written(wanted['left'])}: {finished} of {runs.wanted} runs ended with a finite loss, {diverged} did not"
+    return Comparison(wanted["id"], "loss", text, None, (), runs=runs)
 
 
 Term = tuple[float, list[str] | None]  # a weight, and the cells whose mean it weighs; None: the number 1

@@ -2,12 +2,13 @@
 
 config.yaml  provenance.json  metrics.jsonl (the truth)  record.json (final numbers, written last)
 metrics.csv  wandb/  wandb-id.txt  checkpoints/  log.txt  error.txt (one line, while the last attempt failed)  .lock
-noisy_labels.csv  bad_images.csv (where there are such)
+noisy_labels.csv  bad_images.csv  evaluations.jsonl  class_ratios-*.csv (where there are such)
 """
 
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+NOT_FINITE = "the loss is not finite at step"  # what the error of a training that diverged begins with
 LOCK_TRIES = 5  # somebody who lists the runs holds a shared lock for an instant
 LOCK_PAUSE_S = 0.05
 
@@ -46,6 +48,14 @@ class RunFolder:
         """The checkpoint that `trainer.snapshots` keeps after a fraction of the epochs."""
         return self.checkpoints / f"snapshot-{fraction:g}.pt"
 
+    def snapshot_files(self) -> list[Path]:
+        """The checkpoints that `trainer.snapshots` has kept so far."""
+        return sorted(self.checkpoints.glob("snapshot-*.pt"))
+
+    def class_ratios_file(self, evaluation_id: str) -> Path:
+        """The ratios by class on one validation set."""
+        return self.path / f"class_ratios-{evaluation_id}.csv"
+
     def create(self, config_yaml: str) -> None:
         """Make the folder and write its `config.yaml`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -67,6 +77,14 @@ class RunFolder:
     def read_record(self) -> dict[str, Any] | None:
         """Return the final numbers, or None while the run has not finished."""
         return read_json(self.record_file)
+
+    def diverged_at(self) -> int | None:
+        """The step at which the last attempt met a loss that is not finite; None if it did not end so."""
+        try:
+            found = re.match(rf"{NOT_FINITE} (\d+)", self.error_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return int(found[1]) if found else None
 
     def lock(self) -> "RunLock":
         """Take the folder for this process until `release` or the end of a `with`; raise RunLocked if it is taken."""

@@ -1,5 +1,7 @@
 """The ratios of a run's layers, as its metrics have them."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,16 @@ def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
                 found.setdefault((row["epoch"], layer, kind, words[-1]), {})[statistic] = value
     keys = pd.DataFrame(found.keys(), columns=["epoch", "layer", "kind", "normalizer"])
     return keys.join(pd.DataFrame(found.values(), columns=["mean", "std"]))
+
+
+def bottom_middle_top(layers: Sequence[str]) -> list[str]:
+    """The layers that are followed over the epochs, of all in the order of the network."""
+    return list(dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])))
+
+
+def read_class_ratios(file: Path) -> pd.DataFrame:
+    """What `exnorm ratios --by-class` measured: data, epoch, layer, class, normalizer, images, mean, std."""
+    return pd.read_csv(file, dtype={"class": str, "data": str})
 
 
 def symmetric_kl(p: Any, q: Any) -> pd.Series:

@@ -1,8 +1,9 @@
-"""`results/records/`: what studies have measured, in three files each, all rebuilt from run folders at any time.
+"""`results/records/`: what studies have measured, in up to four files each, all rebuilt from run folders at any time.
 
     <study>.csv          a row for each cell, seed and metric, with where it came from
     <study>.epochs.csv   a row for each epoch: the learning curves
     <study>.layers.csv   the ratios of the layers of some cells, first seed: all after the last epoch, three after each
+    <study>.classes.csv  ratios by class, first seed: of all layers after the last epoch, of three at the snapshots
 
 The files of a study are replaced under a lock, each in one step, so that several processes can add to them and a kill
 leaves the old ones.
@@ -39,10 +40,13 @@ COLUMNS = {
     ),
     "epochs": (*KEY, "epoch", "train_top1", "top1", "loss"),
     "layers": (*KEY, "epoch", "layer", "kind", "normalizer", "mean", "std"),
+    "classes": (*KEY, "epoch", "layer", "class", "normalizer", "images", "mean", "std"),
 }
 
+DIVERGED_AT = "diverged_at"  # the metric of a run that ended with a loss that is not finite: its step; it has no other
+
 Row = dict[str, str]
-Rows = Mapping[str, list[Row]]  # of a study, by the kind of its files: runs, epochs, layers
+Rows = Mapping[str, list[Row]]  # of a study, by the kind of its files: runs, epochs, layers, classes
 
 
 def record_file(results: Path, study: str, kind: str = "runs") -> Path:
@@ -53,7 +57,7 @@ def record_file(results: Path, study: str, kind: str = "runs") -> Path:
 def recorded(results: Path) -> list[str]:
     """The studies that have a record."""
     files = (results / "records").glob("*.csv")
-    return sorted(file.stem for file in files if not file.stem.endswith((".epochs", ".layers")))
+    return sorted(file.stem for file in files if not file.stem.endswith(tuple(f".{kind}" for kind in COLUMNS)))
 
 
 def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
@@ -81,8 +85,12 @@ def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) ->
     with _alone(folder):
         rows = change({kind: read_records(results, study, kind) for kind in COLUMNS})
         for kind, columns in COLUMNS.items():
-            lines = [columns, *([row[name] for name in columns] for row in rows[kind])]
-            write_text_atomic(record_file(results, study, kind), csv_text(lines))
+            path = record_file(results, study, kind)
+            if rows[kind] or kind == "runs":
+                lines = [columns, *([row[name] for name in columns] for row in rows[kind])]
+                write_text_atomic(path, csv_text(lines))
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

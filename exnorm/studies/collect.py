@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from exnorm.config.study import Study
-from exnorm.runs.folder import read_json
-from exnorm.runs.layer_ratios import shares, symmetric_kl
+from exnorm.runs.folder import RunFolder, read_json
+from exnorm.runs.layer_ratios import bottom_middle_top, read_class_ratios, shares, symmetric_kl
 from exnorm.runs.metrics import MetricsLog
-from exnorm.runs.records import COLUMNS, Row, Rows, change_records
+from exnorm.runs.records import COLUMNS, DIVERGED_AT, Row, Rows, change_records
 from exnorm.studies.plan import Job
 
 LARGE_KL = 0.1  # nats; what SN's paper calls large is not known, so this is ours, set before anything was measured
@@ -18,25 +18,30 @@ RATIO_DIGITS = 4
 
 
 def rows_of(study: Study, job: Job) -> Rows:
-    """The rows of a finished run, of each kind; none where it has not finished or is only a source."""
+    """The rows of a finished run, of each kind; of one that diverged the step, of any other unfinished one none."""
+    nothing: Rows = {kind: [] for kind in COLUMNS}
     folder = job.folder()
-    if folder is None or job.cell is None or not job.finished():
-        return {kind: [] for kind in COLUMNS}
-    record, provenance = folder.read_record(), read_json(folder.provenance_file) or {}
+    if folder is None or job.cell is None:
+        return nothing
+    key = {"scale": study.scale, "cell": job.cell.name, "seed": str(job.seed)}
+    if not job.finished():
+        step = folder.diverged_at()
+        row = {
+            **key,
+            **origin_of(folder, job),
+            **dict.fromkeys(("facts", "hours", "device"), ""),
+            "metric": DIVERGED_AT,
+        }
+        return nothing if step is None else {**nothing, "runs": [{**row, "value": str(step)}]}
+    record = folder.read_record()
     result = job.evaluation() if job.cell.evaluate else record
     assert record is not None and result is not None
-    git = provenance.get("git") or {}
     log = MetricsLog.read(folder.metrics_file)
-    key = {"scale": study.scale, "cell": job.cell.name, "seed": str(job.seed)}
     origin = {
+        **origin_of(folder, job),
         "facts": facts_of(folder.read_config(), record, result),
         "hours": f"{record['hours']:.4f}",
         "device": str(record["device"]),
-        "torch": provenance.get("versions", {}).get("torch", ""),
-        "commit": git.get("commit", "")[:12],
-        "uncommitted": "yes" if git.get("dirty") else "no",
-        "config_hash": job.config_hash or "",
-        "run": folder.path.name,
     }
     measured = metrics_of(record, result, log)
     own = not job.cell.evaluate  # the curves of an evaluation's run are those of another cell
@@ -44,6 +49,20 @@ def rows_of(study: Study, job: Job) -> Rows:
         "runs": [{**key, **origin, "metric": name, "value": _number(value)} for name, value in measured.items()],
         "epochs": [{**key, **row} for row in curves_of(log)] if own else [],
         "layers": [{**key, **row} for row in layers_of(log)] if job.cell in study.followed and job.seed == 0 else [],
+        "classes": [{**key, **row} for row in classes_of(job.class_ratios_file(), own)] if job.by_class else [],
+    }
+
+
+def origin_of(folder: RunFolder, job: Job) -> Row:
+    """What made a run."""
+    provenance = read_json(folder.provenance_file) or {}
+    git = provenance.get("git") or {}
+    return {
+        "torch": provenance.get("versions", {}).get("torch", ""),
+        "commit": git.get("commit", "")[:12],
+        "uncommitted": "yes" if git.get("dirty") else "no",
+        "config_hash": job.config_hash or "",
+        "run": folder.path.name,
     }
 
 
@@ -58,14 +77,25 @@ def layers_of(log: list[dict[str, Any]]) -> list[Row]:
     frame: Any = shares(log)
     if frame.empty:
         return []
-    layers = list(frame.layer.unique())
-    followed = frame.layer.isin([layers[0], layers[len(layers) // 2], layers[-1]])
+    followed = frame.layer.isin(bottom_middle_top(list(frame.layer.unique())))
     kept = frame[(frame.epoch == frame.epoch.max()) | followed]
-    texts: list[dict[str, Any]] = kept.to_dict("records")
-    return [
-        {name: _number(value, RATIO_DIGITS) if name in ("mean", "std") else str(value) for name, value in row.items()}
-        for row in texts
-    ]
+    rows: list[dict[str, Any]] = kept.to_dict("records")
+    return [_texts(row) for row in rows]
+
+
+def classes_of(file: Path, own: bool) -> list[Row]:
+    """The ratios by class; of an evaluation on other data only those after the last epoch."""
+    frame: Any = read_class_ratios(file).drop(columns="data")
+    kept = frame if own else frame[frame.epoch == frame.epoch.max()]
+    rows: list[dict[str, Any]] = kept.to_dict("records")
+    return [_texts(row) for row in rows]
+
+
+def _texts(row: dict[str, Any]) -> Row:
+    """A row of ratios as it is recorded."""
+    return {
+        name: _number(value, RATIO_DIGITS) if name in ("mean", "std") else str(value) for name, value in row.items()
+    }
 
 
 def _number(value: Any, digits: int = DIGITS) -> str:

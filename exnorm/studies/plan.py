@@ -38,6 +38,7 @@ class Job:
         images: that it trains on, over all epochs; None where the size of its data is not known.
         problem: what is wrong where there is no hash.
         needs: the source's job, if it begins with a checkpoint of one.
+        by_class: whether its ratios are measured class by class.
     """
 
     cell: Cell | None
@@ -49,6 +50,7 @@ class Job:
     problem: str
     runs: Path
     needs: "Job | None" = None
+    by_class: bool = False
 
     def arguments(self) -> list[str]:
         """What `exnorm train` is given.
@@ -73,7 +75,9 @@ class Job:
     def finished(self) -> bool:
         """Whether the run, and what its cell evaluates afterwards, has a result."""
         evaluates = self.cell is not None and self.cell.evaluate
-        return self.trained() and (not evaluates or self.evaluation() is not None)
+        if not self.trained() or (evaluates and self.evaluation() is None):
+            return False
+        return not self.by_class or self.class_ratios_file().is_file()
 
     def evaluation(self) -> dict[str, Any] | None:
         """The row of `evaluations.jsonl` that the cell asks for, of the run's last checkpoint."""
@@ -84,6 +88,12 @@ class Job:
         wanted = _evaluation_id(json.dumps(folder.read_config()), self.cell.evaluate)
         rows = MetricsLog.read(folder.path / "evaluations.jsonl")
         return next((row for row in reversed(rows) if (row.get("id"), row["step"]) == (wanted, record["steps"])), None)
+
+    def class_ratios_file(self) -> Path:
+        """Where `exnorm ratios --by-class` keeps what it measures of the finished run."""
+        folder = self.folder()
+        assert folder is not None and self.cell is not None
+        return folder.class_ratios_file(_evaluation_id(json.dumps(folder.read_config()), self.cell.evaluate))
 
     def _with_checkpoints(self) -> list[str]:
         return [self._with_checkpoint(text) for text in self.settings]
@@ -114,7 +124,8 @@ def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
                 settings = study.sources[source]
                 sources[source, seed] = Job(None, f"source {source}", seed, settings, *_facts(study, settings), runs)
             needs = None if source is None else sources[source, seed]
-            jobs.append(Job(cell, cell.name, seed, cell.train, *facts[cell], runs, needs))
+            by_class = seed == 0 and cell in study.by_class
+            jobs.append(Job(cell, cell.name, seed, cell.train, *facts[cell], runs, needs, by_class))
     return [*sources.values(), *jobs]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from exnorm.config.errors import UserError
 from exnorm.config.study import Study
 from exnorm.runs.children import END_WITH_PARENT, available_cores, importing_environment
+from exnorm.runs.folder import RunFolder
 from exnorm.runs.provenance import STUDY
 from exnorm.studies.collect import add_to_record, collect
 from exnorm.studies.estimate import Speed, hours_left, measured_hours, speed_of
@@ -98,9 +99,11 @@ class Runner:
             while folder.is_locked() and not self.signum:  # by another study, or a killed one that is ending
                 time.sleep(LOCK_PAUSE_S)
             if folder.read_record() is None:
-                self._exnorm(["train", *arguments], job)
+                self._train(folder, arguments, job)
             if job.cell is not None and job.cell.evaluate and job.evaluation() is None:
                 self._exnorm(["eval", str(folder.path), *job.cell.evaluate], job)
+            if job.cell is not None and job.by_class and not job.class_ratios_file().is_file():
+                self._exnorm(["ratios", str(folder.path), "--by-class", *job.cell.evaluate], job)
         if job.cell is not None:
             add_to_record(self.study, job, self.results)
         with self._changing:
@@ -130,6 +133,15 @@ class Runner:
     def _alone_in(self, path: Path) -> threading.Lock:
         with self._changing:
             return self._folders.setdefault(path, threading.Lock())
+
+    def _train(self, folder: RunFolder, arguments: list[str], job: Job) -> None:
+        """Train; a run that diverges is a result, too, and recorded as that."""
+        try:
+            self._exnorm(["train", *arguments], job)
+        except Failed:
+            if job.cell is not None and folder.diverged_at() is not None:
+                add_to_record(self.study, job, self.results)
+            raise
 
     def _exnorm(self, arguments: list[str], job: Job) -> None:
         environment = importing_environment() | {
