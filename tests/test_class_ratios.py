@@ -108,6 +108,7 @@ def test_the_ratios_of_a_class_are_those_of_its_images(run_of_en: Path, data: Pa
     assert np.allclose(found[["mean", "std"]], expected.loc[found.index], atol=2e-5)
     layers = list(frame.query("epoch == 2").layer.unique())
     before = frame.query("epoch == 1")
+    assert set(layers) == set(by_hand.layer) and len(layers) > 3
     assert list(before.layer.unique()) == [layers[0], layers[len(layers) // 2], layers[-1]]
     assert not np.allclose(before["mean"], frame.query("epoch == 2 and layer in @before.layer")["mean"], atol=1e-4)
 

@@ -1,6 +1,7 @@
 """`exnorm reproduce` with real trainings: killed and started again, with a run that fails, with evaluations."""
 
 import csv
+import json
 import signal
 import subprocess
 from pathlib import Path
@@ -118,7 +119,12 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     assert line.startswith("failed: norm=wild inference=moving, seed 0: the loss is not finite at step")
     found = records(tmp_path / "here" / "results")
     (diverged,) = (row for row in found if row["cell"] == "norm=wild inference=moving")
-    assert diverged["metric"] == "diverged_at" and f"at step {diverged['value']} " in line
+    assert diverged["metric"] == "diverged_at" and f"at step {diverged['value']}; remove" in line
+    again = begin(study, tmp_path / "here", "--only", "norm=wild", "--only", "inference=moving")
+    _, err = again.communicate(timeout=600)
+    assert again.returncode == 1 and err.strip() == line  # a result, too: it is not tried until it passes
+    folder = next((tmp_path / "here").glob(f"runs/*/{diverged['run']}"))
+    assert not json.loads((folder / "provenance.json").read_text())["resumed"]
     assert {row["cell"] for row in found if row["metric"] == "top1"} == {
         "norm=bn inference=moving",
         "norm=sn inference=moving",

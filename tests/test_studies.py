@@ -15,13 +15,18 @@ from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import chosen_cells, load_study
 from exnorm.report.claims_table import as_csv, judged_studies
+from exnorm.report.html_report import study_page
+from exnorm.report.palette import colour
 from exnorm.report.published import claims
 from exnorm.report.results import differences, write_results
+from exnorm.report.study_figures import look
 from exnorm.report.study_table import FORMATS, METRICS, table_of
 from exnorm.report.verdicts import CONTRADICTED, SUPPORTED, UNDECIDED, holm, judge, overall, p_value
 from exnorm.runs.records import COLUMNS, DIVERGED_AT, Row, change_records, read_records
+from exnorm.studies import submit
 from exnorm.studies.collect import collect
 from exnorm.studies.plan import jobs_of, trainings_of
+from exnorm.studies.reproduce import print_plan
 
 STUDIES = group_options("study")
 SCALES = ("mini", "full")
@@ -155,6 +160,26 @@ def test_a_wrong_study_is_one_line(text: str, said: str, tmp_path: Path) -> None
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("columns: nrom", "columns: there is no axis 'nrom': did you mean 'norm'?"),
+        ("layers_of: [{nrom: sn}]", "no cell has nrom=sn; axes: norm, epoch"),
+        ("layers_of: [sn]", "'sn' names no cells; write for example {norm: sn}"),
+        ("classes_of: [{norm: en, epoch: 60}]", "it takes data= alone"),
+        ("ratio_differences: [{left: {norm: en}, right: {norm: bn}}]", "2 cells have norm=en; name one"),
+        ("ratio_differences: [{left: {norm: en, epoch: 30}}]", "is not among classes_of"),
+    ],
+)
+def test_a_study_that_names_what_it_does_not_have_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    axes = 'axes: {norm: [bn, en], epoch: {"30": [], "60": ["eval:inference=batch_average"]}}\n'
+    with pytest.raises(UserError, match="study mine") as caught:
+        load_study(own_study(tmp_path, axes + text), "mini")
+    assert said in str(caught.value)
+    number = load_study(own_study(tmp_path, f"{axes}layers_of: [{{epoch: 30}}]"), "mini")
+    assert [cell.name for cell in number.followed] == ["norm=bn epoch=30", "norm=en epoch=30"]
+
+
 def test_a_run_from_a_checkpoint_is_known_by_the_run_that_it_begins_with(tmp_path: Path) -> None:
     """Another source is another run, before either of them has run."""
     text = """
@@ -169,6 +194,39 @@ sources: {soft: [norm=%s]}
     assert [job.cell is None for job in first] == [True] * 3 + [False] * 3
     assert first[3].needs is first[0] and first[3].folder() is None
     assert first[3].config_hash == first[4].config_hash != second[3].config_hash
+
+
+def test_a_source_is_the_run_that_another_table_has(tmp_path: Path) -> None:
+    """The soft ratios that sn-hard begins with are those of SN at 8x32, trained once for both."""
+    hard, table = (load_study(name, "mini") for name in ("sn-hard", "sn-table2"))
+    source = next(job for job in jobs_of(hard, hard.cells, tmp_path) if job.cell is None)
+    (cell,) = table.cells_with({"norm": "sn", "batch": "8x32"})
+    assert source.config_hash == jobs_of(table, [cell], tmp_path)[0].config_hash
+
+
+def test_a_choice_of_seeds_leaves_cells_what_they_are(tmp_path: Path) -> None:
+    """A job of a cluster asks for one seed; layers and classes of the first one are recorded all the same."""
+    study = load_study("en-transfer", "mini", seeds=5)
+    first, last = (jobs_of(study, chosen_cells(study, [f"seed={seed}"]), tmp_path) for seed in (0, 4))
+    assert sum(job.by_class for job in first) == len(study.by_class) == 4 and not any(job.by_class for job in last)
+    table = load_study("sn-table2", "mini")
+    assert set(table.followed) < set(chosen_cells(table, ["seed=0"]))
+    for job in (*first, *last):
+        assert job.cell is not None
+        words = submit._command(study, "en-transfer", job, tmp_path, tmp_path)
+        only = [words[place + 1] for place, word in enumerate(words) if word == "--only"]
+        asked = load_study("en-transfer", "mini", seeds=int(words[words.index("--seeds") + 1]))
+        (cell,) = chosen_cells(asked, only)
+        assert cell == job.cell and cell.seeds == (job.seed,)
+
+
+def test_hours_of_a_run_that_cells_share_are_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = load_study("sn-inference", "mini", seeds=1)
+    print_plan(study, jobs_of(study, study.cells, tmp_path), tmp_path, images_per_s=100.0)
+    lines = capsys.readouterr().out.splitlines()
+    each = [float(line.split()[-1]) for line in lines[1:25]]
+    total = float(next(line for line in lines if "left:" in line).split("left: ")[1].split()[0])
+    assert sum(each) == pytest.approx(total, abs=0.3) and 0.0 in each
 
 
 def test_a_record_is_the_sum_of_what_several_processes_add(tmp_path: Path) -> None:
@@ -247,6 +305,26 @@ def test_a_table_shows_mean_deviation_seeds_the_papers_number_and_the_best(tmp_p
     assert (float(cell["mean"]), float(cell["std"]), cell["n"], float(cell["published"])) == (83.0, 3.0, "3", paper)
 
 
+def test_equal_means_are_both_the_best_and_a_study_of_ones_own_has_a_table(tmp_path: Path) -> None:
+    study = load_study(own_study(tmp_path, "axes: {norm: [bn, sn]}\nmetrics: [top1, ratio/bn]\n"), "mini")
+    put(tmp_path, study.id, [row("norm=bn", 0, 80.0), row("norm=sn", 0, 80.0), row("norm=sn", 0, 0.3, "ratio/bn")])
+    text = FORMATS["md"](table_of(study, tmp_path))
+    assert "| bn | **80.00 (1)** |" in text and "| sn | **80.00 (1)** |" in text and "0.3000 (1)" in text
+    assert "<h1>A study of mine</h1>" in study_page(study, tmp_path, tmp_path)
+
+
+def test_lines_of_a_figure_differ_in_colour_or_dash() -> None:
+    """A normalizer has its colour wherever normalizers are lines; nothing else has it."""
+    for name in STUDIES:
+        study = load_study(name, "mini")
+        across = study.values.get("columns", next(iter(study.axes)))
+        keys = [dict(cell.key) for cell in study.cells if dict(cell.key)[across] == study.axes[across][0]]
+        looks = [look(study, key, across, number) for number, key in enumerate(keys)]
+        assert len(set(looks)) == len(looks), name
+        for key, (tint, _) in zip(keys, looks, strict=True):
+            assert (tint == colour(key.get("norm", ""))) == (across != "norm" and "norm" in key)
+
+
 def test_a_table_without_measurements_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exnorm reproduce en-pi --scale mini"):
         table_of(load_study("en-pi", "mini"), tmp_path)
@@ -313,21 +391,29 @@ def test_what_always_holds_is_counted_over_all_runs(tmp_path: Path) -> None:
     """Supported by all of a study's runs, contradicted by one that diverged, undecided while one is missing."""
     study = load_study("sn-table2", "mini")
     runs = [(cell.name, seed) for cell in study.cells for seed in cell.seeds if dict(cell.key)["norm"] == "en"]
-    rows = [row(cell, seed, 0.5, metric="loss") for cell, seed in runs]
+    rows = [row(cell, seed, 0.5, metric=metric) for cell, seed in runs for metric in ("top1", "loss")]
     diverged = row(*runs[0], 17, metric=DIVERGED_AT)
-    for given, expected in ((rows, SUPPORTED), ([diverged, *rows[1:]], CONTRADICTED), (rows[1:], UNDECIDED)):
+    beyond = [row(runs[-1][0], 9, 0.5, metric=metric) for metric in ("top1", "loss")]  # no seed of the study
+    for given, expected, seeds in (
+        (rows, SUPPORTED, 3),
+        ([diverged, *rows[2:]], CONTRADICTED, 3),
+        ([rows[0], *rows[2:]], CONTRADICTED, 3),  # it ended, and its loss is not finite
+        ([*rows[2:], *beyond], UNDECIDED, 3),
+        (rows[10:], UNDECIDED, 0),
+    ):
         (found,) = verdict(tmp_path, "sn-table2", "en-stable", given)
-        assert found.verdict == expected and found.runs.wanted == len(runs) == 33
+        assert found.verdict == expected and found.runs.wanted == len(runs) == 33 and found.n == seeds
     put(tmp_path, "sn-table2", [diverged, row("norm=en batch=8x32", 1, 90.0), row("norm=en batch=8x2", 0, 80.0)])
     text = FORMATS["md"](table_of(study, tmp_path))
-    assert "norm=en batch=8x32 diverged, its loss was not finite: seed 0 at step 17; the mean is over" in text
+    assert "norm=en batch=8x32 diverged, its loss was not finite: seed 0 at step 17; means and verdicts are" in text
     put(tmp_path, "sn-table2", [diverged])
     assert "| en | diverged |" in FORMATS["md"](table_of(study, tmp_path)) and write_results(tmp_path)
 
 
 def test_holm_corrects_by_the_number_of_comparisons_that_are_left() -> None:
-    """The example of the method: sorted p times m, m - 1, ..., never falling, at most 1."""
-    assert holm([0.04, None, 0.01, 0.03]) == pytest.approx([0.06, None, 0.03, 0.06], abs=1e-12)
+    """Sorted p times m, m - 1, ..., never falling, at most 1; what is not measured yet counts in m."""
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06], abs=1e-12)
+    assert holm([0.04, None, 0.01, 0.03]) == pytest.approx([0.09, None, 0.04, 0.09], abs=1e-12)
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert p_value([1.0, 1.0], 0.0) == 0.0 and p_value([0.0, 0.0], 0.0) == 1.0 and p_value([1.0], 0.0) is None
 

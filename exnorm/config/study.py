@@ -8,7 +8,7 @@ after the training.
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Cell:
     key: Key
     train: tuple[str, ...]
     evaluate: tuple[str, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...] = field(compare=False)
 
     @property
     def name(self) -> str:
@@ -96,19 +96,36 @@ class Study:
         Raises:
             UserError: there is no such cell, or several.
         """
-        wanted = {axis: str(value) for axis, value in values.items()}
-        found = [cell for cell in self.cells if wanted.items() <= dict(cell.key).items()]
+        found = self.cells_with(values)
         if len(found) != 1:
-            raise UserError(f"{self.id}: {len(found)} cells have {cell_name(wanted.items())}; name one")
+            raise UserError(f"study {self.id}: {len(found)} cells have {_written(values)}; name one")
         return found[0]
 
+    def cells_with(self, values: Any) -> tuple[Cell, ...]:
+        """The cells with these values on some of the axes.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not isinstance(values, Mapping):
+            raise UserError(f"study {self.id}: {values!r} names no cells; write for example {{norm: sn}}")
+        wanted = {str(axis): str(value) for axis, value in values.items()}
+        found = tuple(cell for cell in self.cells if wanted.items() <= dict(cell.key).items())
+        if not found:
+            raise UserError(f"study {self.id}: no cell has {_written(values)}; axes: {', '.join(self.axes)}")
+        return found
+
     def _cells_of(self, key: str) -> tuple[Cell, ...]:
-        wanted = self.values.get(key, ())
-        return tuple(cell for cell in self.cells if any(item.items() <= dict(cell.key).items() for item in wanted))
+        chosen = {cell for item in self.values.get(key, ()) for cell in self.cells_with(item)}
+        return tuple(cell for cell in self.cells if cell in chosen)
 
     def label(self, value: str) -> str:
         """A value of an axis as tables show it."""
         return self.stand_ins.get(value, value)
+
+
+def _written(values: Mapping[Any, Any]) -> str:
+    return cell_name((str(axis), str(value)) for axis, value in values.items())
 
 
 def cell_name(key: Iterable[tuple[str, str]]) -> str:
@@ -150,7 +167,7 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
         source: tuple(_settle([*settings, *texts], rules, {}, where).values())
         for source, texts in values.get("sources", {}).items()
     }
-    return Study(
+    study = Study(
         file.stem,
         scale,
         title=first_comment(file),
@@ -162,6 +179,8 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
         threads=own.get("threads", shared.get("threads")),
         train_images=shared.get("train_images", {}),
     )
+    _check_names(study)
+    return study
 
 
 def chosen_cells(study: Study, only: Iterable[str]) -> tuple[Cell, ...]:
@@ -188,6 +207,22 @@ def chosen_cells(study: Study, only: Iterable[str]) -> tuple[Cell, ...]:
     if seeds is None:
         return tuple(chosen)
     return tuple(replace(cell, seeds=tuple(seed for seed in cell.seeds if str(seed) in seeds)) for cell in chosen)
+
+
+def _check_names(study: Study) -> None:
+    """Refuse what names an axis or a cell that the study does not have."""
+    for key in ("columns", "compare"):
+        axis = study.values.get(key)
+        if axis is not None and axis not in study.axes:
+            raise UserError(f"study {study.id}: {key}: there is no axis '{axis}': {suggest(str(axis), study.axes)}")
+    for cell in (*study.followed, *study.by_class):
+        other = [text for text in cell.evaluate if not text.startswith(("data=", "data."))]
+        if cell in study.by_class and other:
+            raise UserError(f"study {study.id}: classes_of: {cell.name} evaluates {other[0]}; it takes data= alone")
+    for pair in study.values.get("ratio_differences", ()):
+        for side in ("left", "right"):
+            if study.cell(pair.get(side)) not in study.by_class:
+                raise UserError(f"study {study.id}: ratio_differences: {pair} is not among classes_of")
 
 
 def _study_file(name: str) -> Path:

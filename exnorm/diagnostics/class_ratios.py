@@ -61,12 +61,12 @@ def measure_by_class(folder: RunFolder, overrides: Sequence[str], names: Sequenc
         raise UserError(f"{other[0]}: --by-class takes data=NAME and data.KEY=VALUE")
     config = checkpoint.read_config(folder)
     wanted = settle_evaluation(folder.read_config(), list(overrides))
-    file = folder.class_ratios_file(evaluation_id(wanted) + _suffix(names))
-    states = _kept_states(folder)
-    if file.is_file() and set((known := read_class_ratios(file)).epoch) == {state["epoch"] for state in states}:
-        return known
+    last = checkpoint.find(folder, "last")
+    file = folder.class_ratios_file(evaluation_id(wanted) + _suffix(names), last["step"])
+    if file.is_file():
+        return read_class_ratios(file)
     device = torch.device(device_type(wanted.device))
-    classes = list(states[-1]["classes"])
+    classes = list(last["classes"])
     chosen = _positions(classes, names)
     splits = matched(load(wanted.data, train=False), classes, name=wanted.data.name)
     name, images = next(iter(validation_sets(wanted.data, splits).items()))
@@ -75,10 +75,10 @@ def measure_by_class(folder: RunFolder, overrides: Sequence[str], names: Sequenc
     batches = fixed_batches([int(index) for found in indices for index in found], BATCH)
     loader = Loader(dataset, batches, workers=wanted.data.workers, device=device)
     rows = []
-    for state in states:
+    for state in (*_snapshots_before(folder, last["epoch"]), last):
         model = checkpoint.build_trained(config, state).to(device)
         ratio_NK = _ratios_of(model, loader, folder)
-        layers = list(ratio_NK) if state is states[-1] else bottom_middle_top(list(ratio_NK))
+        layers = list(ratio_NK) if state is last else bottom_middle_top(list(ratio_NK))
         for layer in layers:
             parts = ratio_NK[layer].double().split([len(found) for found in indices])
             normalizers: Any = mixing_layers(model)[layer].normalizers
@@ -105,12 +105,14 @@ def _ratios_of(model: nn.Module, loader: Loader, folder: RunFolder) -> dict[str,
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
-def _kept_states(folder: RunFolder) -> list[dict[str, Any]]:
-    """The snapshots and the last checkpoint, by epoch."""
-    last = checkpoint.find(folder, "last")
-    before: Iterator[dict[str, Any]] = (checkpoint.read(path) for path in folder.snapshot_files())
-    states = {state["epoch"]: state for state in before if state["epoch"] < last["epoch"]}
-    return [*(states[epoch] for epoch in sorted(states)), last]
+def _snapshots_before(folder: RunFolder, epoch: int) -> Iterator[dict[str, Any]]:
+    """The snapshots of earlier epochs, one after the other, each epoch once."""
+    before = 0
+    for path in folder.snapshot_files():
+        state = checkpoint.read(path)
+        if before < state["epoch"] < epoch:
+            before = state["epoch"]
+            yield state
 
 
 def _positions(classes: Sequence[str], names: Sequence[str]) -> list[int]:

@@ -112,7 +112,7 @@ def print_verdicts(judged: Sequence[Judged]) -> None:
         table = Table(*HEADS, box=None, pad_edge=False)
         for row in grid_of(item).rows:
             table.add_row(*(f"[bold]{text}[/bold]" if bold else escape(text) for text, bold in row))
-        print(f"{item.study.id}: {item.study.title}")
+        print(f"{item.study.id}, scale {item.study.scale}: {item.study.title}")
         print_table(table)
     print("The claims:")
     for claim in dict.fromkeys(claim for item in judged for claim in item.comparisons):

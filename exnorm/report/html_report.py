@@ -5,6 +5,7 @@ import glob
 import html
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -20,7 +21,7 @@ from exnorm.report.published import claims
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.report.results import duration
 from exnorm.report.study_figures import STYLE, figures_of
-from exnorm.report.study_table import METRICS, StudyTable, table_of
+from exnorm.report.study_table import StudyTable, answers_to, heading, table_of
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.layer_ratios import shares
 from exnorm.runs.metrics import MetricsLog
@@ -52,8 +53,8 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
     table = table_of(study, results)
     parts = [
         f"<h1>{_text(study.title)}</h1>",
-        f"<p class='quiet'>Study {_text(study.id)}, scale <strong>{_text(study.scale)}</strong>, answers to "
-        f"{_text(str(study.values['paper']))}, {_text(str(study.values['table']))}. {_text(duration(table))}</p>",
+        f"<p class='quiet'>Study {_text(study.id)}, scale <strong>{_text(study.scale)}</strong>. "
+        f"{_text(answers_to(study))} {_text(duration(table))}</p>",
         "<h2>Measured</h2>",
         _wide(to_html(table.across())) if study.values.get("columns") else "",
         "<h2>Cell by cell, beside the paper</h2>",
@@ -121,6 +122,11 @@ def _slug(cell: Cell) -> str:
     return "cell-" + "-".join(value for _, value in cell.key).replace(" ", "-")
 
 
+def _searched(study: Study, cell: Cell) -> str:
+    """What the filter looks into: the values as they are typed and as they are shown."""
+    return " ".join([cell.name, *(study.label(value) for _, value in cell.key)])
+
+
 def _cells_table(table: StudyTable) -> str:
     """The table cell by cell, each first entry a link to the cell's runs."""
     grid = table.by_cell()
@@ -130,7 +136,7 @@ def _cells_table(table: StudyTable) -> str:
         first, *rest = row
         linked = f"<td><a href='#{_text(_slug(cell))}'>{_text(first.text)}</a></td>"
         rest_html = "".join(f"<td{' class=best' if bold else ''}>{_text(text)}</td>" for text, bold in rest)
-        rows.append(f"<tr data-name='{_text(cell.name)}'>{linked}{rest_html}</tr>")
+        rows.append(f"<tr data-name='{_text(_searched(table.study, cell))}'>{linked}{rest_html}</tr>")
     return f"<table id='cells'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
@@ -167,18 +173,26 @@ def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], results: Path, runs:
     metric = study.metrics[0]
     own = [r for r in rows if (r["scale"], r["cell"], r["metric"]) == (study.scale, cell.name, metric)]
     values = measured(study, rows, metric).get(cell.name)
-    summary = _text(cell.name) + (f": {METRICS[metric][0]} {values.mean:.2f}" if values else ": not measured yet")
-    command = " ".join(["exnorm train", *(f"'{text}'" if "[" in text else text for text in cell.train)])
+    summary = _text(cell.name) + (f": {heading(metric)} {values.mean:.2f}" if values else ": not measured yet")
+    command = f"exnorm reproduce {study.id} --scale {study.scale} " + " ".join(f"--only {a}={v}" for a, v in cell.key)
+    settings = " ".join(["exnorm train", *(shlex.quote(text) for text in cell.train)])
+    settings += f"\nexnorm eval RUN_DIR {shlex.join(cell.evaluate)}" if cell.evaluate else ""
     curves: dict[int, list[tuple[float, float]]] = {}
     for row in read_records(results, study.id, "epochs"):
         if (row["scale"], row["cell"]) == (study.scale, cell.name):
             curves.setdefault(int(row["seed"]), []).append((float(row["epoch"]), float(row["top1"])))
     grid = Grid(KEPT, [[Entry(row[name]) for name in KEPT] for row in own])
-    parts = [f"<pre>{_text(command)}</pre>", _wide(to_html(grid)) if own else "", _curves(curves) if curves else ""]
+    parts = [
+        f"<pre>{_text(command)}\n\nwhich is, with seed=N:\n{_text(settings)}</pre>",
+        _wide(to_html(grid)) if own else "",
+        _curves(curves) if curves else "",
+    ]
     for row in own:
         for folder in sorted(runs.glob(f"*/{glob.escape(row['run'])}")):
             parts += [f"<h3>seed {row['seed']}</h3>", *_origin(RunFolder(folder))]
-    head = f"<details id='{_text(_slug(cell))}' data-name='{_text(cell.name)}'><summary>{summary}</summary>"
+    head = (
+        f"<details id='{_text(_slug(cell))}' data-name='{_text(_searched(study, cell))}'><summary>{summary}</summary>"
+    )
     return f"{head}{''.join(parts)}</details>"
 
 

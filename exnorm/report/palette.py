@@ -1,5 +1,8 @@
 """One colour for each normalizer, in every figure: the palette of Okabe and Ito (2008), safe for the colour-blind."""
 
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
 COLOURS = {
     "in": "#0072B2",
     "ln": "#E69F00",
@@ -11,6 +14,11 @@ COLOURS = {
     "en": "#000000",
 }
 OTHER = "#7F7F7F"
+
+
+def shade(number: int, count: int) -> str:
+    """The colour of line `number` of `count` that are no normalizers: from dark to light, safe as well."""
+    return to_hex(colormaps["viridis"](0.85 * number / max(1, count - 1)))
 
 
 def colour(normalizer: str) -> str:

@@ -49,7 +49,8 @@ def published(study: Study, cell: Cell, metric: str) -> Published | None:
     filters = {"metric": [metric], **{column: _filled(pattern, values) for column, pattern in wanted.items()}}
     for row in _numbers():
         if all(row[column] in options for column, options in filters.items()):
-            return Published(row["value"] or row["note"], float(row["value"]) if row["value"] else None)
+            source = "" if row["paper"] == study.values.get("paper") else f" [{row['paper']}]"
+            return Published((row["value"] or row["note"]) + source, float(row["value"]) if row["value"] else None)
     return None
 
 

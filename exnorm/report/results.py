@@ -3,7 +3,6 @@
 `--check` writes nothing and names what differs from the records; figures are compared by the numbers in them.
 """
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,7 +99,7 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[s
     heading, grid = table.grids()[0]
     parts = [f"## {study.title}", f"`{study.id}`, scale {study.scale}. {duration(table)}", heading, to_markdown(grid)]
     own = [figure for figure in figures if figure.startswith(f"{name}-")]
-    parts += [f"![{html.escape(study.title)}](figures/{figure}.png)" for figure in own if "accuracy" in figure]
+    parts += [f"![{study.title}](figures/{figure}.png)" for figure in own if "accuracy" in figure]
     parts += [to_markdown(grid_of(judged))] if judged.comparisons else []
     others = " · ".join(f"[{figure.removeprefix(f'{name}-')}](figures/{figure}.png)" for figure in own)
     parts.append(f"[All cells and footnotes](tables/{name}.md) · [numbers](tables/{name}.csv) · figures: {others}")
@@ -111,9 +110,10 @@ def first_screen(table: StudyTable, folder: str) -> str:
     """What the project's own README shows of the results: one table and one figure."""
     study = table.study
     name = f"{study.id}-{study.scale}"
+    on = ", on characters drawn here and a small ResNet" if study.scale == "mini" else ""
     return (
         f"\n\n{to_markdown(table.across())}\n\n![{study.title}](./{folder}/figures/{name}-accuracy.png)\n\n"
-        f"{study.title}: top-1 in % at scale {study.scale}, on characters drawn here and a small ResNet, mean ± "
+        f"{study.title}: top-1 in % at scale {study.scale}{on}, mean ± "
         f"standard deviation (seeds). {duration(table)} All studies, verdicts on the papers' claims and their numbers: "
         f"[{folder}/README.md]({folder}/README.md).\n"
     )
@@ -137,11 +137,16 @@ def summary(judged: Sequence[Judged]) -> Grid:
     """A row for each claim and study."""
     known = claims()
     rows = [
-        [Entry(f"{known[claim].claim} ({known[claim].paper})"), Entry(item.study.id), Entry(labelled(found), True)]
+        [
+            Entry(f"{known[claim].claim} ({known[claim].paper})"),
+            Entry(item.study.id),
+            Entry(item.study.scale),
+            Entry(labelled(found), True),
+        ]
         for item in judged
         for claim, found in item.comparisons.items()
     ]
-    return Grid(("claim", "study", "verdict"), rows)
+    return Grid(("claim", "study", "scale", "verdict"), rows)
 
 
 def _read(path: Path) -> str | None:
@@ -165,7 +170,8 @@ appears at all at this size. **Scale full** is the papers' protocol, from the sa
 
 JUDGED = """A verdict comes from the differences of equal seeds (the same data order and initialization), by a t-test \
 with Holm's correction over the comparisons of a study: supported or contradicted where the corrected p is below \
-0.05, else undecided; "no worse than" allows 0.5 points. *Weak*: fewer than 5 seeds. The last epoch counts; no best \
+0.05, else undecided; "no worse than" allows 0.5 points. What is claimed to hold always is judged by all runs of the \
+study. *Weak*: fewer than 5 seeds. The last epoch counts; no best \
 epoch is picked on the validation set."""
 
 ENDING = """## The papers' numbers

@@ -1,6 +1,8 @@
 """The figures of a study, each with the numbers that it shows; from the study's record."""
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from matplotlib.ticker import MaxNLocator
 from exnorm.config.study import Cell, Study
 from exnorm.report import class_figures
 from exnorm.report.measured import measured
-from exnorm.report.palette import colour
+from exnorm.report.palette import colour, shade
 from exnorm.report.published import published
 from exnorm.report.ratio_figures import stacked
-from exnorm.report.study_table import METRICS
+from exnorm.report.study_table import heading
 from exnorm.runs.records import Row, read_records
 
 MARKERS = "osD^vP*Xh<>"
+DASHES = ("-", "--", ":", "-.")
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "exnorm", "axes.spines.top": False, "axes.spines.right": False}
 NORMALIZERS = ("in", "ln", "bn")
 
@@ -47,11 +50,18 @@ def figures_of(study: Study, results: Path) -> list[StudyFigure]:
         data = layer_data(study, cell, results)
         found.append(
             StudyFigure(
-                _named("layers", cell), data, lambda data, cell=cell: stacked(data, f"{study.id}: {cell.name}, seed 0")
+                _named("layers", cell),
+                data,
+                lambda data, cell=cell: stacked(data, f"{titled(study)}: {cell.name}, seed 0"),
             )
         )
     found += class_figures_of(study, results)
     return [figure for figure in found if not figure.data.empty]
+
+
+def titled(study: Study) -> str:
+    """The study and its scale, as the figures of single cells name them."""
+    return f"{study.id}, scale {study.scale}"
 
 
 def class_figures_of(study: Study, results: Path) -> list[StudyFigure]:
@@ -62,13 +72,13 @@ def class_figures_of(study: Study, results: Path) -> list[StudyFigure]:
         if cell.evaluate or frame.empty:
             continue
         for kind, (data_of, draw) in class_figures.OF_ONE.items():
-            title = f"{study.id}: {cell.name}, seed 0"
+            title = f"{titled(study)}: {cell.name}, seed 0"
             data = data_of(frame)
             found.append(StudyFigure(_named(kind, cell), data, lambda data, draw=draw, title=title: draw(data, title)))
     differences = difference_data(study, results)
     found.append(
         StudyFigure(
-            "differences", differences, lambda data: class_figures.draw_differences(data, f"{study.id}, seed 0")
+            "differences", differences, lambda data: class_figures.draw_differences(data, f"{titled(study)}, seed 0")
         )
     )
     return found
@@ -119,10 +129,9 @@ def accuracy_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
 def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
     """Accuracy over the axis that the table has across, a line for each choice of the others; right, the paper's."""
     axis = study.values.get("columns", next(iter(study.axes)))
-    joined = "-" if "columns" in study.values else "none"  # what has no order is no line
     sides = [("mean", f"measured, scale {study.scale}")]
     if data["published"].notna().to_numpy().any():
-        sides.append(("published", f"{study.values['paper']}, {study.values['table']}"))
+        sides.append(("published", f"{study.values.get('paper', '')}, {study.values.get('table', '')}"))
     places = {value: place for place, value in enumerate(study.axes[axis])}
     figure = Figure(figsize=(max(3.4, 0.62 * len(places) + 1.4) * len(sides), 3.4), layout="constrained")
     panels = figure.subplots(1, len(sides), squeeze=False)[0]
@@ -130,13 +139,16 @@ def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
         for number, (label, lines) in enumerate(_lines(study, data, axis)):
             at = np.array([places[value] for value in lines[axis]]) + (0.06 * number if column == "mean" else 0.0)
             spread = lines["std"].fillna(0.0) if column == "mean" else None
-            style = {"color": _colour(study, lines, number), "marker": MARKERS[number % len(MARKERS)], "label": label}
-            panel.errorbar(at, lines[column].astype(float), spread, capsize=2, markersize=4, linestyle=joined, **style)
+            key = {name: str(lines[name].iloc[0]) for name in study.axes}
+            tint, dash = look(study, key, axis, number)
+            style: Any = {"color": tint, "marker": MARKERS[number % len(MARKERS)], "label": label}
+            style["linestyle"] = dash if "columns" in study.values else "none"  # what has no order is no line
+            panel.errorbar(at, lines[column].astype(float), spread, capsize=2, markersize=4, **style)
         panel.set_xticks(list(places.values()), [study.label(value) for value in places], rotation=40, ha="right")
         panel.set_title(title, fontsize=9)
         panel.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel(METRICS[study.metrics[0]][0])
-    _legend(figure, panels[0])
+    panels[0].set_ylabel(heading(study.metrics[0]))
+    _legend(figure, panels)
     return figure
 
 
@@ -165,8 +177,8 @@ def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
         for number, cell in enumerate(cells):
             line: Any = data[data.cell == cell.name]
             label = " ".join(study.label(text) for name, text in cell.key if name != axis)
-            tint = _colour_of(study, dict(cell.key), number)
-            panel.plot(line.epoch, line["mean"], color=tint, label=label, linewidth=1.2)
+            tint, dash = look(study, dict(cell.key), axis, number)
+            panel.plot(line.epoch, line["mean"], dash, color=tint, label=label, linewidth=1.2)
             spread = line["std"].fillna(0.0)
             panel.fill_between(line.epoch, line["mean"] - spread, line["mean"] + spread, color=tint, alpha=0.2)
         panel.set_title(study.label(value), fontsize=9)
@@ -176,7 +188,8 @@ def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
         panel.set_visible(False)
     figure.supxlabel("epoch", fontsize=9)
     panels[0].set_ylabel("validation top-1 %")
-    _legend(figure, panels[0])
+    figure.suptitle(f"scale {study.scale}", fontsize=9)
+    _legend(figure, panels)
     return figure
 
 
@@ -205,7 +218,8 @@ def draw_mean_ratios(study: Study, data: pd.DataFrame) -> Figure:
         below = below + heights.fillna(0.0).to_numpy()
     panel.set_xticks(range(len(cells)), labels, rotation=90, fontsize=7)
     panel.set(ylabel="mean ratio over layers", ylim=(0, 1))
-    _legend(figure, panel)
+    panel.set_title(f"scale {study.scale}", fontsize=9)
+    _legend(figure, [panel])
     return figure
 
 
@@ -235,15 +249,24 @@ def _lines(study: Study, data: pd.DataFrame, axis: str) -> list[tuple[str, pd.Da
     return [(" ".join(study.label(value) for value in key), lines) for key, lines in groups]
 
 
-def _colour(study: Study, lines: pd.DataFrame, number: int) -> str:
-    return _colour_of(study, {name: str(lines[name].iloc[0]) for name in study.axes}, number)
+def look(study: Study, key: dict[str, str], across: str | None, number: int) -> tuple[str, str]:
+    """The colour and dash of a line: the normalizer's, with a dash for what else lines differ in; or else a shade.
+
+    Args:
+        across: the axis whose values are not lines but places or panels.
+        number: of the line, in the study's order.
+    """
+    others = {axis: tuple(values) for axis, values in study.axes.items() if axis != across}
+    if "norm" not in others:
+        return shade(number, math.prod(map(len, others.values()))), "-"
+    rest = {axis: values for axis, values in others.items() if axis != "norm"}
+    place = list(itertools.product(*rest.values())).index(tuple(key[axis] for axis in rest))
+    return colour(key["norm"]), DASHES[place % len(DASHES)]
 
 
-def _colour_of(study: Study, key: dict[str, str], number: int) -> str:
-    """The normalizer's colour where the study compares normalizers alone in a panel, else one after the other."""
-    return colour(key["norm"]) if "norm" in key else f"C{number}"
-
-
-def _legend(figure: Figure, panel: Axes) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One entry for each line that a panel has."""
+    found = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(found.values(), found.keys(), loc="outside right upper", frameon=False, fontsize=8)

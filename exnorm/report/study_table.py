@@ -3,6 +3,7 @@
 Mean ± standard deviation (seeds); the best of those that differ in one axis alone is bold.
 """
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,12 @@ METRICS = {  # name: heading, digits, whether more is better
     "gflops": ("GFLOPs", 4, None),
     "images_per_s": ("images/s in training", 0, None),
 }
+OTHER = ("", 4, False)  # of any other metric that a record has, which is called by its own name
+
+
+def heading(metric: str) -> str:
+    """What a table calls a metric."""
+    return METRICS.get(metric, (metric,))[0]
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class StudyTable:
         )
         for metric in self.study.metrics:
             values, best = measured(self.study, self.rows, metric), self._best(metric)
-            heads.append(METRICS[metric][0])
+            heads.append(heading(metric))
             if metric in PERCENT:
                 heads += ["published", "difference"]
             for line, cell in zip(columns, self.study.cells, strict=True):
@@ -78,31 +85,41 @@ class StudyTable:
         if self.study.scale != "full":
             stand_ins = self._stand_ins()
             lines.append(
-                f"Scale {self.study.scale}: nothing here was measured on the paper's data or networks"
+                f"Scale {self.study.scale}: nothing here was measured on the paper's data"
                 + (f" ({stand_ins})" if stand_ins else "")
                 + "; a difference to the published number is one of tasks as well."
             )
         lines += self.study.values.get("notes", ())
-        lines += [f"Facts: {fact}." for fact in dict.fromkeys(row["facts"] for row in rows)]
+        lines += self._facts(rows)
         for cell, steps in measured(self.study, self.rows, DIVERGED_AT).items():
             seeds = ", ".join(f"seed {seed} at step {step:.0f}" for seed, step in steps.by_seed.items())
-            lines.append(f"{cell} diverged, its loss was not finite: {seeds}; the mean is over the other seeds.")
+            lines.append(f"{cell} diverged, its loss was not finite: {seeds}; means and verdicts are without them.")
         hours = sum({row["run"]: float(row["hours"]) for row in rows}.values())
         runs = len({row["run"] for row in rows})
         for name in ("device", "torch", "commit"):
             found = dict.fromkeys(row[name] for row in rows)
-            lines.append(f"{name}: {', '.join(found)}." if name != "torch" else f"torch {', '.join(found)}.")
+            if found:
+                lines.append(f"{name}: {', '.join(found)}." if name != "torch" else f"torch {', '.join(found)}.")
         changed = {row["run"] for row in rows if row["uncommitted"] == "yes"}
         if changed:
             lines.append(f"{len(changed)} of the runs were made with changes that are not in that commit.")
         lines.append(f"{runs} runs, {hours:.1f} hours of training in all.")
         return lines
 
+    def _facts(self, rows: Sequence[Row]) -> list[str]:
+        """What holds for all cells, or else for which ones."""
+        by_fact: dict[str, dict[str, None]] = {}
+        for row in rows:
+            by_fact.setdefault(row["facts"], {})[row["cell"]] = None
+        if len(by_fact) == 1:
+            return [f"Facts: {fact}." for fact in by_fact]
+        return [f"Facts: {fact}: {'; '.join(cells)}." for fact, cells in by_fact.items()]
+
     def _entry(self, cell: Cell, value: Measured | None, metric: str, best: bool) -> Entry:
         if value is None:
             return Entry("diverged") if cell.name in measured(self.study, self.rows, DIVERGED_AT) else NOTHING
-        digits = METRICS[metric][1]
-        spread = "" if value.std is None or METRICS[metric][2] is None else f" ± {value.std:.{digits}f}"
+        _, digits, compared = METRICS.get(metric, OTHER)
+        spread = "" if value.std is None or compared is None else f" ± {value.std:.{digits}f}"
         return Entry(f"{value.mean:.{digits}f}{spread} ({value.n})", best)
 
     def _stand_ins(self) -> str:
@@ -111,7 +128,7 @@ class StudyTable:
 
     def _best(self, metric: str) -> set[str]:
         """The cells with the highest mean among those that differ from them in the compared axis alone."""
-        if not METRICS[metric][2]:
+        if not METRICS.get(metric, OTHER)[2]:
             return set()
         axis = self.study.values.get("compare", "norm" if "norm" in self.study.axes else next(iter(self.study.axes)))
         values = measured(self.study, self.rows, metric)
@@ -119,7 +136,8 @@ class StudyTable:
         for cell in self.study.cells:
             if cell.name in values:
                 groups.setdefault(tuple(item for item in cell.key if item[0] != axis), []).append(cell)
-        return {max(g, key=lambda cell: values[cell.name].mean).name for g in groups.values() if len(g) > 1}
+        means = [{cell.name: values[cell.name].mean for cell in group} for group in groups.values() if len(group) > 1]
+        return {name for group in means for name, value in group.items() if value == max(group.values())}
 
     def _beside(self, cell: Cell, ours: Measured | None, metric: str) -> list[Entry]:
         paper = published(self.study, cell, metric)
@@ -149,8 +167,8 @@ def as_markdown(table: StudyTable) -> str:
     """The table as a page."""
     study = table.study
     parts = [f"# {study.title}", _origin(study)]
-    for heading, grid in table.grids():
-        parts += [f"## {heading}"] if heading else []
+    for title, grid in table.grids():
+        parts += [f"## {title}"] if title else []
         parts.append(to_markdown(grid))
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in table.footnotes())]) + "\n"
 
@@ -164,8 +182,8 @@ def as_tex(table: StudyTable) -> str:
 
 def as_html(table: StudyTable) -> str:
     """The tables and footnotes as HTML, without a page around them."""
-    notes = "".join(f"<li>{line}</li>" for line in table.footnotes())
-    grids = "".join((f"<h3>{heading}</h3>" if heading else "") + to_html(grid) for heading, grid in table.grids())
+    notes = "".join(f"<li>{html.escape(line)}</li>" for line in table.footnotes())
+    grids = "".join((f"<h3>{title}</h3>" if title else "") + to_html(grid) for title, grid in table.grids())
     return f"{grids}<ul class='notes'>{notes}</ul>\n"
 
 
@@ -188,6 +206,12 @@ def as_csv(table: StudyTable) -> str:
 FORMATS = {"md": as_markdown, "tex": as_tex, "csv": as_csv, "html": as_html}
 
 
+def answers_to(study: Study) -> str:
+    """The paper's table that a study is about, if it names one."""
+    named = ", ".join(str(study.values[key]) for key in ("paper", "table") if key in study.values)
+    return f"Answers to: {named}." if named else "Answers to no paper."
+
+
 def _origin(study: Study) -> str:
-    answer = f"Answers to: {study.values['paper']}, {study.values['table']}."
-    return f"{answer} Study `{study.id}`, scale {study.scale}: `exnorm reproduce {study.id} --scale {study.scale}`."
+    command = f"exnorm reproduce {study.id} --scale {study.scale}"
+    return f"{answers_to(study)} Study `{study.id}`, scale {study.scale}: `{command}`."

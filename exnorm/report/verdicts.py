@@ -24,7 +24,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from exnorm.config.errors import UserError
-from exnorm.config.study import Study, cell_name
+from exnorm.config.study import Cell, Study, cell_name
 from exnorm.report.measured import measured
 from exnorm.report.published import claims
 from exnorm.runs.records import DIVERGED_AT, Row
@@ -36,11 +36,18 @@ SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 
 
 class Runs(NamedTuple):
-    """The runs of some cells: how many finished, how many diverged, and how many seeds the study has of them."""
+    """The runs of some cells.
+
+    Attributes:
+        finished, diverged: those with a finite loss at the end, and those without.
+        wanted: how many the study has.
+        seeds: of the cell with the fewest.
+    """
 
     finished: int
     diverged: int
     wanted: int
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Comparison:
         threshold: the mean difference is judged against it; None where the paper claims no direction.
         differences: left - right of each seed.
         p, p_holm: None of fewer than 2 seeds.
-        runs: how many finished, diverged and belong to the study, of a claim about what always holds.
+        runs: of a claim about what always holds.
     """
 
     claim: str
@@ -65,8 +72,8 @@ class Comparison:
 
     @property
     def n(self) -> int:
-        """The number of seeds that both sides have; of runs, where these are counted."""
-        return self.runs.finished + self.runs.diverged if self.runs else len(self.differences)
+        """The number of seeds that both sides have."""
+        return self.runs.seeds if self.runs else len(self.differences)
 
     @property
     def mean(self) -> float | None:
@@ -87,7 +94,8 @@ class Comparison:
     def verdict(self) -> str:
         """supported, contradicted or undecided; where no direction is claimed, whether there is a difference."""
         if self.runs:
-            return CONTRADICTED if self.runs.diverged else SUPPORTED if self.n >= self.runs.wanted else UNDECIDED
+            finished, diverged, wanted, _ = self.runs
+            return CONTRADICTED if diverged else SUPPORTED if finished == wanted else UNDECIDED
         decided = self.p_holm is not None and self.p_holm < LEVEL
         if self.threshold is None:
             return "no direction claimed, " + ("a difference found" if decided else "none found")
@@ -99,8 +107,8 @@ class Comparison:
 def judge(study: Study, rows: Sequence[Row]) -> list[Comparison]:
     """Every comparison of a study, with Holm's correction over them."""
     found = [_compare(study, rows, wanted) for wanted in study.values.get("claims", ())]
-    corrected = holm([comparison.p for comparison in found])
-    return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
+    corrected = iter(holm([comparison.p for comparison in found if not comparison.runs]))
+    return [item if item.runs else replace(item, p_holm=next(corrected)) for item in found]
 
 
 def overall(comparisons: Sequence[Comparison]) -> str:
@@ -117,12 +125,15 @@ def is_weak(comparisons: Sequence[Comparison]) -> bool:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Corrected p-values: of the i-th smallest of m the largest of (m - j + 1) p_j for j up to i, at most 1."""
+    """Corrected p-values: of the i-th smallest of m the largest of (m - j + 1) p_j for j up to i, at most 1.
+
+    What has no p-value yet counts as one of the m, so that a verdict is not taken back when it gets one.
+    """
     order = sorted((value, index) for index, value in enumerate(values) if value is not None)
     corrected: list[float | None] = [None] * len(values)
     largest = 0.0
     for rank, (value, index) in enumerate(order):
-        largest = max(largest, (len(order) - rank) * value)
+        largest = max(largest, (len(values) - rank) * value)
         corrected[index] = min(1.0, largest)
     return corrected
 
@@ -158,15 +169,22 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Co
 
 
 def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comparison:
-    """How many runs of some cells ended with a finite loss."""
-    names = set(_cells(study, wanted["left"]))
-    finished, diverged = (
-        sum(value.n for cell, value in measured(study, rows, metric).items() if cell in names)
-        for metric in ("loss", DIVERGED_AT)
+    """How many runs of some cells, of the study's seeds, ended with a finite loss."""
+    cells = study.cells_with(wanted["left"])
+    ended = [_seeds(study, rows, cell, ("top1", DIVERGED_AT)) for cell in cells]
+    finished = sum(len(_seeds(study, rows, cell, ("loss",))) for cell in cells)
+    diverged = sum(map(len, ended)) - finished
+    runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells), min(map(len, ended)))
+    text = (
+        f"{_written(wanted['left'])}: a finite loss at the end of {finished} of {runs.wanted} runs, none at {diverged}"
     )
-    runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in study.cells if cell.name in names))
-    text = f"{_written(wanted['left'])}: {finished} of {runs.wanted} runs ended with a finite loss, {diverged} did not"
     return Comparison(wanted["id"], "loss", text, None, (), runs=runs)
+
+
+def _seeds(study: Study, rows: Sequence[Row], cell: Cell, metrics: Sequence[str]) -> set[int]:
+    """The seeds of a cell that one of the metrics was recorded of."""
+    found = [measured(study, rows, metric).get(cell.name) for metric in metrics]
+    return {seed for value in found if value is not None for seed in value.by_seed if seed in cell.seeds}
 
 
 Term = tuple[float, list[str] | None]  # a weight, and the cells whose mean it weighs; None: the number 1
@@ -182,11 +200,7 @@ def _terms(study: Study, side: Any) -> list[Term]:
 
 
 def _cells(study: Study, selector: Mapping[str, str]) -> list[str]:
-    wanted = {axis: str(value) for axis, value in selector.items()}
-    names = [cell.name for cell in study.cells if wanted.items() <= dict(cell.key).items()]
-    if not names:
-        raise UserError(f"conf/study/{study.id}.yaml, claims: no cell has {cell_name(wanted.items())}")
-    return names
+    return [cell.name for cell in study.cells_with(selector)]
 
 
 def _differences(terms: Sequence[Term], values: Mapping[str, Mapping[int, float]]) -> list[float]:

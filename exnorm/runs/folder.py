@@ -49,12 +49,12 @@ class RunFolder:
         return self.checkpoints / f"snapshot-{fraction:g}.pt"
 
     def snapshot_files(self) -> list[Path]:
-        """The checkpoints that `trainer.snapshots` has kept so far."""
-        return sorted(self.checkpoints.glob("snapshot-*.pt"))
+        """The checkpoints that `trainer.snapshots` has kept so far, by their fraction of the epochs."""
+        return sorted(self.checkpoints.glob("snapshot-*.pt"), key=lambda path: float(path.stem.partition("-")[2]))
 
-    def class_ratios_file(self, evaluation_id: str) -> Path:
-        """The ratios by class on one validation set."""
-        return self.path / f"class_ratios-{evaluation_id}.csv"
+    def class_ratios_file(self, evaluation_id: str, step: int) -> Path:
+        """The ratios by class on one validation set, up to the checkpoint after a step."""
+        return self.path / f"class_ratios-{evaluation_id}-{step}.csv"
 
     def create(self, config_yaml: str) -> None:
         """Make the folder and write its `config.yaml`."""

@@ -32,7 +32,7 @@ def bottom_middle_top(layers: Sequence[str]) -> list[str]:
 
 def read_class_ratios(file: Path) -> pd.DataFrame:
     """What `exnorm ratios --by-class` measured: data, epoch, layer, class, normalizer, images, mean, std."""
-    return pd.read_csv(file, dtype={"class": str, "data": str})
+    return pd.read_csv(file, dtype={"class": str, "data": str}, keep_default_na=False)
 
 
 def symmetric_kl(p: Any, q: Any) -> pd.Series:

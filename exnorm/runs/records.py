@@ -5,8 +5,8 @@
     <study>.layers.csv   the ratios of the layers of some cells, first seed: all after the last epoch, three after each
     <study>.classes.csv  ratios by class, first seed: of all layers after the last epoch, of three at the snapshots
 
-The files of a study are replaced under a lock, each in one step, so that several processes can add to them and a kill
-leaves the old ones.
+The files of a study are replaced under a lock, each in one step, so that several processes can add to them. The first
+one is replaced last: what a kill leaves undone is done when the runs are collected again.
 """
 
 import csv
@@ -84,7 +84,7 @@ def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) ->
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         rows = change({kind: read_records(results, study, kind) for kind in COLUMNS})
-        for kind, columns in COLUMNS.items():
+        for kind, columns in reversed(COLUMNS.items()):
             path = record_file(results, study, kind)
             if rows[kind] or kind == "runs":
                 lines = [columns, *([row[name] for name in columns] for row in rows[kind])]
@@ -95,7 +95,7 @@ def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) ->
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks files, no folders
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

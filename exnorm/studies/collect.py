@@ -1,7 +1,7 @@
 """From run folders to a study's records; they can be made again at any time from the folders that are there."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,21 @@ def rows_of(study: Study, job: Job) -> Rows:
 
 
 def origin_of(folder: RunFolder, job: Job) -> Row:
-    """What made a run."""
+    """What made a run, at its first start and where it was resumed."""
     provenance = read_json(folder.provenance_file) or {}
-    git = provenance.get("git") or {}
+    starts = [provenance, *provenance.get("resumed", ())]
+    states = [start.get("git") or {} for start in starts]
     return {
-        "torch": provenance.get("versions", {}).get("torch", ""),
-        "commit": git.get("commit", "")[:12],
-        "uncommitted": "yes" if git.get("dirty") else "no",
+        "torch": _each(start.get("versions", {}).get("torch", "") for start in starts),
+        "commit": _each(state.get("commit", "")[:12] for state in states),
+        "uncommitted": "yes" if any(state.get("dirty") for state in states) else "no",
         "config_hash": job.config_hash or "",
         "run": folder.path.name,
     }
+
+
+def _each(texts: Iterable[str]) -> str:
+    return " ".join(dict.fromkeys(filter(None, texts)))
 
 
 def curves_of(log: list[dict[str, Any]]) -> list[Row]:
@@ -183,7 +188,21 @@ def collect(study: Study, jobs: Sequence[Job], results: Path) -> list[str]:
 
     change_records(results, study.id, change)
     left_out = [problem for key, problem in problems.items() if key not in found]
-    return [*left_out, *_other_runs(study, jobs)]
+    return [*left_out, *_other_runs(study, jobs), *_without_snapshots(jobs)]
+
+
+def _without_snapshots(jobs: Sequence[Job]) -> list[str]:
+    """Runs that were made before a snapshot of them was asked for."""
+    notes = []
+    for job in (job for job in jobs if job.by_class or job.cell is None):
+        missing, folder = job.missing_snapshots(), job.folder()
+        if missing and folder is not None:
+            shares = ", ".join(f"{share:g}" for share in missing)
+            notes.append(
+                f"{folder.path} kept no snapshot after {shares} of its epochs, and what needs one is left out: "
+                "remove the folder to train it again"
+            )
+    return list(dict.fromkeys(notes))
 
 
 def _outdated(study: Study, row: Row, hashes: dict[str, str | None]) -> str | None:

@@ -79,6 +79,14 @@ class Job:
             return False
         return not self.by_class or self.class_ratios_file().is_file()
 
+    def missing_snapshots(self) -> list[float]:
+        """The snapshots that are asked for and that the finished run, made when they were not, did not keep."""
+        folder = self.folder()
+        if folder is None or not self.trained():
+            return []
+        own = tuple(text for text in self.settings if not SOURCE.search(text))
+        return [share for share in _config(own).trainer.snapshots if not folder.snapshot_file(share).exists()]
+
     def evaluation(self) -> dict[str, Any] | None:
         """The row of `evaluations.jsonl` that the cell asks for, of the run's last checkpoint."""
         folder = self.folder()
@@ -92,8 +100,10 @@ class Job:
     def class_ratios_file(self) -> Path:
         """Where `exnorm ratios --by-class` keeps what it measures of the finished run."""
         folder = self.folder()
-        assert folder is not None and self.cell is not None
-        return folder.class_ratios_file(_evaluation_id(json.dumps(folder.read_config()), self.cell.evaluate))
+        record = folder.read_record() if folder is not None else None
+        assert folder is not None and record is not None and self.cell is not None
+        wanted = _evaluation_id(json.dumps(folder.read_config()), self.cell.evaluate)
+        return folder.class_ratios_file(wanted, record["steps"])
 
     def _with_checkpoints(self) -> list[str]:
         return [self._with_checkpoint(text) for text in self.settings]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from exnorm.config.errors import UserError
 from exnorm.config.study import Study
 from exnorm.runs.children import END_WITH_PARENT, available_cores, importing_environment
-from exnorm.runs.folder import RunFolder
+from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.runs.provenance import STUDY
 from exnorm.studies.collect import add_to_record, collect
 from exnorm.studies.estimate import Speed, hours_left, measured_hours, speed_of
@@ -40,9 +40,7 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
     Raises:
         UserError: data that are not there; nothing was run.
     """
-    problems = list(dict.fromkeys(job.problem for job in jobs if job.config_hash is None))
-    if problems:
-        raise UserError(problems[0])
+    check_data(jobs)
     for note in collect(study, jobs, results):
         print(note)
     waiting = [job for job in jobs if not job.finished()]
@@ -50,6 +48,7 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
     at_once = at_once or (max(1, available_cores() // study.threads) if study.threads else 1)
     runner = Runner(study, results, total=len(waiting))
     failures: list[str] = []
+    crashes: list[BaseException] = []
     with runner.forwarding_signals(), ThreadPoolExecutor(at_once) as pool:
         futures: dict[int, Future[None]] = {}
         for job in waiting:
@@ -60,13 +59,27 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
             if isinstance(problem, Failed):
                 failures.append(f"{job.name}, seed {job.seed}: {problem}")
             elif problem is not None:
-                raise problem
+                failures.append(f"{job.name}, seed {job.seed}: {type(problem).__name__}")
+                crashes.append(problem)
     if runner.signum:
         print(f"exnorm: stopped; the same command goes on with {study.id}", file=sys.stderr)
         return 128 + runner.signum
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
+    if crashes:
+        raise crashes[0]
     return 1 if failures else 0
+
+
+def check_data(jobs: Iterable[Job]) -> None:
+    """Refuse runs whose data are not there.
+
+    Raises:
+        UserError: they are not.
+    """
+    problems = list(dict.fromkeys(job.problem for job in jobs if job.config_hash is None))
+    if problems:
+        raise UserError(problems[0])
 
 
 class Runner:
@@ -96,10 +109,7 @@ class Runner:
         folder = job.folder()
         assert folder is not None
         with self._alone_in(folder.path):  # cells may share a run
-            while folder.is_locked() and not self.signum:  # by another study, or a killed one that is ending
-                time.sleep(LOCK_PAUSE_S)
-            if folder.read_record() is None:
-                self._train(folder, arguments, job)
+            self._train(folder, arguments, job)
             if job.cell is not None and job.cell.evaluate and job.evaluation() is None:
                 self._exnorm(["eval", str(folder.path), *job.cell.evaluate], job)
             if job.cell is not None and job.by_class and not job.class_ratios_file().is_file():
@@ -135,13 +145,25 @@ class Runner:
             return self._folders.setdefault(path, threading.Lock())
 
     def _train(self, folder: RunFolder, arguments: list[str], job: Job) -> None:
-        """Train; a run that diverges is a result, too, and recorded as that."""
+        """Train what has not finished; a run that diverges is a result, too: it is recorded and not tried again."""
+        while folder.read_record() is None:
+            while folder.is_locked() and not self.signum:  # by another study, or a killed one that is ending
+                time.sleep(LOCK_PAUSE_S)
+            step = folder.diverged_at()
+            if step is not None:
+                if job.cell is not None:
+                    add_to_record(self.study, job, self.results)
+                raise Failed(f"{NOT_FINITE} {step}; remove {folder.path} to try it again")
+            if folder.read_record() is None:
+                self._try_to_train(folder, arguments, job)
+
+    def _try_to_train(self, folder: RunFolder, arguments: list[str], job: Job) -> None:
+        """One attempt, which may find that another process has just begun, or that the run diverges."""
         try:
             self._exnorm(["train", *arguments], job)
         except Failed:
-            if job.cell is not None and folder.diverged_at() is not None:
-                add_to_record(self.study, job, self.results)
-            raise
+            if self.signum or not (folder.is_locked() or folder.diverged_at()):
+                raise
 
     def _exnorm(self, arguments: list[str], job: Job) -> None:
         environment = importing_environment() | {
@@ -164,6 +186,8 @@ class Runner:
                 start_new_session=True,  # Ctrl-C reaches it through `forwarding_signals` alone
             )
             self._processes.add(process)
+        if self.signum:  # it came in between
+            process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
         lines = process.stdout.read().splitlines()
         code = process.wait()
@@ -189,15 +213,17 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
     speed, measured_h = speed_of(study, results, images_per_s), measured_hours(study, results)
     left = [job for job in jobs if not job.finished()]
     table = Table(*study.axes, "seeds", "done", "hours left", box=None, pad_edge=False)
+    to_train = [job for job in trainings_of(left) if not job.trained()]
     for cell in dict.fromkeys(job.cell for job in jobs if job.cell is not None):
         own = [job for job in jobs if job.cell == cell]
         labels = [study.label(value) for _, value in cell.key]
-        open_jobs = [job for job in own if job in left]
-        table.add_row(*labels, str(len(own)), str(len(own) - len(open_jobs)), _hours(open_jobs, speed, measured_h))
+        done = sum(job not in left for job in own)
+        hours = _hours([job for job in to_train if job.cell == cell], speed, measured_h)  # of several cells' run: once
+        table.add_row(*labels, str(len(own)), str(done), hours)
     print_table(table)
     for problem in dict.fromkeys(job.problem for job in jobs if job.problem):
         print(f"not here: {problem}")
-    trainings, to_train = trainings_of(jobs), [job for job in trainings_of(left) if not job.trained()]
+    trainings = trainings_of(jobs)
     evaluations = [job for job in jobs if job.cell is not None and job.cell.evaluate]
     further = f" and {len(evaluations)} evaluations of them" if evaluations else ""
     unit = "GPU-hours" if study.scale == "full" else "hours on one core"

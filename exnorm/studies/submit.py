@@ -14,6 +14,7 @@ from exnorm.config.errors import UserError, suggest
 from exnorm.config.study import Study
 from exnorm.runs.children import importing_environment
 from exnorm.studies.plan import Job
+from exnorm.studies.reproduce import check_data
 
 CLUSTERS = ("slurm", "local")
 
@@ -55,6 +56,7 @@ def submit(study: Study, name: str, jobs: Sequence[Job], runs: Path, results: Pa
         executor.update_parameters(name=study.id, **parameters)
     except (NameError, TypeError) as problem:
         raise UserError(f"--submit: {' '.join(str(problem).split())}") from None
+    check_data(jobs)
     groups: dict[Any, list[Job]] = {}
     for job in jobs:
         if job.cell is not None and not job.finished():
@@ -73,7 +75,8 @@ def _command(study: Study, name: str, job: Job, runs: Path, results: Path) -> li
         word for axis, value in (*job.cell.key, ("seed", str(job.seed))) for word in ("--only", f"{axis}={value}")
     ]
     folders = ["--runs", str(runs.resolve()), "--results", str(results.resolve())]
-    return ["reproduce", name, "--scale", study.scale, "--jobs", "1", *chosen, *folders]
+    seeds = ["--seeds", str(job.seed + 1)]  # so that there is this one, however many the study has by itself
+    return ["reproduce", name, "--scale", study.scale, "--jobs", "1", *seeds, *chosen, *folders]
 
 
 def _parameter(word: str) -> tuple[str, int | str]:
