@@ -135,8 +135,8 @@ def draw_differences(data: pd.DataFrame, title: str) -> Figure:
     """A panel for each pair, with bars for each layer and normalizer."""
     pairs = list(data.pair.unique())
     layers = list(data.layer.unique())
-    figure = Figure(figsize=(max(6.0, 0.3 * len(layers) + 1.5), 1.9 * len(pairs) + 1.0), layout="constrained")
-    panels = figure.subplots(len(pairs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure = Figure(figsize=(max(7.5, 0.3 * len(layers) + 1.5), 1.9 * len(pairs) + 1.0), layout="constrained")
+    panels = figure.subplots(len(pairs), 1, sharex=True, squeeze=False)[:, 0]
     normalizers = list(data.normalizer.unique())
     width = 0.8 / len(normalizers)
     for panel, pair in zip(panels, pairs, strict=True):

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from exnorm.report.study_table import heading
 from exnorm.runs.records import Row, read_records
 
 MARKERS = "osD^vP*Xh<>"
+LETTER_INCHES = 0.065  # of a legend or a label
 DASHES = ("-", "--", ":", "-.")
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "exnorm", "axes.spines.top": False, "axes.spines.right": False}
 NORMALIZERS = ("in", "ln", "bn")
@@ -133,16 +134,19 @@ def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
     if data["published"].notna().to_numpy().any():
         sides.append(("published", f"{study.values.get('paper', '')}, {study.values.get('table', '')}"))
     places = {value: place for place, value in enumerate(study.axes[axis])}
-    figure = Figure(figsize=(max(3.4, 0.62 * len(places) + 1.4) * len(sides), 3.4), layout="constrained")
+    joined = "columns" in study.values and axis != "norm"  # what has no order is no line
+    drawn = _lines(study, data, axis)
+    width = max(3.4, 0.62 * len(places) + 1.4) * len(sides) + LETTER_INCHES * max(len(label) for label, _ in drawn)
+    figure = Figure(figsize=(width, 3.4), layout="constrained")
     panels = figure.subplots(1, len(sides), squeeze=False)[0]
     for panel, (column, title) in zip(panels, sides, strict=True):
-        for number, (label, lines) in enumerate(_lines(study, data, axis)):
+        for number, (label, lines) in enumerate(drawn):
             at = np.array([places[value] for value in lines[axis]]) + (0.06 * number if column == "mean" else 0.0)
             spread = lines["std"].fillna(0.0) if column == "mean" else None
             key = {name: str(lines[name].iloc[0]) for name in study.axes}
             tint, dash = look(study, key, axis, number)
             style: Any = {"color": tint, "marker": MARKERS[number % len(MARKERS)], "label": label}
-            style["linestyle"] = dash if "columns" in study.values else "none"  # what has no order is no line
+            style["linestyle"] = dash if joined else "none"
             panel.errorbar(at, lines[column].astype(float), spread, capsize=2, markersize=4, **style)
         panel.set_xticks(list(places.values()), [study.label(value) for value in places], rotation=40, ha="right")
         panel.set_title(title, fontsize=9)
@@ -176,7 +180,7 @@ def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
     for panel, (value, cells) in zip(panels, groups.items(), strict=False):
         for number, cell in enumerate(cells):
             line: Any = data[data.cell == cell.name]
-            label = " ".join(study.label(text) for name, text in cell.key if name != axis)
+            label = called(study, {name: value for name, value in cell.key if name != axis})
             tint, dash = look(study, dict(cell.key), axis, number)
             panel.plot(line.epoch, line["mean"], dash, color=tint, label=label, linewidth=1.2)
             spread = line["std"].fillna(0.0)
@@ -208,8 +212,9 @@ def ratio_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
 def draw_mean_ratios(study: Study, data: pd.DataFrame) -> Figure:
     """A stacked bar for each cell."""
     cells = [cell for cell in study.cells if cell.name in set(data.cell)]
-    labels = [" ".join(study.label(value) for _, value in cell.key) for cell in cells]
-    figure = Figure(figsize=(max(4.0, 0.34 * len(cells) + 1.6), 3.2), layout="constrained")
+    labels = [called(study, dict(cell.key)) for cell in cells]
+    height = 2.6 + LETTER_INCHES * max(map(len, labels))
+    figure = Figure(figsize=(max(4.0, 0.34 * len(cells) + 1.6), height), layout="constrained")
     panel = figure.subplots()
     below = np.zeros(len(cells))
     for name in NORMALIZERS:
@@ -246,7 +251,13 @@ def _lines(study: Study, data: pd.DataFrame, axis: str) -> list[tuple[str, pd.Da
     if not others:
         return [(study.id, data)]
     groups: Any = data.groupby(others, sort=False)
-    return [(" ".join(study.label(value) for value in key), lines) for key, lines in groups]
+    return [(called(study, dict(zip(others, key, strict=True))), lines) for key, lines in groups]
+
+
+def called(study: Study, values: Mapping[str, str]) -> str:
+    """Values of axes as a legend has them, with the name of an axis that shares its values with another one."""
+    shared = {axis for axis, of in study.axes.items() if any(set(of) & set(study.axes[o]) for o in values if o != axis)}
+    return " ".join(f"{axis} {study.label(v)}" if axis in shared else study.label(v) for axis, v in values.items())
 
 
 def look(study: Study, key: dict[str, str], across: str | None, number: int) -> tuple[str, str]:
