@@ -26,7 +26,7 @@ from exnorm.runs.records import COLUMNS, DIVERGED_AT, Row, change_records, read_
 from exnorm.studies import submit
 from exnorm.studies.collect import collect
 from exnorm.studies.plan import jobs_of, trainings_of
-from exnorm.studies.reproduce import print_plan
+from exnorm.studies.reproduce import print_plan, reproduce
 
 STUDIES = group_options("study")
 SCALES = ("mini", "full")
@@ -152,6 +152,20 @@ def test_a_study_is_no_part_of_a_run(run_cli: CliRunner) -> None:
         ("axis: {}", "unknown key 'axis': did you mean 'axes'?"),
         ("set: [norm=bn]", "has no axes"),
         ("axes: {norm: [bn]}\nwhen: [{iff: {norm: bn}, set: []}]", "unknown key 'iff': did you mean 'if'?"),
+        ("axes: [unclosed", "is no yaml: "),
+        ("3", "is no yaml: "),
+        ("[a]", "holds no keys"),
+        ("axes: {norm: []}", "is not axes with values"),
+        ("axes: {seed: [1]}", "none called seed"),
+        ("axes: {norm: {bn: null}}", "is not axes with values"),
+        ("axes: {norm: [bn]}\nset: data=digits", "'data=digits' is not a list of settings such as [batch=8x32]"),
+        ("axes: {norm: [bn]}\nseeds: 0", "seeds: 0 is not a number above 0"),
+        ("axes: {norm: [bn]}\nscales: {huge: {}}", "unknown scale 'huge'"),
+        ("axes: {norm: [bn]}\nscales: {mini: null}", "scales.mini has no keys"),
+        ("axes: {norm: [bn]}\nlayers_of: bn", "is not a list of mappings such as [{norm: sn}]"),
+        ("axes: {norm: [bn]}\nclaims: [{id: en-pi}]", "'left' is missing"),
+        ("axes: {norm: [bn]}\nclaims: [{id: en-pi, left: [[.nan, {norm: bn}]], right: 3}]", "is not a cell such as"),
+        ("axes: {norm: [bn]}\nratio_differences: [{left: {norm: bn}}]", "'right' is missing"),
     ],
 )
 def test_a_wrong_study_is_one_line(text: str, said: str, tmp_path: Path) -> None:
@@ -165,10 +179,11 @@ def test_a_wrong_study_is_one_line(text: str, said: str, tmp_path: Path) -> None
     [
         ("columns: nrom", "columns: there is no axis 'nrom': did you mean 'norm'?"),
         ("layers_of: [{nrom: sn}]", "no cell has nrom=sn; axes: norm, epoch"),
-        ("layers_of: [sn]", "'sn' names no cells; write for example {norm: sn}"),
+        ("more_seeds: [{if: {nrom: sn}, seeds: 5}]", "more_seeds: no axis or setting 'nrom': did you mean 'norm'?"),
+        ("claims: [{id: en-pi, left: {norm: gn}}]", "no cell has norm=gn"),
         ("classes_of: [{norm: en, epoch: 60}]", "it takes data= alone"),
         ("ratio_differences: [{left: {norm: en}, right: {norm: bn}}]", "2 cells have norm=en; name one"),
-        ("ratio_differences: [{left: {norm: en, epoch: 30}}]", "is not among classes_of"),
+        ("ratio_differences: [{left: {epoch: 30, norm: en}, right: {epoch: 30, norm: bn}}]", "not among classes_of"),
     ],
 )
 def test_a_study_that_names_what_it_does_not_have_is_one_line(text: str, said: str, tmp_path: Path) -> None:
@@ -185,7 +200,7 @@ def test_a_run_from_a_checkpoint_is_known_by_the_run_that_it_begins_with(tmp_pat
     text = """
 axes: {at: {half: ["model.init_from={soft@0.5}"]}}
 set: [norm=sn, data=digits]
-sources: {soft: [norm=%s]}
+sources: {soft: [norm=%s, "trainer.snapshots=[0.5]"]}
 """
     first, second = (
         jobs_of(study, study.cells, tmp_path)
@@ -280,6 +295,62 @@ def test_a_finished_run_with_another_configuration_is_said_for_the_seeds_that_ar
         (folder / "record.json").write_text("{}")
     (note,) = collect(study, jobs, tmp_path)
     assert "old-s0" in note and "asks for another run now" in note
+
+
+@pytest.mark.parametrize("name", ["sn-table2.yaml", "mine.epochs.yaml"])
+def test_a_study_of_ones_own_takes_no_others_record(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("axes: {norm: [bn]}\n")
+    with pytest.raises(UserError, match="is another study's; give it another name"):
+        load_study(str(tmp_path / name), "mini")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (",80.0,", ",nan,", r"sn-table2.csv, line 3 is damaged: mend it, or move it away and type exnorm reproduce"),
+        (",80.0,", ",8o,", "line 3 is damaged"),
+        (",80.0,", ",80.0,80.0,", "line 3 is damaged"),
+        ("0.01", "", "as it was"),
+        ("metric,value", "value,metric", "has other columns"),
+    ],
+)
+def test_a_damaged_record_is_named_with_its_line(before: str, after: str, said: str, tmp_path: Path) -> None:
+    """And nothing that reads it goes on; an hour that is not known is no damage."""
+    put(tmp_path, "sn-table2", [row("norm=bn batch=8x2", 0, 60.0), row("norm=sn batch=8x2", 0, 80.0)])
+    file = tmp_path / "records" / "sn-table2.csv"
+    file.write_text(file.read_text().replace(before, after))
+    if said == "as it was":
+        assert len(read_records(tmp_path, "sn-table2")) == 2
+        return
+    with pytest.raises(ValueError, match=said):
+        read_records(tmp_path, "sn-table2")
+    with pytest.raises(ValueError, match=said):
+        write_results(tmp_path)
+
+
+def test_a_folder_without_records_is_left_as_it_is(tmp_path: Path, run_cli: CliRunner) -> None:
+    """In the project's own folder nothing is written over its README; nor is a file taken for a folder."""
+    page = tmp_path / "README.md"
+    page.write_text("mine")
+    done = run_cli("results", ".")
+    assert done.returncode == 2 and "has no records/ in it" in done.stderr and page.read_text() == "mine"
+    done = run_cli("table", "sn-table2", "--results", page)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Not a directory" in done.stderr
+
+
+def test_settings_that_cannot_work_leave_the_record_as_it_is(tmp_path: Path) -> None:
+    """A mistake in the study is found before rows of other settings are left out."""
+    for setting, said in (
+        ("batch=banana", "norm=bn: batch=banana"),
+        ('"eval:foo=3"', "norm=bn: .*foo"),
+        ('"model.init_from={soft@0.7}"', "'soft' keeps no snapshot 0.7"),
+    ):
+        text = f"axes: {{norm: {{bn: [norm=bn, {setting}]}}}}\nset: [data=digits]\nsources: {{soft: [norm=sn]}}\n"
+        study = load_study(own_study(tmp_path, text), "mini", seeds=1)
+        put(tmp_path, study.id, [row("norm=bn", 0, 80.0)])
+        with pytest.raises(UserError, match=said):
+            reproduce(study, jobs_of(study, study.cells, tmp_path / "runs"), tmp_path, at_once=1)
+        assert len(read_records(tmp_path, study.id)) == 1
 
 
 def test_a_table_shows_mean_deviation_seeds_the_papers_number_and_the_best(tmp_path: Path) -> None:

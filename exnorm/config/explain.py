@@ -4,6 +4,7 @@ The patterns are those of Hydra 1.3's messages; a message that matches none is s
 """
 
 import functools
+import os
 import re
 from typing import Any
 
@@ -26,13 +27,16 @@ NOUNS = {
 
 
 def is_user_error(exc: BaseException) -> bool:
-    """Whether an exception is shown as one line: ours and ValueError by convention, Hydra's and OmegaConf's."""
-    return isinstance(exc, ValueError | HydraException | OmegaConfBaseException)
+    """Whether an exception is shown as one line: ours and ValueError by convention, Hydra's, OmegaConf's, of a file."""
+    of_a_file = isinstance(exc, OSError) and exc.filename is not None
+    return of_a_file or isinstance(exc, ValueError | HydraException | OmegaConfBaseException)
 
 
 def explain(exc: BaseException, config_name: str = "train") -> str:
     """Return one line for an exception; `config_name` ("train" or "eval") names the keys that are allowed."""
     text = str(exc)
+    if isinstance(exc, OSError) and exc.filename is not None:
+        return f"{os.fsdecode(exc.filename)}: {exc.strerror}"
     if isinstance(exc, OverrideParseException):
         return f"cannot read '{exc.override}': write KEY=VALUE, such as batch=8x32 or 'data.scale=[0.2,1]'"
     if found := re.search(r"Could not find '([^']*)/([^'/]*)'", text):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from exnorm.config.errors import SHOWN, UserError, nearest, shorten, suggest
 from exnorm.config.schema import EvalConfig, TrainConfig
@@ -60,9 +61,12 @@ def option_values(group: str, name: str) -> dict[str, Any]:
 
 def file_values(file: Path) -> dict[str, Any]:
     """Return the values written in a yaml file; raise UserError if it holds no mapping."""
-    values = OmegaConf.to_container(OmegaConf.load(file))
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, UnicodeDecodeError, OSError, RecursionError) as problem:
+        raise UserError(f"{file} is no yaml: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds no keys with values; conf/{file.parent.name} has examples")
+        raise UserError(f"{file} holds no keys with values")
     return {str(key): value for key, value in values.items()}
 
 

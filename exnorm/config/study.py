@@ -9,37 +9,13 @@ after the training.
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from exnorm.config.errors import UserError, suggest
-from exnorm.config.groups import file_values, first_comment, group_options, option_file, option_values
+from exnorm.config.groups import first_comment
+from exnorm.config.study_file import read_scale, read_study
 
-STUDY_KEYS = (
-    "paper",
-    "table",
-    "axes",
-    "set",
-    "when",
-    "scales",
-    "seeds",
-    "more_seeds",
-    "columns",
-    "published",
-    "as_published",
-    "compare",
-    "layers_of",
-    "classes_of",
-    "ratio_differences",
-    "metrics",
-    "sources",
-    "claims",
-    "notes",
-)
-SCALE_KEYS = ("set", "when", "threads", "stand_ins", "train_images", "notes")
-RULE_KEYS = ("if", "set")
 EVAL = "eval:"
-YAML = (".yaml", ".yml")
 SEED = "seed"
 
 Key = tuple[tuple[str, str], ...]  # an axis and its value, for each axis in the study's order
@@ -101,14 +77,12 @@ class Study:
             raise UserError(f"study {self.id}: {len(found)} cells have {_written(values)}; name one")
         return found[0]
 
-    def cells_with(self, values: Any) -> tuple[Cell, ...]:
+    def cells_with(self, values: Mapping[Any, Any]) -> tuple[Cell, ...]:
         """The cells with these values on some of the axes.
 
         Raises:
             UserError: there is none.
         """
-        if not isinstance(values, Mapping):
-            raise UserError(f"study {self.id}: {values!r} names no cells; write for example {{norm: sn}}")
         wanted = {str(axis): str(value) for axis, value in values.items()}
         found = tuple(cell for cell in self.cells if wanted.items() <= dict(cell.key).items())
         if not found:
@@ -137,23 +111,19 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     """Read a study and lay out its cells; `seeds`, if given, is the number of seeds of every cell.
 
     Raises:
-        UserError: no such study or scale, an unknown key, a rule that names an unknown axis or setting.
+        UserError: no such study or scale, an unknown key, a value of another form, a cell or an axis that is not there.
     """
-    file, where = _study_file(name), f"{_study_file(name)}"
-    values, shared = file_values(file), option_values("scale", scale)
-    own = values.get("scales", {}).get(scale, {})
-    _check_keys(values, STUDY_KEYS, where)
-    _check_keys(shared, SCALE_KEYS, f"conf/scale/{scale}.yaml")
-    _check_keys(own, SCALE_KEYS, f"{where}, scales.{scale}")
-    if not values.get("axes"):
-        raise UserError(f"{where} has no axes: write for example axes: {{norm: [bn, sn]}}")
+    file, values = read_study(name)
+    shared, own = read_scale(scale), values.get("scales", {}).get(scale, {})
     axes = {axis: _axis_values(axis, given) for axis, given in values["axes"].items()}
     settings = [*shared.get("set", ()), *values.get("set", ()), *own.get("set", ())]
     rules = [*shared.get("when", ()), *values.get("when", ()), *own.get("when", ())]
     cells = []
     for chosen in itertools.product(*(options.items() for options in axes.values())):
         key = tuple((axis, value) for axis, (value, _) in zip(axes, chosen, strict=True))
-        given = _settle([*settings, *(text for _, texts in chosen for text in texts)], rules, dict(key), where)
+        if any(_meets(left_out, dict(key)) for left_out in own.get("leave_out", ())):
+            continue
+        given = _settle([*settings, *(text for _, texts in chosen for text in texts)], rules, dict(key))
         counted = seeds if seeds is not None else _seeds(values, dict(key), given)
         cells.append(
             Cell(
@@ -164,7 +134,7 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
             )
         )
     sources = {
-        source: tuple(_settle([*settings, *texts], rules, {}, where).values())
+        source: tuple(_settle([*settings, *texts], rules, {}).values())
         for source, texts in values.get("sources", {}).items()
     }
     study = Study(
@@ -209,8 +179,23 @@ def chosen_cells(study: Study, only: Iterable[str]) -> tuple[Cell, ...]:
     return tuple(replace(cell, seeds=tuple(seed for seed in cell.seeds if str(seed) in seeds)) for cell in chosen)
 
 
+def compared_cells(side: Any) -> list[Mapping[Any, Any]]:
+    """The cells that one side of a comparison names: a cell, `[[weight, cell], ...]`, or a number."""
+    if isinstance(side, Mapping):
+        return [side]
+    return [cell for _, cell in side] if isinstance(side, list) else []
+
+
 def _check_names(study: Study) -> None:
     """Refuse what names an axis or a cell that the study does not have."""
+    known = {*study.axes, *(_setting_key(text) for cell in study.cells for text in (*cell.train, *cell.evaluate))}
+    for key in ("when", "more_seeds"):
+        for name in (name for rule in study.values.get(key, ()) for name in rule["if"] if name not in known):
+            raise UserError(f"study {study.id}: {key}: no axis or setting '{name}': {suggest(str(name), known)}")
+    for claim in study.values.get("claims", ()):
+        for side in (claim[side] for side in ("left", "right") if side in claim):
+            for cell in compared_cells(side):
+                study.cells_with(cell)
     for key in ("columns", "compare"):
         axis = study.values.get(key)
         if axis is not None and axis not in study.axes:
@@ -221,23 +206,8 @@ def _check_names(study: Study) -> None:
             raise UserError(f"study {study.id}: classes_of: {cell.name} evaluates {other[0]}; it takes data= alone")
     for pair in study.values.get("ratio_differences", ()):
         for side in ("left", "right"):
-            if study.cell(pair.get(side)) not in study.by_class:
+            if study.cell(pair[side]) not in study.by_class:
                 raise UserError(f"study {study.id}: ratio_differences: {pair} is not among classes_of")
-
-
-def _study_file(name: str) -> Path:
-    """The yaml of a study: a name of `conf/study`, or the path of a file of one's own."""
-    if not name.endswith(YAML):
-        return option_file("study", name)
-    if not Path(name).is_file():
-        raise UserError(f"there is no study {name}; give a yaml file or one of {', '.join(group_options('study'))}")
-    return Path(name)
-
-
-def _check_keys(values: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
-    for key in values:
-        if key not in allowed:
-            raise UserError(f"{where}: unknown key '{key}': {suggest(key, allowed)}")
 
 
 def _axis_values(axis: str, given: Any) -> dict[str, tuple[str, ...]]:
@@ -247,11 +217,10 @@ def _axis_values(axis: str, given: Any) -> dict[str, tuple[str, ...]]:
     return {str(value): (f"{axis}={value}",) for value in given}
 
 
-def _settle(settings: Iterable[str], rules: Iterable[Any], key: Mapping[str, str], where: str) -> dict[str, str]:
+def _settle(settings: Iterable[str], rules: Iterable[Any], key: Mapping[str, str]) -> dict[str, str]:
     """The settings that count, by their key, with those of the rules that they and the cell's values meet."""
     given = {_setting_key(text): text for text in settings}
     for rule in rules:
-        _check_keys(rule, RULE_KEYS, f"{where}, when")
         facts = {**{name: text.partition("=")[2] for name, text in given.items()}, **key}
         if _meets(rule["if"], facts):
             given |= {_setting_key(text): text for text in rule["set"]}

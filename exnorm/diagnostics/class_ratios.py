@@ -24,7 +24,7 @@ from exnorm.engine import checkpoint
 from exnorm.engine.launch import evaluation_id, settle_evaluation
 from exnorm.engine.worker import device_type
 from exnorm.runs.folder import RunFolder, write_text_atomic
-from exnorm.runs.layer_ratios import bottom_middle_top, read_class_ratios
+from exnorm.runs.layer_ratios import CLASS_COLUMNS, bottom_middle_top, read_class_ratios
 
 CLASSES = 10  # where none are named: so many at even distances
 IMAGES = 50  # of a class, at even distances: as many as ImageNet's validation set has
@@ -87,8 +87,7 @@ def measure_by_class(folder: RunFolder, overrides: Sequence[str], names: Sequenc
                     (name, state["epoch"], layer, classes[label], normalizer, len(part), *_mean_and_std(part[:, k]))
                     for k, normalizer in enumerate(normalizers)
                 ]
-    columns = ["data", "epoch", "layer", "class", "normalizer", "images", "mean", "std"]
-    frame = pd.DataFrame(rows, columns=columns)
+    frame = pd.DataFrame(rows, columns=list(CLASS_COLUMNS))
     write_text_atomic(file, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return read_class_ratios(file)
 

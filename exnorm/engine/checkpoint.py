@@ -126,7 +126,10 @@ def build_trained(config: Any, state: Mapping[str, Any]) -> nn.Module:
     """The model of a config with a checkpoint's weights, and its calibrated statistics where the run used them."""
     config = OmegaConf.merge(config, {"model": {"pretrained": False}})
     model = build_model(config.model, config.norm, num_classes=len(state["classes"]))
-    model.load_state_dict({**state["model"], **(state.get("calibrated") or {})})
+    try:
+        model.load_state_dict({**state["model"], **(state.get("calibrated") or {})})
+    except RuntimeError as problem:
+        raise UserError(f"the checkpoint is one of another model: {' '.join(str(problem).split())[:200]}") from None
     return model
 
 

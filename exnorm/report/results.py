@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
 from exnorm.report.claims_table import Judged, as_csv, grid_of, judged_studies, labelled, not_covered
@@ -48,6 +49,8 @@ def differences(results: Path) -> list[str]:
 
 def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]:
     """The texts to be written, and the figures by their path without suffix."""
+    if not (results / "records").is_dir():
+        raise UserError(f"{results} has no records/ in it: give the folder with the records, such as results")
     texts: dict[Path, str] = {}
     figures: dict[Path, StudyFigure] = {}
     tables = measured_tables(results)
@@ -64,8 +67,9 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
     texts[results / "README.md"] = page(tables, judged, [path.name for path in figures])
     front = _read(results.parent / "README.md")
     shown = next((table for table in tables if table.study.id == FRONT), None)
-    if front is not None and shown is not None and BEGIN in front and END in front:
-        before, after = front.partition(BEGIN)[0], front.partition(END)[2]
+    if front is not None and shown is not None and BEGIN in front and END in front.partition(BEGIN)[2]:
+        before, rest = front.partition(BEGIN)[::2]
+        after = rest.partition(END)[2]
         block = first_screen(shown, results.name)
         texts[results.parent / "README.md"] = f"{before}{BEGIN}{block}{END}{after}"
     return texts, figures

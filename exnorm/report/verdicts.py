@@ -154,7 +154,7 @@ def p_value(differences: Sequence[float], threshold: float) -> float | None:
 def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comparison:
     known = claims()
     if wanted["id"] not in known:
-        raise UserError(f"conf/study/{study.id}.yaml: no claim '{wanted['id']}' in claims.csv")
+        raise UserError(f"study {study.id}: no claim '{wanted['id']}' in claims.csv")
     expect = known[wanted["id"]].expect
     if expect == "always":
         return _count(study, rows, wanted)

@@ -25,6 +25,18 @@ def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return keys.join(pd.DataFrame(found.values(), columns=["mean", "std"]))
 
 
+CLASS_COLUMNS: Any = {  # of the ratios by class, and what is in them
+    "data": str,
+    "epoch": int,
+    "layer": str,
+    "class": str,
+    "normalizer": str,
+    "images": int,
+    "mean": float,
+    "std": float,
+}
+
+
 def bottom_middle_top(layers: Sequence[str]) -> list[str]:
     """The layers that are followed over the epochs, of all in the order of the network."""
     return list(dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])))
@@ -32,7 +44,13 @@ def bottom_middle_top(layers: Sequence[str]) -> list[str]:
 
 def read_class_ratios(file: Path) -> pd.DataFrame:
     """What `exnorm ratios --by-class` measured: data, epoch, layer, class, normalizer, images, mean, std."""
-    return pd.read_csv(file, dtype={"class": str, "data": str}, keep_default_na=False)
+    try:
+        frame = pd.read_csv(file, dtype=CLASS_COLUMNS, keep_default_na=False)
+    except ValueError as problem:  # pandas' errors of parsing are among them
+        raise ValueError(f"{file} is damaged ({problem}): remove it, it is measured again") from None
+    if list(frame) != list(CLASS_COLUMNS) or frame.empty:
+        raise ValueError(f"{file} is damaged: remove it, it is measured again")
+    return frame
 
 
 def symmetric_kl(p: Any, q: Any) -> pd.Series:

@@ -11,6 +11,7 @@ one is replaced last: what a kill leaves undone is done when the runs are collec
 
 import csv
 import fcntl
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ COLUMNS = {
 
 DIVERGED_AT = "diverged_at"  # the metric of a run that ended with a loss that is not finite: its step; it has no other
 
+NUMBERS = ("value", "hours", "epoch", "train_top1", "top1", "loss", "images", "mean", "std")
+MEND = "mend it, or move it away and type exnorm reproduce, which collects it again from the run folders"
+
 Row = dict[str, str]
 Rows = Mapping[str, list[Row]]  # of a study, by the kind of its files: runs, epochs, layers, classes
 
@@ -64,18 +68,34 @@ def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
     """The rows of a study; none where nothing was measured.
 
     Raises:
-        ValueError: a file with other columns.
+        ValueError: a damaged file.
     """
     path = record_file(results, study, kind)
     try:
-        with open(path, encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream)
-            rows = list(reader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text: {MEND}") from None
+    reader = csv.DictReader(text.splitlines())
+    rows = list(reader)
     if tuple(reader.fieldnames or ()) != COLUMNS[kind]:
-        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS[kind])}: move it away and collect it again")
+        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS[kind])}: {MEND}")
+    for number, row in enumerate(rows, 2):
+        if not _is_whole(row):
+            raise ValueError(f"{path}, line {number} is damaged: {MEND}")
     return rows
+
+
+def _is_whole(row: Mapping[str | None, object]) -> bool:
+    """Whether a row has all columns and numbers where they belong."""
+    texts = {name: text for name, text in row.items() if isinstance(name, str) and isinstance(text, str)}
+    if len(texts) < len(row) or not texts["seed"].isdecimal():
+        return False
+    try:
+        return all(math.isfinite(float(texts[name] or 0)) for name in NUMBERS if name in texts)
+    except ValueError:
+        return False
 
 
 def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) -> None:

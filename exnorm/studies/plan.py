@@ -18,13 +18,13 @@ from omegaconf import OmegaConf
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.config.study import Cell, Study
-from exnorm.engine.launch import evaluation_id, identity, settle_evaluation
+from exnorm.engine.launch import check, evaluation_id, identity, settle_evaluation
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.identity import run_dir
 from exnorm.runs.metrics import MetricsLog
 
 Facts = tuple[str | None, float | None, str]  # config_hash, images and problem of a job
-SOURCE = re.compile(r"\{([\w-]+)(?:@([\d.]+))?\}")
+SOURCE = re.compile(r"\{([\w-]+)(?:@(\d*\.?\d+))?\}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ class Job:
         folder = self.folder()
         if folder is None or not self.trained():
             return []
-        own = tuple(text for text in self.settings if not SOURCE.search(text))
-        return [share for share in _config(own).trainer.snapshots if not folder.snapshot_file(share).exists()]
+        return [share for share in _config(self._own()).trainer.snapshots if not folder.snapshot_file(share).exists()]
 
     def evaluation(self) -> dict[str, Any] | None:
         """The row of `evaluations.jsonl` that the cell asks for, of the run's last checkpoint."""
@@ -104,6 +103,23 @@ class Job:
         assert folder is not None and record is not None and self.cell is not None
         wanted = _evaluation_id(json.dumps(folder.read_config()), self.cell.evaluate)
         return folder.class_ratios_file(wanted, record["steps"])
+
+    def check(self) -> None:
+        """Refuse settings that cannot work, before anything runs.
+
+        Raises:
+            UserError: such a setting of the training or of the evaluation.
+        """
+        try:
+            check(_config(self._own()))
+            if self.cell is not None and self.cell.evaluate:
+                settle_evaluation(_values(self._own()), list(self.cell.evaluate))
+        except ValueError as problem:
+            raise UserError(f"{self.name}: {problem}") from None
+
+    def _own(self) -> tuple[str, ...]:
+        """The settings without those of a checkpoint that is not there yet."""
+        return tuple(text for text in self.settings if not SOURCE.search(text))
 
     def _with_checkpoints(self) -> list[str]:
         return [self._with_checkpoint(text) for text in self.settings]
@@ -155,8 +171,15 @@ def _facts(study: Study, settings: tuple[str, ...]) -> Facts:
     if source is None:
         return _composed(settings, study.train_images)
     if source not in study.sources:
-        raise UserError(f"conf/study/{study.id}.yaml has no source '{source}': {', '.join(study.sources) or 'none'}")
-    own = _facts(study, study.sources[source])[0]
+        raise UserError(f"study {study.id} has no source '{source}': {', '.join(study.sources) or 'none'}")
+    begins = study.sources[source]
+    if _source_of(begins) is not None:
+        raise UserError(f"study {study.id}: the source '{source}' begins with another one, which is not possible")
+    kept = list(_config(begins).trainer.snapshots)
+    asked = [float(match[2]) for text in settings if (match := SOURCE.search(text)) and match[2]]
+    if lacking := [share for share in asked if share not in kept]:
+        raise UserError(f"study {study.id}: '{source}' keeps no snapshot {lacking[0]:g}, its trainer.snapshots={kept}")
+    own = _facts(study, begins)[0]
     marked = [SOURCE.sub(lambda found: f"run-{own}-{found[2] or 'last'}", text) for text in settings]
     return _composed(tuple(marked), study.train_images)
 

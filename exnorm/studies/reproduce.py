@@ -41,6 +41,8 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
         UserError: data that are not there; nothing was run.
     """
     check_data(jobs)
+    for job in {job.name: job for job in jobs}.values():
+        job.check()
     for note in collect(study, jobs, results):
         print(note)
     waiting = [job for job in jobs if not job.finished()]

@@ -51,11 +51,12 @@ def submit(study: Study, name: str, jobs: Sequence[Job], runs: Path, results: Pa
     cluster = parameters.pop("cluster", "slurm")
     if cluster not in CLUSTERS:
         raise UserError(f"--submit cluster={cluster}: {suggest(str(cluster), CLUSTERS)}")
-    executor = submitit.AutoExecutor(folder=runs.resolve() / ".submitted", cluster=cluster)
     try:
+        executor = submitit.AutoExecutor(folder=runs.resolve() / ".submitted", cluster=cluster)
         executor.update_parameters(name=study.id, **parameters)
-    except (NameError, TypeError) as problem:
-        raise UserError(f"--submit: {' '.join(str(problem).split())}") from None
+    except (NameError, TypeError, RuntimeError, AssertionError) as problem:
+        said = " ".join(str(problem).split()) or f"{' '.join(options)} does not fit"
+        raise UserError(f"--submit: {said}; without SLURM: --submit cluster=local") from None
     check_data(jobs)
     groups: dict[Any, list[Job]] = {}
     for job in jobs:

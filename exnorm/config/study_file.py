@@ -1,0 +1,171 @@
+"""The yaml of a study or a scale, checked: known keys, each with values of the right form."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from exnorm.config.errors import UserError, suggest
+from exnorm.config.groups import file_values, group_options, option_file, option_values
+
+YAML = (".yaml", ".yml")
+SCALES = ("mini", "full")
+
+Form = Callable[[Any], bool]
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_word, value))
+
+
+def _is_settings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _is_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_mapping, value))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_axis(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(map(_is_settings, value.values()))
+    return bool(value) and _is_words(value)
+
+
+def _is_axes(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(map(_is_axis, value.values())) and "seed" not in value
+
+
+def _is_side(value: Any) -> bool:
+    """Of a comparison: a number, a cell, or weighted cells."""
+    if isinstance(value, list):
+        return bool(value) and all(
+            isinstance(part, list) and len(part) == 2 and _is_number(part[0]) and _is_mapping(part[1]) for part in value
+        )
+    return _is_number(value) or (_is_mapping(value) and bool(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+WORD = (_is_word, "a word")
+WORDS = (_is_words, "a list of words")
+SETTINGS = (_is_settings, "a list of settings such as [batch=8x32]")
+MAPPING = (_is_mapping, "a mapping such as {norm: sn}")
+MAPPINGS = (_is_mappings, "a list of mappings such as [{norm: sn}]")
+COUNT = (_is_count, "a number above 0")
+SIDE = (_is_side, "a cell such as {norm: sn}, a number, or weighted cells such as [[1, {norm: sn}], [-1, {norm: bn}]]")
+SCALE_KEYS = {
+    "set": SETTINGS,
+    "when": MAPPINGS,
+    "leave_out": MAPPINGS,  # of a study's own scale: cells that it does without
+    "threads": COUNT,
+    "stand_ins": (lambda v: _is_mapping(v) and all(map(_is_word, v.values())), "words by the words they stand for"),
+    "train_images": MAPPING,
+    "notes": WORDS,
+}
+STUDY_KEYS = {
+    "paper": WORD,
+    "table": WORD,
+    "axes": (_is_axes, "axes with values, such as {norm: [bn, sn]} or {size: {large: [batch=8x32]}}, none called seed"),
+    "set": SETTINGS,
+    "when": MAPPINGS,
+    "scales": MAPPING,
+    "seeds": COUNT,
+    "more_seeds": MAPPINGS,
+    "columns": WORD,
+    "published": MAPPING,
+    "as_published": MAPPING,
+    "compare": WORD,
+    "layers_of": MAPPINGS,
+    "classes_of": MAPPINGS,
+    "ratio_differences": MAPPINGS,
+    "metrics": WORDS,
+    "sources": (lambda v: _is_mapping(v) and all(map(_is_settings, v.values())), "names with a list of settings each"),
+    "claims": MAPPINGS,
+    "notes": WORDS,
+}
+RULE_KEYS = {"if": MAPPING, "set": SETTINGS}
+SEEDS_KEYS = {"if": MAPPING, "seeds": COUNT}
+CLAIM_KEYS = {"id": WORD, "metric": WORD, "left": SIDE, "right": SIDE}
+PAIR_KEYS = {"left": MAPPING, "right": MAPPING}
+
+
+def read_study(name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a study, a name of `conf/study` or the path of one's own, and what it says.
+
+    Raises:
+        UserError: there is none, or what it says is of another form.
+    """
+    file = _study_file(name)
+    values = file_values(file)
+    check(values, STUDY_KEYS, str(file))
+    if "axes" not in values:
+        raise UserError(f"{file} has no axes: write for example axes: {{norm: [bn, sn]}}")
+    for scale, own in values.get("scales", {}).items():
+        if scale not in SCALES:
+            raise UserError(f"{file}, scales: unknown scale '{scale}': {suggest(str(scale), SCALES)}")
+        check_scale(own, f"{file}, scales.{scale}")
+    for key, keys, needed in (
+        ("when", RULE_KEYS, RULE_KEYS),
+        ("more_seeds", SEEDS_KEYS, SEEDS_KEYS),
+        ("claims", CLAIM_KEYS, ("id", "left")),
+        ("ratio_differences", PAIR_KEYS, PAIR_KEYS),
+    ):
+        for item in values.get(key, ()):
+            check(item, keys, f"{file}, {key}", needed=needed)
+    return file, values
+
+
+def read_scale(name: str) -> dict[str, Any]:
+    """What `conf/scale/<name>.yaml` says."""
+    values = option_values("scale", name)
+    check_scale(values, f"conf/scale/{name}.yaml")
+    return values
+
+
+def check_scale(values: Any, where: str) -> None:
+    """Refuse a scale, of all studies or of one, with an unknown key or a value of another form."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} has no keys; allowed: {', '.join(SCALE_KEYS)}")
+    check(values, SCALE_KEYS, where)
+    for rule in values.get("when", ()):
+        check(rule, RULE_KEYS, f"{where}, when", needed=RULE_KEYS)
+
+
+def check(
+    values: Mapping[str, Any], keys: Mapping[str, tuple[Form, str]], where: str, *, needed: Iterable[str] = ()
+) -> None:
+    """Refuse an unknown key, a value of another form, or a key that is missing."""
+    for key, value in values.items():
+        if key not in keys:
+            raise UserError(f"{where}: unknown key '{key}': {suggest(str(key), keys)}")
+        is_right, form = keys[key]
+        if not is_right(value):
+            raise UserError(f"{where}: {key}: {value!r} is not {form}")
+    for key in needed:
+        if key not in values:
+            raise UserError(f"{where}: '{key}' is missing in {dict(values)}")
+
+
+def _study_file(name: str) -> Path:
+    if not name.lower().endswith(YAML):
+        return option_file("study", name)
+    file = Path(name)
+    if not file.is_file():
+        raise UserError(f"there is no study {name}; give a yaml file or one of {', '.join(group_options('study'))}")
+    if file.stem in group_options("study") or "." in file.stem:
+        raise UserError(f"{name}: its record would be {file.stem}.csv, which is another study's; give it another name")
+    return file
