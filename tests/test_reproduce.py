@@ -87,6 +87,14 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     by_class = records(broken / "results", "classes")
     assert {row["epoch"] for row in by_class} == {"1", "2"} and {row["class"] for row in by_class} == {*CLASSES}
 
+    (log,) = broken.glob("runs/*/*-sn-*/metrics.jsonl")
+    whole_log = log.read_text(encoding="utf-8")
+    log.write_text(whole_log[: len(whole_log) // 2].rpartition("\n")[0] + "\n", encoding="utf-8")
+    damaged = begin(study, broken)
+    _, err = damaged.communicate(timeout=60)
+    assert damaged.returncode == 2 and "the record is left as it is" in err and err.count("\n") == 1
+    log.write_text(whole_log, encoding="utf-8")
+
     plan = begin(study, broken, "--plan")
     out, _ = plan.communicate(timeout=60)
     assert "3 runs and 3 evaluations of them; 3 runs done, 0 left: 0.0 hours" in out

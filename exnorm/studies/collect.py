@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from exnorm.config.errors import UserError
 from exnorm.config.study import Study
 from exnorm.runs.folder import RunFolder, read_json
 from exnorm.runs.layer_ratios import bottom_middle_top, read_class_ratios, shares, symmetric_kl
@@ -18,7 +19,11 @@ RATIO_DIGITS = 4
 
 
 def rows_of(study: Study, job: Job) -> Rows:
-    """The rows of a finished run, of each kind; of one that diverged the step, of any other unfinished one none."""
+    """The rows of a finished run, of each kind; of one that diverged the step, of any other unfinished one none.
+
+    Raises:
+        UserError: a damaged run.
+    """
     nothing: Rows = {kind: [] for kind in COLUMNS}
     folder = job.folder()
     if folder is None or job.cell is None:
@@ -37,6 +42,7 @@ def rows_of(study: Study, job: Job) -> Rows:
     result = job.evaluation() if job.cell.evaluate else record
     assert record is not None and result is not None
     log = MetricsLog.read(folder.metrics_file)
+    _refuse_damaged(folder, record, log)
     origin = {
         **origin_of(folder, job),
         "facts": facts_of(folder.read_config(), record, result),
@@ -51,6 +57,20 @@ def rows_of(study: Study, job: Job) -> Rows:
         "layers": [{**key, **row} for row in layers_of(log)] if job.cell in study.followed and job.seed == 0 else [],
         "classes": [{**key, **row} for row in classes_of(job.class_ratios_file(), own)] if job.by_class else [],
     }
+
+
+def _refuse_damaged(folder: RunFolder, record: dict[str, Any], log: list[dict[str, Any]]) -> None:
+    """Its rows would take the place of whole ones.
+
+    Raises:
+        UserError: a run that lacks what every finished one has.
+    """
+    steps, top1 = record.get("steps"), record.get("val/top1")
+    if top1 is None or not any(row.get("step") == steps and "val/top1" in row for row in log):
+        raise UserError(
+            f"{folder.path} is damaged: record.json and metrics.jsonl do not both have the last epoch; the record is "
+            "left as it is; remove the folder to train the run again"
+        )
 
 
 def origin_of(folder: RunFolder, job: Job) -> Row:
