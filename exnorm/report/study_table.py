@@ -91,9 +91,7 @@ class StudyTable:
             )
         lines += self.study.values.get("notes", ())
         if "images_per_s" in self.study.metrics:
-            lines.append(
-                "images/s: the median over epochs, as the runs were made, several at once or alone."
-            )
+            lines.append("images/s: the median over epochs, as the runs were made, several at once or alone.")
         lines += self._facts(rows)
         for cell, steps in measured(self.study, self.rows, DIVERGED_AT).items():
             seeds = ", ".join(f"seed {seed} at step {step:.0f}" for seed, step in steps.by_seed.items())
