@@ -28,15 +28,21 @@ NOUNS = {
 
 def is_user_error(exc: BaseException) -> bool:
     """Whether an exception is shown as one line: ours and ValueError by convention, Hydra's, OmegaConf's, of a file."""
-    of_a_file = isinstance(exc, OSError) and exc.filename is not None
-    return of_a_file or isinstance(exc, ValueError | HydraException | OmegaConfBaseException)
+    return refused_file(exc) is not None or isinstance(exc, ValueError | HydraException | OmegaConfBaseException)
+
+
+def refused_file(exc: BaseException) -> str | None:
+    """The line for a file that the system refuses; None for any other exception."""
+    if isinstance(exc, OSError) and exc.filename is not None:
+        return f"{os.fsdecode(exc.filename)}: {exc.strerror}"
+    return None
 
 
 def explain(exc: BaseException, config_name: str = "train") -> str:
     """Return one line for an exception; `config_name` ("train" or "eval") names the keys that are allowed."""
     text = str(exc)
-    if isinstance(exc, OSError) and exc.filename is not None:
-        return f"{os.fsdecode(exc.filename)}: {exc.strerror}"
+    if (line := refused_file(exc)) is not None:
+        return line
     if isinstance(exc, OverrideParseException):
         return f"cannot read '{exc.override}': write KEY=VALUE, such as batch=8x32 or 'data.scale=[0.2,1]'"
     if found := re.search(r"Could not find '([^']*)/([^'/]*)'", text):

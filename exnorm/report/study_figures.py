@@ -68,15 +68,15 @@ def titled(study: Study) -> str:
 def class_figures_of(study: Study, results: Path) -> list[StudyFigure]:
     """Of each cell on its own data: classes over training, spread over images, likeness; then pairs of cells."""
     found = []
-    for cell in study.by_class:
-        frame = class_data(study, cell, results)
+    frames = {cell: class_data(study, cell, results) for cell in study.by_class}
+    for cell, frame in frames.items():
         if cell.evaluate or frame.empty:
             continue
         for kind, (data_of, draw) in class_figures.OF_ONE.items():
             title = f"{titled(study)}: {cell.name}, seed 0"
             data = data_of(frame)
             found.append(StudyFigure(_named(kind, cell), data, lambda data, draw=draw, title=title: draw(data, title)))
-    differences = difference_data(study, results)
+    differences = difference_data(study, frames)
     found.append(
         StudyFigure(
             "differences", differences, lambda data: class_figures.draw_differences(data, f"{titled(study)}, seed 0")
@@ -93,14 +93,13 @@ def class_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
     return frame.astype({"epoch": int, "images": int, "mean": float, "std": float})
 
 
-def difference_data(study: Study, results: Path) -> pd.DataFrame:
+def difference_data(study: Study, frames: Mapping[Cell, pd.DataFrame]) -> pd.DataFrame:
     """What two cells differ by in each layer, for the pairs that the study names and that were measured."""
     parts = [pd.DataFrame(columns=["pair", "layer", "normalizer", "difference"])]
     for pair in study.values.get("ratio_differences", ()):
         left, right = study.cell(pair["left"]), study.cell(pair["right"])
-        frames = [class_data(study, cell, results) for cell in (left, right)]
-        if not any(frame.empty for frame in frames):
-            data = class_figures.difference_data(*frames)
+        if not (frames[left].empty or frames[right].empty):
+            data = class_figures.difference_data(frames[left], frames[right])
             data.insert(0, "pair", f"{left.name} less {right.name}")
             parts.append(data)
     return pd.concat(parts[1:] or parts)
