@@ -315,7 +315,9 @@ def explain(
     """Draw, for single images, each layer's ratios beside the image and the prediction."""
     from exnorm.diagnostics.explain_images import explain_images
     from exnorm.report.image_figure import image_figure
+    from exnorm.runs.folder import check_out
 
+    check_out(out, ".png", ".svg")
     found = explain_images(run_dir, images, at=checkpoint)
     for item in found:
         print(f"{item.name}: " + ", ".join(f"{name} {share:.1%}" for name, share in item.guesses))

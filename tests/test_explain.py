@@ -60,6 +60,8 @@ def test_what_cannot_be_explained_is_one_line(run_of_en: Path, data: Path, tmp_p
     ):
         with pytest.raises(UserError, match=said):
             explain_images(run, [path])
+    refused = run_cli("explain", str(run_of_en), image, "--out", "out.jpeg")
+    assert refused.returncode == 2 and "ends with .png or .svg" in refused.stderr and refused.stdout == ""
     done = run_cli("explain", str(run_of_en), image, "--out", str(tmp_path / "out.png"))
     assert done.returncode == 0 and done.stdout.startswith("1.png: ")
     with Image.open(tmp_path / "out.png") as drawn:

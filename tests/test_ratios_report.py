@@ -39,8 +39,8 @@ def en_rows() -> list[dict[str, float]]:
 def run_folder(path: Path, rows: list[dict[str, float]], norm: str) -> Path:
     """The files of a run that the command reads."""
     path.mkdir()
-    config = {"model": {"name": "m"}, "norm": {"name": norm}, "data": {"name": "d"}, "batch": "1x8"}
-    (path / "config.yaml").write_text(json.dumps(config))
+    config = {"model": {"name": "m"}, "norm": {"name": norm}, "data": {"name": "d"}, "batch": "1x8", "seed": 0}
+    (path / "config.yaml").write_text(json.dumps({**config, "trainer": {}}))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

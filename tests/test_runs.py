@@ -16,11 +16,14 @@ from exnorm.config.compose import compose_train, default_values
 from exnorm.config.errors import UserError
 from exnorm.engine.launch import prepare
 from exnorm.engine.summary import print_result
+from exnorm.report.html_report import run_page
+from exnorm.report.ratios import run as print_ratios
 from exnorm.runs import provenance
-from exnorm.runs.folder import RunFolder, RunLocked, write_json_atomic, write_text_atomic
+from exnorm.runs.folder import RunFolder, RunLocked, check_out, write_json_atomic, write_text_atomic
 from exnorm.runs.identity import config_hash, flatten, run_dir
 from exnorm.runs.listing import list_runs
 from exnorm.runs.metrics import MetricsLog
+from exnorm.runs.table import print_runs
 
 
 def values(*overrides: str) -> dict[str, Any]:
@@ -206,6 +209,49 @@ def test_states_and_numbers_of_runs(tmp_path: Path) -> None:
     assert found["finished"].top1 == 50.0
     with pytest.raises(ValueError, match="no folder"):
         list_runs(tmp_path / "nowhere")
+
+
+DAMAGE = [  # a file of a run, what somebody wrote into it, and what the commands that need it say
+    ("config.yaml", b"norm: [", "no mapping of settings"),
+    ("config.yaml", b"- norm", "no mapping of settings"),
+    ("config.yaml", b"norm: \xff", "no mapping of settings"),
+    ("config.yaml", b"{batch: 3, seed: 0, trainer: {}, norm: {name: en}}", "no batch"),
+    ("config.yaml", b"{batch: 1x8, seed: 0, trainer: {}, norm: {name: en}, model: {name: 3}}", "no data"),
+    ("metrics.jsonl", b"[1]\n", "line 1 is damaged"),
+    ("metrics.jsonl", b'{"step": 1, "epoch": 1}\n{"step": "two"}\n', "line 2 is damaged"),
+    ("metrics.jsonl", b'{"step": 1, "epoch": "one", "val/top1": 5.0}\n', "line 1 is damaged"),
+    ("metrics.jsonl", b'{"step": 1, "epoch": 1, "val/top1": "five"}\n', "line 1 is damaged"),
+    ("metrics.jsonl", b'{"step": 1, "epoch": 1, "ratio/bn1/in": [0.5]}\n', "line 1 is damaged"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "said"), DAMAGE)
+def test_damage_in_a_run_folder_is_named_in_one_line(tmp_path: Path, name: str, text: bytes, said: str) -> None:
+    """Other runs are listed all the same."""
+    folder = make_run(tmp_path / "run")
+    make_run(tmp_path / "whole")
+    (folder.path / name).write_bytes(text)
+    assert [run.state for run in list_runs(tmp_path)] == ["unreadable", "interrupted"]
+    for command in (run_page, lambda folder: print_ratios(folder.path)):
+        with pytest.raises(ValueError, match=f"{name}.*{said}"):
+            command(folder)
+
+
+@pytest.mark.parametrize("text", ["{}", "{", '{"val/top1": "five"}', "[]"])
+def test_a_damaged_record_or_provenance_hides_nothing_else(tmp_path: Path, text: str) -> None:
+    folder = make_run(tmp_path / "run")
+    folder.record_file.write_text(text)
+    folder.provenance_file.write_text(text)
+    print_runs(list_runs(tmp_path))
+    assert "Where it comes from" in run_page(folder)
+
+
+@pytest.mark.parametrize("name", ["none/x.html", "x.txt", "folder.html"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ValueError, match=name.partition("/")[0]):
+        check_out(tmp_path / name, ".html", ".htm")
+    check_out(tmp_path / "x.HTML", ".html", ".htm")
 
 
 def test_a_torn_line_is_skipped_and_never_joined(tmp_path: Path) -> None:

@@ -195,6 +195,18 @@ def test_a_study_that_names_what_it_does_not_have_is_one_line(text: str, said: s
     assert [cell.name for cell in number.followed] == ["norm=bn epoch=30", "norm=en epoch=30"]
 
 
+def test_what_to_type_for_a_study_of_ones_own_names_its_file(tmp_path: Path) -> None:
+    file = own_study(tmp_path, "axes: {norm: [bn]}")
+    study = load_study(file, "mini")
+    with pytest.raises(UserError) as caught:
+        table_of(study, tmp_path)
+    assert str(caught.value).endswith(f"exnorm reproduce {file} --scale mini")
+    put(tmp_path, "mine", [row("norm=bn", 0, 80.0)])
+    command = f"exnorm reproduce {file} --scale mini"
+    assert f"`{command}`" in FORMATS["md"](table_of(study, tmp_path))
+    assert f"{command} --only norm=bn" in study_page(study, tmp_path, tmp_path)
+
+
 def test_a_run_from_a_checkpoint_is_known_by_the_run_that_it_begins_with(tmp_path: Path) -> None:
     """Another source is another run, before either of them has run."""
     text = """
@@ -506,6 +518,8 @@ def test_results_are_what_the_records_say_or_are_named(tmp_path: Path) -> None:
         "mine.md",
     ]
     assert "undecided" in as_csv(judged_studies([], "mini", tmp_path))
+    with pytest.raises(UserError, match="no folder .*nowhere"):
+        judged_studies([], "mini", tmp_path / "nowhere")
 
 
 def test_the_committed_results_are_what_the_records_say() -> None:

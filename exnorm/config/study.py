@@ -41,6 +41,7 @@ class Study:
     """A study at a scale, with all of its cells."""
 
     id: str
+    named: str  # as the commands take it: its id, or the path of a file
     scale: str
     title: str
     values: Mapping[str, Any]  # of its yaml
@@ -139,6 +140,7 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     }
     study = Study(
         file.stem,
+        name,
         scale,
         title=first_comment(file),
         values=values,

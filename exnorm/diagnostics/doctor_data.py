@@ -16,7 +16,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from exnorm.config.compose import compose_train
-from exnorm.config.errors import UserError
 from exnorm.data import fingerprint, load, noise, validation_sets, webvision
 from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
@@ -24,6 +23,7 @@ from exnorm.data.loader import Loader, SeededImages, TrainBatches
 from exnorm.data.places import root_of
 from exnorm.data.splits import Images, Splits
 from exnorm.data.transforms import eval_transform, train_transform
+from exnorm.runs.folder import check_out
 
 SHOWN = 5
 BATCH = 32
@@ -40,8 +40,7 @@ def run(overrides: Sequence[str], count: int, sheet: Path | None) -> int:
     """
     config = compose_train(list(overrides)).data
     path = sheet or Path(f"{config.name}-sheet.png")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--sheet {path}: there is no folder {path.parent}")
+    check_out(path, ".png")
     fingerprint(config)
     splits = load(config)
     sets = validation_sets(config, splits)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import Study, load_study
 from exnorm.report.grids import Entry, Grid
@@ -29,7 +30,13 @@ class Judged:
 
 
 def judged_studies(names: Sequence[str], scale: str, results: Path) -> list[Judged]:
-    """The studies that something was measured of at a scale, judged; all studies if none is named."""
+    """The studies that something was measured of at a scale, judged; all studies if none is named.
+
+    Raises:
+        UserError: there is no such folder of results.
+    """
+    if not results.is_dir():
+        raise UserError(f"no folder {results}: measure first, exnorm reproduce STUDY, or type --results FOLDER")
     studies = [load_study(name, scale) for name in names or group_options("study")]
     records = [(study, read_records(results, study.id)) for study in studies]
     return [judged_study(study, rows) for study, rows in records if any(row["scale"] == scale for row in rows)]

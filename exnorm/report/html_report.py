@@ -4,9 +4,8 @@ import base64
 import glob
 import html
 import io
-import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -22,18 +21,21 @@ from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.report.results import duration
 from exnorm.report.study_figures import STYLE, figures_of
 from exnorm.report.study_table import StudyTable, answers_to, heading, table_of
-from exnorm.runs.folder import RunFolder, write_text_atomic
+from exnorm.runs.folder import RunFolder, check_out, write_text_atomic
 from exnorm.runs.layer_ratios import shares
 from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.records import Row, read_records
 
 PAGE = Path(__file__).with_name("page.html")
 WIDTH, HEIGHT = 220, 70  # px of a small curve
+Curve = list[tuple[float, float]]  # epoch and top-1
 KEPT = ("seed", "value", "hours", "device", "torch", "commit", "config_hash", "run")
 
 
 def write_report(what: str, scale: str, out: Path | None, *, runs: Path, results: Path) -> Path:
     """Write the page of a run folder, if `what` is a folder, or else of a study; return the file."""
+    if out is not None:
+        check_out(out, ".html", ".htm")
     if Path(what).is_dir():
         folder = RunFolder(what)
         text, path = run_page(folder), out or folder.path / "report.html"
@@ -50,7 +52,7 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
     Raises:
         UserError: nothing was measured at this scale.
     """
-    table = table_of(study, results)
+    table, curves = table_of(study, results), curves_of(study, results)
     parts = [
         f"<h1>{_text(study.title)}</h1>",
         f"<p class='quiet'>Study {_text(study.id)}, scale <strong>{_text(study.scale)}</strong>. "
@@ -64,7 +66,7 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
         *_verdicts(judged_study(study, table.rows)),
         *_figures([(figure.name, figure.draw(figure.data)) for figure in figures_of(study, results)]),
         "<h2>The runs</h2><div id='runs'>",
-        *(_runs_of(study, cell, table.rows, results, runs) for cell in study.cells),
+        *(_runs_of(study, cell, table.rows, curves.get(cell.name, {}), runs) for cell in study.cells),
         "</div>",
     ]
     return _page(study.title, parts)
@@ -168,19 +170,26 @@ def _svg(figure: Figure) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], results: Path, runs: Path) -> str:
+def curves_of(study: Study, results: Path) -> dict[str, dict[int, Curve]]:
+    """Validation top-1 after each epoch, by cell and seed."""
+    found: dict[str, dict[int, Curve]] = {}
+    for row in read_records(results, study.id, "epochs"):
+        if row["scale"] == study.scale:
+            seeds = found.setdefault(row["cell"], {})
+            seeds.setdefault(int(row["seed"]), []).append((float(row["epoch"]), float(row["top1"])))
+    return found
+
+
+def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], curves: Mapping[int, Curve], runs: Path) -> str:
     """The runs of one cell: command, result of each seed, curves, configuration and provenance."""
     metric = study.metrics[0]
     own = [r for r in rows if (r["scale"], r["cell"], r["metric"]) == (study.scale, cell.name, metric)]
     values = measured(study, rows, metric).get(cell.name)
     summary = _text(cell.name) + (f": {heading(metric)} {values.mean:.2f}" if values else ": not measured yet")
-    command = f"exnorm reproduce {study.id} --scale {study.scale} " + " ".join(f"--only {a}={v}" for a, v in cell.key)
+    chosen = [word for axis, value in cell.key for word in ("--only", f"{axis}={value}")]
+    command = shlex.join(["exnorm", "reproduce", study.named, "--scale", study.scale, *chosen])
     settings = " ".join(["exnorm train", *(shlex.quote(text) for text in cell.train)])
     settings += f"\nexnorm eval RUN_DIR {shlex.join(cell.evaluate)}" if cell.evaluate else ""
-    curves: dict[int, list[tuple[float, float]]] = {}
-    for row in read_records(results, study.id, "epochs"):
-        if (row["scale"], row["cell"]) == (study.scale, cell.name):
-            curves.setdefault(int(row["seed"]), []).append((float(row["epoch"]), float(row["top1"])))
     grid = Grid(KEPT, [[Entry(row[name]) for name in KEPT] for row in own])
     parts = [
         f"<pre>{_text(command)}\n\nwhich is, with seed=N:\n{_text(settings)}</pre>",
@@ -202,12 +211,11 @@ def _origin(folder: RunFolder) -> list[str]:
     for name, file in (("configuration", folder.config_file), ("provenance", folder.provenance_file)):
         if file.is_file():
             text = file.read_text(encoding="utf-8", errors="replace")
-            text = json.dumps(json.loads(text), indent=1) if file.suffix == ".json" else text
             found.append(f"<details><summary>{name}</summary><pre>{_text(text)}</pre></details>")
     return found
 
 
-def _curves(by_seed: dict[int, list[tuple[float, float]]]) -> str:
+def _curves(by_seed: Mapping[int, Curve]) -> str:
     """Small curves of all seeds: top-1 from 0 to 100 over the epochs."""
     last = max(epoch for points in by_seed.values() for epoch, _ in points)
     lines = []

@@ -159,7 +159,7 @@ def table_of(study: Study, results: Path) -> StudyTable:
     rows = read_records(results, study.id)
     if not any(row["scale"] == study.scale for row in rows):
         raise UserError(
-            f"nothing was measured of {study.id} at scale {study.scale}: exnorm reproduce {study.id} "
+            f"nothing was measured of {study.id} at scale {study.scale}: exnorm reproduce {study.named} "
             f"--scale {study.scale}"
         )
     return StudyTable(study, rows)
@@ -215,5 +215,5 @@ def answers_to(study: Study) -> str:
 
 
 def _origin(study: Study) -> str:
-    command = f"exnorm reproduce {study.id} --scale {study.scale}"
+    command = f"exnorm reproduce {study.named} --scale {study.scale}"
     return f"{answers_to(study)} Study `{study.id}`, scale {study.scale}: `{command}`."

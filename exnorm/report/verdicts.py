@@ -175,9 +175,7 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     finished = sum(len(_seeds(study, rows, cell, ("loss",))) for cell in cells)
     diverged = sum(map(len, ended)) - finished
     runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells), min(map(len, ended)))
-    text = (
-        f"{_written(wanted['left'])}: a finite loss at the end of {finished} of {runs.wanted} runs, none at {diverged}"
-    )
+    text = f"{_written(wanted['left'])}: {finished} of {runs.wanted} runs end with a finite loss, {diverged} without"
     return Comparison(wanted["id"], "loss", text, None, (), runs=runs)
 
 

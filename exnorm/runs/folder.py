@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 NOT_FINITE = "the loss is not finite at step"  # what the error of a training that diverged begins with
+NAMED = ("model", "norm", "data")
+CONFIG_KEYS = {"trainer": dict, "batch": str, "seed": int, **dict.fromkeys(NAMED, dict)}  # that every run has
 LOCK_TRIES = 5  # somebody who lists the runs holds a shared lock for an instant
 LOCK_PAUSE_S = 0.05
 
@@ -62,16 +64,19 @@ class RunFolder:
         write_text_atomic(self.config_file, config_yaml)
 
     def read_config(self) -> dict[str, Any]:
-        """Return the resolved configuration; raise ValueError if the folder is none of a run."""
+        """Return the resolved configuration; raise ValueError if the folder is none of a run, or the file damaged."""
         from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
 
         if not self.config_file.is_file():
             raise ValueError(f"{self.path} is no run folder: it has no config.yaml; exnorm runs lists the run folders")
-        config = OmegaConf.load(self.config_file)
-        if not OmegaConf.is_dict(config):
-            raise ValueError(f"{self.config_file} is damaged, it holds no mapping: remove the folder and train again")
-        values = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(values, dict)
+        try:
+            values: Any = OmegaConf.to_container(OmegaConf.load(self.config_file), resolve=True)
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+            values = None
+        if lacking := lacking_in(values):
+            raise ValueError(f"{self.config_file} is damaged, it has no {lacking}: remove the folder and train again")
         return {str(key): value for key, value in values.items()}
 
     def read_record(self) -> dict[str, Any] | None:
@@ -146,6 +151,16 @@ class RunLock:
         self.release()
 
 
+def lacking_in(config: Any) -> str:
+    """The first thing that every run's configuration has and that this one has not; empty if nothing lacks."""
+    if not isinstance(config, dict):
+        return "mapping of settings"
+    for key, kind in CONFIG_KEYS.items():
+        if not isinstance(config.get(key), kind):
+            return key
+    return next((f"{key}.name" for key in NAMED if not isinstance(config[key].get("name"), str)), "")
+
+
 def holder(lock_file: Path) -> str:
     """Say who holds a lock: process, machine and since when."""
     who = read_json(lock_file)
@@ -166,6 +181,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def check_out(path: Path, *suffixes: str) -> None:
+    """Refuse a file that could not be written, before the work for it begins.
+
+    Raises:
+        ValueError: its folder is not there, it is a folder itself, or its name ends otherwise.
+    """
+    if path.suffix.lower() not in suffixes or path.is_dir():
+        raise ValueError(f"{path}: write the name of a file that ends with {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:

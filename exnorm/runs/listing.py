@@ -49,20 +49,20 @@ def list_runs(root: Path | str) -> list[RunSummary]:
 def summary(folder: RunFolder) -> RunSummary:
     """Summarize one run folder; what cannot be read makes it `unreadable`, whatever the damage is."""
     try:
-        config = folder.read_config()
-        rows = MetricsLog.read(folder.metrics_file)
+        config, rows = folder.read_config(), MetricsLog.read(folder.metrics_file)
+        accuracy = top1(folder, rows)
         return RunSummary(
             path=folder.path,
             state=state(folder),
             epoch=last(rows, "epoch"),
             epochs=config["trainer"]["epochs"],
-            top1=top1(folder, rows),
+            top1=None if accuracy is None else float(accuracy),
             norm=config["norm"]["name"],
             model=config["model"]["name"],
             batch=config["batch"],
             data=config["data"]["name"],
             seed=config["seed"],
-            started=(read_json(folder.provenance_file) or {}).get("time", ""),
+            started=str((read_json(folder.provenance_file) or {}).get("time", "")),
         )
     except DAMAGE:
         return RunSummary(path=folder.path, state="unreadable")

@@ -39,10 +39,20 @@ class MetricsLog:
         rows = []
         for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError as problem:
                 raise ValueError(f"{path}, line {number} is damaged ({problem}): remove that line") from None
+            if not is_row(row):
+                raise ValueError(f"{path}, line {number} is damaged (no metrics after a step): remove that line")
+            rows.append(row)
         return rows
+
+
+def is_row(row: Any) -> bool:
+    """Whether something has the form of a row: step and epoch are counts, metrics (their names have a /) numbers."""
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(row.get("epoch", 0), int):
+        return False
+    return all(value is None or isinstance(value, int | float) for key, value in row.items() if "/" in key)
 
 
 def is_known(row: Mapping[str, Any], step: int, epochs: int) -> bool:
