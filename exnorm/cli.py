@@ -19,7 +19,6 @@ app = typer.Typer(
     name="exnorm",
     help="Learning to normalize: train, evaluate and compare normalization layers in any backbone.",
     epilog="A first run, with nothing to download: exnorm train model=resnet18 norm=en",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -59,7 +58,7 @@ def main() -> None:
 
         end_with_parent()
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="exnorm", standalone_mode=False))
     except Exception as exc:
         if not explained(exc):
             raise
@@ -325,7 +324,7 @@ def explain(
     print(f"figure: {out}")
 
 
-bench = typer.Typer(help="Measure speed and memory; tables are appended to results/bench/.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed and memory; tables are appended to results/bench/.")
 app.add_typer(bench, name="bench")
 
 

@@ -86,6 +86,9 @@ def test_a_sweep_runs_every_combination_wherever_the_flag_stands(tmp_path: Path)
         (["train", "seed=13"], "seed 13 is bad luck: type another"),
         (["show", "norm", "enn"], f"unknown norm 'enn': did you mean 'en'? allowed: {NORMS}"),
         (["list", "models", "--filter", "x*"], "no model matches 'x*': try a wider one such as --filter 'resnet*'"),
+        (["reprodce"], "No such command 'reprodce'. Did you mean 'reproduce'? See exnorm --help"),
+        (["table"], "Missing argument 'study'. See exnorm table --help"),
+        (["table", "sn-table2", "--scale"], "Option '--scale' requires an argument. See exnorm --help"),
         (["runs", "nowhere"], "no folder nowhere: type exnorm runs FOLDER with the folder that your runs are in"),
     ],
 )

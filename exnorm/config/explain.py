@@ -28,7 +28,19 @@ NOUNS = {
 
 def is_user_error(exc: BaseException) -> bool:
     """Whether an exception is shown as one line: ours and ValueError by convention, Hydra's, OmegaConf's, of a file."""
-    return refused_file(exc) is not None or isinstance(exc, ValueError | HydraException | OmegaConfBaseException)
+    if misused(exc) is not None or refused_file(exc) is not None:
+        return True
+    return isinstance(exc, ValueError | HydraException | OmegaConfBaseException)
+
+
+def misused(exc: BaseException) -> str | None:
+    """The line for words that the command line does not take (Typer's class for it is not public); None otherwise."""
+    if not hasattr(exc, "format_message"):
+        return None
+    usage: Any = exc
+    said = " ".join(usage.format_message().split()).replace("Value error, ", "")
+    command = usage.ctx.command_path if usage.ctx else "exnorm"
+    return f"{said}{'' if said.endswith(('.', '?')) else '.'} See {command} --help"
 
 
 def refused_file(exc: BaseException) -> str | None:
@@ -41,7 +53,7 @@ def refused_file(exc: BaseException) -> str | None:
 def explain(exc: BaseException, config_name: str = "train") -> str:
     """Return one line for an exception; `config_name` ("train" or "eval") names the keys that are allowed."""
     text = str(exc)
-    if (line := refused_file(exc)) is not None:
+    if (line := misused(exc) or refused_file(exc)) is not None:
         return line
     if isinstance(exc, OverrideParseException):
         return f"cannot read '{exc.override}': write KEY=VALUE, such as batch=8x32 or 'data.scale=[0.2,1]'"
