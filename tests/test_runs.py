@@ -306,12 +306,15 @@ def test_provenance_names_commit_and_uncommitted_changes(tmp_path: Path, monkeyp
     assert provenance.collect(["exnorm"])["git"] is None and provenance.uncommitted_patch() is None
     git(tmp_path, "init")
     (tmp_path / "a.py").write_text("old\n")
-    (tmp_path / "sub").mkdir()
+    for name in ("sub", "results"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "results" / "record.csv").write_text("old\n")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
     state = provenance.collect(["exnorm", "train"])
     assert len(state["git"]["commit"]) == 40 and state["git"]["dirty"] is False
-    assert provenance.uncommitted_patch() is None
+    (tmp_path / "results" / "record.csv").write_text("what a study measured\n")
+    assert provenance.git_state(tmp_path)["dirty"] is False and provenance.uncommitted_patch() is None
     (tmp_path / "a.py").write_text("new\n")
     patch = provenance.uncommitted_patch()
     assert patch is not None and "-old\n+new\n" in patch

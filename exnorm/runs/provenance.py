@@ -24,6 +24,7 @@ PACKAGES = (
 )
 PATCH_BYTES = 1_000_000  # of uncommitted changes; more is data rather than code
 CODE = ("exnorm", "conf")
+TRACKED = (".", ":(exclude)results")  # a study that writes its record changes nothing that decides the next run
 STUDY = "EXNORM_STUDY"  # set by `exnorm reproduce`: what a run is made for, as JSON
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -64,12 +65,12 @@ def cpu_model() -> str:
 
 
 def git_state(checkout: Path) -> dict[str, Any] | None:
-    """Return commit and dirtiness of a checkout; None if the folder is not the top of one (an installed wheel)."""
+    """Return commit and dirtiness (`results/` aside) of a checkout; None if the folder is not the top of one (an installed wheel)."""
     top = git(checkout, "rev-parse", "--show-toplevel")
     commit = git(checkout, "rev-parse", "HEAD")
     if top is None or commit is None or Path(top.strip()).resolve() != checkout.resolve():
         return None
-    changed = git(checkout, "status", "--porcelain", "--untracked-files=no")
+    changed = git(checkout, "status", "--porcelain", "--untracked-files=no", "--", *TRACKED)
     return {"commit": commit.strip(), "dirty": bool(changed or untracked_code(checkout))}
 
 
@@ -80,10 +81,10 @@ def untracked_code(checkout: Path) -> list[str]:
 
 
 def uncommitted_patch() -> str | None:
-    """Return the uncommitted changes of the checkout as a patch, None if there are none; cut at a megabyte."""
+    """Return the uncommitted changes of the checkout, `results/` aside, as a patch, None if there are none; cut at a megabyte."""
     if git_state(CHECKOUT) is None:
         return None
-    patch = git(CHECKOUT, "diff", "HEAD") or ""
+    patch = git(CHECKOUT, "diff", "HEAD", "--", *TRACKED) or ""
     for name in untracked_code(CHECKOUT):
         patch += git(CHECKOUT, "diff", "--no-index", "--", "/dev/null", name) or ""
     if len(patch.encode()) > PATCH_BYTES:
