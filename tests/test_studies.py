@@ -1,9 +1,11 @@
 """Studies as they are written down: cells, settings, seeds, records, tables and verdicts."""
 
 import csv
+import itertools
 import json
 import math
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,24 @@ from conftest import ROOT, CliRunner
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import chosen_cells, load_study
-from exnorm.report.claims_table import as_csv, judged_studies
+from exnorm.report.claims_table import as_csv, judged_studies, labelled
 from exnorm.report.html_report import study_page
 from exnorm.report.palette import colour
-from exnorm.report.published import claims
+from exnorm.report.published import claims, published
 from exnorm.report.results import differences, write_results
 from exnorm.report.study_figures import look
 from exnorm.report.study_table import FORMATS, METRICS, table_of
-from exnorm.report.verdicts import CONTRADICTED, SUPPORTED, UNDECIDED, holm, judge, overall, p_value
+from exnorm.report.verdicts import (
+    CONTRADICTED,
+    SUPPORTED,
+    UNDECIDED,
+    as_claimed,
+    holm,
+    is_weak,
+    judge,
+    overall,
+    p_value,
+)
 from exnorm.runs.records import COLUMNS, DIVERGED_AT, Row, change_records, read_records
 from exnorm.studies import submit
 from exnorm.studies.collect import collect
@@ -182,6 +194,7 @@ def test_a_wrong_study_is_one_line(text: str, said: str, tmp_path: Path) -> None
         ("more_seeds: [{if: {nrom: sn}, seeds: 5}]", "more_seeds: no axis or setting 'nrom': did you mean 'norm'?"),
         ("claims: [{id: en-pi, left: {norm: gn}}]", "no cell has norm=gn"),
         ("classes_of: [{norm: en, epoch: 60}]", "it takes data= alone"),
+        ("published: {method: '{nrom}'}", "published: no axis 'nrom': did you mean 'norm'?"),
         ("ratio_differences: [{left: {norm: en}, right: {norm: bn}}]", "2 cells have norm=en; name one"),
         ("ratio_differences: [{left: {epoch: 30, norm: en}, right: {epoch: 30, norm: bn}}]", "not among classes_of"),
     ],
@@ -193,6 +206,34 @@ def test_a_study_that_names_what_it_does_not_have_is_one_line(text: str, said: s
     assert said in str(caught.value)
     number = load_study(own_study(tmp_path, f"{axes}layers_of: [{{epoch: 30}}]"), "mini")
     assert [cell.name for cell in number.followed] == ["norm=bn epoch=30", "norm=en epoch=30"]
+
+
+@pytest.mark.parametrize(
+    "claim", ["{id: en-pi, left: {norm: en}}", "{id: en-pi, left: 1, right: 2}", "{id: en-stable, left: 3}"]
+)
+def test_a_claim_without_cells_to_compare_is_one_line(claim: str, tmp_path: Path) -> None:
+    study = load_study(own_study(tmp_path, f"axes: {{norm: [bn, en]}}\nclaims: [{claim}]"), "mini")
+    with pytest.raises(UserError, match="study mine: claim en-.*: write .*cell"):
+        judge(study, [])
+
+
+def test_notes_of_a_study_and_of_its_scale_are_footnotes(tmp_path: Path) -> None:
+    text = (
+        "axes: {norm: [bn]}\nnotes: [of all scales]\nscales: {mini: {notes: [of this one]}, full: {notes: [of that]}}"
+    )
+    study = load_study(own_study(tmp_path, text), "mini")
+    put(tmp_path, "mine", [row("norm=bn", 0, 80.0)])
+    lines = table_of(study, tmp_path).footnotes()
+    assert {"of all scales", "of this one"} < set(lines) and "of that" not in lines
+    assert any(line.startswith("Epochs: 13 at 8x32") for line in lines)
+
+
+def test_what_is_known_of_a_published_number_is_a_footnote(tmp_path: Path) -> None:
+    put(tmp_path, "sn-table2", [row("norm=sn batch=8x1", 0, 80.0)])
+    study = load_study("sn-table2", "mini")
+    (noted,) = [cell for cell in study.cells if (paper := published(study, cell, "top1")) and paper.note]
+    said = published(study, noted, "top1")
+    assert f"Published {said.text} at {noted.name}: {said.note}." in table_of(study, tmp_path).footnotes()
 
 
 def test_what_to_type_for_a_study_of_ones_own_names_its_file(tmp_path: Path) -> None:
@@ -398,10 +439,11 @@ def test_equal_means_are_both_the_best_and_a_study_of_ones_own_has_a_table(tmp_p
 
 def test_lines_of_a_figure_differ_in_colour_or_dash() -> None:
     """A normalizer has its colour wherever normalizers are lines; nothing else has it."""
-    for name in STUDIES:
+    for name, figure in itertools.product(STUDIES, ("accuracy", "curves")):
         study = load_study(name, "mini")
-        across = study.values.get("columns", next(iter(study.axes)))
-        keys = [dict(cell.key) for cell in study.cells if dict(cell.key)[across] == study.axes[across][0]]
+        across = study.values.get("columns", next(iter(study.axes)) if figure == "accuracy" else None)
+        keys = [dict(cell.key) for cell in study.cells]
+        keys = [key for key in keys if across is None or key[across] == study.axes[across][0]]
         looks = [look(study, key, across, number) for number, key in enumerate(keys)]
         assert len(set(looks)) == len(looks), name
         for key, (tint, _) in zip(keys, looks, strict=True):
@@ -463,6 +505,46 @@ def test_four_times_the_gain_is_compared_with_four_times_the_gain(tmp_path: Path
     assert found.differences == pytest.approx((-0.1, 0.2, -0.3))
 
 
+@pytest.mark.parametrize(
+    ("sn", "en", "expected"),
+    [(1.0, 5.0, SUPPORTED), (1.0, 3.0, CONTRADICTED), (-3.0, -4.0, UNDECIDED), (-3.0, -20.0, UNDECIDED)],
+)
+def test_a_multiple_of_a_gain_needs_a_gain(sn: float, en: float, expected: str, tmp_path: Path) -> None:
+    """Where SN loses against BN, four times its gain says nothing."""
+    noise = (0.1, -0.1, 0.05, 0.0, -0.05)
+    gains = {"bn": 0.0, "sn": sn, "en": en}
+    rows = [
+        row(f"norm={norm}", seed, 80.0 + gain + (noise[seed] if norm == "en" else 0.0))
+        for norm, gain in gains.items()
+        for seed in range(5)
+    ]
+    (found,) = verdict(tmp_path, "en-webvision", "en-webvision", rows)
+    assert found.verdict == expected
+
+
+def test_no_difference_is_found_only_where_one_was_looked_for(tmp_path: Path) -> None:
+    """A claim without a direction is undecided until there are two seeds."""
+    scores = {"en": [80.0, 80.2], "relu": [79.0, 80.9]}
+    rows = [row(f"variant={name}", seed, value) for name, of in scores.items() for seed, value in enumerate(of)]
+    (one,) = verdict(tmp_path, "en-ablation", "en-tanh-relu", [item for item in rows if item["seed"] == "0"])
+    (two,) = verdict(tmp_path, "en-ablation", "en-tanh-relu", rows)
+    assert one.verdict == UNDECIDED and two.verdict == "no direction claimed, none found"
+
+
+def test_fewer_than_five_seeds_are_weak_and_the_claimed_side_is_counted(tmp_path: Path) -> None:
+    scores = {"sn": [80.0, 80.1, 80.2, 80.1, 80.0], "bn": [70.0, 70.2, 70.1, 70.3, 70.0], "gn": [80.0] * 5}
+    for seeds, said in ((3, "supported (weak)"), (5, "supported")):
+        rows = [
+            row(f"norm={norm} batch=8x32", seed, value)
+            for norm, of in scores.items()
+            for seed, value in enumerate(of[:seeds])
+        ]
+        found = verdict(tmp_path, "sn-table2", "sn-regular-batch", rows)
+        assert as_claimed(found) == "2 of 2" and is_weak(found) == (seeds < 5)
+        assert labelled([replace(item, p_holm=0.001) for item in found]) == said
+    assert labelled(verdict(tmp_path, "sn-table2", "sn-regular-batch", [])) == UNDECIDED
+
+
 def test_a_claim_with_several_comparisons_needs_all_of_them(tmp_path: Path) -> None:
     scores = {"sn": [80.0, 80.1, 80.2], "bn": [70.0, 70.2, 70.1], "gn": [80.0, 80.4, 79.9]}
     rows = [row(f"norm={norm} batch=8x32", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
@@ -498,7 +580,17 @@ def test_holm_corrects_by_the_number_of_comparisons_that_are_left() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06], abs=1e-12)
     assert holm([0.04, None, 0.01, 0.03]) == pytest.approx([0.09, None, 0.04, 0.09], abs=1e-12)
     assert holm([0.6, 0.7]) == [1.0, 1.0]
-    assert p_value([1.0, 1.0], 0.0) == 0.0 and p_value([0.0, 0.0], 0.0) == 1.0 and p_value([1.0], 0.0) is None
+    assert p_value([1.0], 0.0) is None
+
+
+@pytest.mark.parametrize("differences", [[0.05, 0.05], [20.0, 20.0, 20.0], [1.1 - 1.0, 2.1 - 2.0]])
+def test_equal_differences_decide_nothing(differences: list[float], tmp_path: Path) -> None:
+    """Without any spread nothing is known of the error, however large the difference is."""
+    assert p_value(differences, 0.0) is None
+    rows = [row("norm=bn batch=8x2", seed, 50.0) for seed in range(len(differences))]
+    rows += [row("norm=sn batch=8x2", seed, 50.0 + value) for seed, value in enumerate(differences)]
+    (found,) = verdict(tmp_path, "sn-table2", "sn-small-batch", rows)
+    assert (found.verdict, found.p, found.interval) == (UNDECIDED, None, None)
 
 
 def test_results_are_what_the_records_say_or_are_named(tmp_path: Path) -> None:

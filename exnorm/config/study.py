@@ -9,6 +9,7 @@ after the training.
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from string import Formatter
 from typing import Any
 
 from exnorm.config.errors import UserError, suggest
@@ -48,6 +49,8 @@ class Study:
     axes: Mapping[str, tuple[str, ...]]
     cells: tuple[Cell, ...]
     sources: Mapping[str, tuple[str, ...]]  # runs whose checkpoints others begin with: settings by name
+    notes: tuple[str, ...]  # what a reader of its numbers has to know
+    scale_notes: tuple[str, ...]  # and of those of every study at this scale
     stand_ins: Mapping[str, str]  # what a value of an axis is at this scale, where it is something smaller
     threads: int | None  # of a run; None: all cores
     train_images: Mapping[str, int]  # of the data sets that do not say it in their configuration
@@ -147,9 +150,11 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
         axes={axis: tuple(options) for axis, options in axes.items()},
         cells=tuple(cells),
         sources=sources,
+        notes=(*values.get("notes", ()), *own.get("notes", ())),
+        scale_notes=tuple(shared.get("notes", ())),
         stand_ins={**shared.get("stand_ins", {}), **own.get("stand_ins", {})},
         threads=own.get("threads", shared.get("threads")),
-        train_images=shared.get("train_images", {}),
+        train_images={**shared.get("train_images", {}), **own.get("train_images", {})},
     )
     _check_names(study)
     return study
@@ -202,6 +207,10 @@ def _check_names(study: Study) -> None:
         axis = study.values.get(key)
         if axis is not None and axis not in study.axes:
             raise UserError(f"study {study.id}: {key}: there is no axis '{axis}': {suggest(str(axis), study.axes)}")
+    patterns = [text for given in study.values.get("published", {}).values() for text in _as_list(given)]
+    for name in (name for text in patterns for _, name, _, _ in Formatter().parse(str(text)) if name is not None):
+        if name not in study.axes:
+            raise UserError(f"study {study.id}: published: no axis '{name}': {suggest(name, study.axes)}")
     for cell in (*study.followed, *study.by_class):
         other = [text for text in cell.evaluate if not text.startswith(("data=", "data."))]
         if cell in study.by_class and other:
@@ -210,6 +219,10 @@ def _check_names(study: Study) -> None:
         for side in ("left", "right"):
             if study.cell(pair[side]) not in study.by_class:
                 raise UserError(f"study {study.id}: ratio_differences: {pair} is not among classes_of")
+
+
+def _as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
 
 
 def _axis_values(axis: str, given: Any) -> dict[str, tuple[str, ...]]:
@@ -235,10 +248,7 @@ def _setting_key(text: str) -> str:
 
 def _meets(condition: Mapping[str, Any], facts: Mapping[str, str]) -> bool:
     """Whether every fact that a condition names is the value, or one of the values, that it asks for."""
-    return all(
-        facts.get(name) in ([str(v) for v in wanted] if isinstance(wanted, list) else [str(wanted)])
-        for name, wanted in condition.items()
-    )
+    return all(facts.get(name) in [str(value) for value in _as_list(wanted)] for name, wanted in condition.items())
 
 
 def _seeds(values: Mapping[str, Any], key: Mapping[str, str], given: Mapping[str, str]) -> int:

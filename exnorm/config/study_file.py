@@ -70,12 +70,12 @@ SIDE = (_is_side, "a cell such as {norm: sn}, a number, or weighted cells such a
 SCALE_KEYS = {
     "set": SETTINGS,
     "when": MAPPINGS,
-    "leave_out": MAPPINGS,  # of a study's own scale: cells that it does without
     "threads": COUNT,
     "stand_ins": (lambda v: _is_mapping(v) and all(map(_is_word, v.values())), "words by the words they stand for"),
     "train_images": MAPPING,
     "notes": WORDS,
 }
+OWN_SCALE_KEYS = {**SCALE_KEYS, "leave_out": MAPPINGS}  # of a study: cells that it does without at this scale
 STUDY_KEYS = {
     "paper": WORD,
     "table": WORD,
@@ -117,7 +117,7 @@ def read_study(name: str) -> tuple[Path, dict[str, Any]]:
     for scale, own in values.get("scales", {}).items():
         if scale not in SCALES:
             raise UserError(f"{file}, scales: unknown scale '{scale}': {suggest(str(scale), SCALES)}")
-        check_scale(own, f"{file}, scales.{scale}")
+        check_scale(own, OWN_SCALE_KEYS, f"{file}, scales.{scale}")
     for key, keys, needed in (
         ("when", RULE_KEYS, RULE_KEYS),
         ("more_seeds", SEEDS_KEYS, SEEDS_KEYS),
@@ -132,15 +132,15 @@ def read_study(name: str) -> tuple[Path, dict[str, Any]]:
 def read_scale(name: str) -> dict[str, Any]:
     """What `conf/scale/<name>.yaml` says."""
     values = option_values("scale", name)
-    check_scale(values, f"conf/scale/{name}.yaml")
+    check_scale(values, SCALE_KEYS, f"conf/scale/{name}.yaml")
     return values
 
 
-def check_scale(values: Any, where: str) -> None:
+def check_scale(values: Any, keys: Mapping[str, tuple[Form, str]], where: str) -> None:
     """Refuse a scale, of all studies or of one, with an unknown key or a value of another form."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where} has no keys; allowed: {', '.join(SCALE_KEYS)}")
-    check(values, SCALE_KEYS, where)
+        raise UserError(f"{where} has no keys; allowed: {', '.join(keys)}")
+    check(values, keys, where)
     for rule in values.get("when", ()):
         check(rule, RULE_KEYS, f"{where}, when", needed=RULE_KEYS)
 

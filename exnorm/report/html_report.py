@@ -5,7 +5,8 @@ import glob
 import html
 import io
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -64,7 +65,7 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
         _wide(_cells_table(table)),
         "<ul class='notes'>" + "".join(f"<li>{_text(line)}</li>" for line in table.footnotes()) + "</ul>",
         *_verdicts(judged_study(study, table.rows)),
-        *_figures([(figure.name, figure.draw(figure.data)) for figure in figures_of(study, results)]),
+        *_figures([(figure.name, partial(figure.draw, figure.data)) for figure in figures_of(study, results)]),
         "<h2>The runs</h2><div id='runs'>",
         *(_runs_of(study, cell, table.rows, curves.get(cell.name, {}), runs) for cell in study.cells),
         "</div>",
@@ -82,10 +83,9 @@ def run_page(folder: RunFolder) -> str:
     log = [row for row in MetricsLog.read(folder.metrics_file) if "val/top1" in row]
     curve = [(float(row["epoch"]), float(row["val/top1"])) for row in log]
     numbers = [(key, value) for key, value in record.items() if isinstance(value, int | float | str)]
-    ratios, drawn = shares(log), []
+    ratios, drawn = shares(log), list[tuple[str, Callable[[], Figure]]]()
     if not ratios.empty:
-        with rc_context(STYLE):
-            drawn = [("ratios", stacked(ratios, "")), ("ratios over epochs", dynamics(ratios, ""))]
+        drawn = [("ratios", partial(stacked, ratios, "")), ("ratios over epochs", partial(dynamics, ratios, ""))]
     state = "" if record else " It has not finished."
     parts = [
         f"<h1>{_text(folder.path.name)}</h1>",
@@ -150,23 +150,23 @@ def _verdicts(judged: Judged) -> list[str]:
     return ["<h2>Verdicts</h2>", _wide(to_html(grid_of(judged))), f"<ul class='notes'>{said}</ul>"]
 
 
-def _figures(figures: Sequence[tuple[str, Figure]]) -> list[str]:
-    """The figures, one at a time, and the control that chooses."""
+def _figures(figures: Sequence[tuple[str, Callable[[], Figure]]]) -> list[str]:
+    """The figures, by their names and what draws them, one at a time, and the control that chooses."""
     if not figures:
         return []
     names = "".join(f"<option>{_text(name)}</option>" for name, _ in figures)
     shown = [
         f"<figure data-name='{_text(name)}'{' hidden' if index else ''}>"
-        f"<img alt='{_text(name)}' src='data:image/svg+xml;base64,{_svg(figure)}'></figure>"
-        for index, (name, figure) in enumerate(figures)
+        f"<img alt='{_text(name)}' src='data:image/svg+xml;base64,{_svg(draw)}'></figure>"
+        for index, (name, draw) in enumerate(figures)
     ]
     return ["<h2>Figures</h2>", f"<label>Figure <select id='chosen'>{names}</select></label>", *shown]
 
 
-def _svg(figure: Figure) -> str:
+def _svg(draw: Callable[[], Figure]) -> str:
     stream = io.BytesIO()
     with rc_context(STYLE):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        draw().savefig(stream, format="svg", metadata={"Date": None})
     return base64.b64encode(stream.getvalue()).decode()
 
 

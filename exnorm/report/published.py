@@ -33,10 +33,15 @@ def published_folder() -> Path:
 
 
 class Published(NamedTuple):
-    """A number of a paper as it is printed there; a text alone where there is none."""
+    """A number of a paper as it is printed there; a text alone where there is none.
+
+    Attributes:
+        note: what is known about the number; empty where there is none.
+    """
 
     text: str
     value: float | None
+    note: str
 
 
 def published(study: Study, cell: Cell, metric: str) -> Published | None:
@@ -50,7 +55,8 @@ def published(study: Study, cell: Cell, metric: str) -> Published | None:
     for row in _numbers():
         if all(row[column] in options for column, options in filters.items()):
             source = "" if row["paper"] == study.values.get("paper") else f" [{row['paper']}]"
-            return Published((row["value"] or row["note"]) + source, float(row["value"]) if row["value"] else None)
+            value = float(row["value"]) if row["value"] else None
+            return Published((row["value"] or row["note"]) + source, value, row["note"] if row["value"] else "")
     return None
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from exnorm.report.palette import OTHER, colour
 from exnorm.runs.layer_ratios import bottom_middle_top, symmetric_kl
@@ -38,7 +39,7 @@ def stacked(frame: pd.DataFrame, title: str) -> Figure:
 
 def dynamics(frame: pd.DataFrame, title: str) -> Figure:
     """The ratios of a bottom, a middle and a top layer after each epoch; shaded, the deviation over samples."""
-    chosen = bottom_middle_top(list(frame.layer.unique()))
+    chosen = bottom_middle_top(list(frame.query("epoch == epoch.max()").layer.unique()))
     figure = Figure(figsize=(3.2 * len(chosen) + 1, 3.0), layout="constrained")
     panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for panel, layer in zip(panels, chosen, strict=True):
@@ -53,6 +54,7 @@ def dynamics(frame: pd.DataFrame, title: str) -> Figure:
                     line.epoch, mean - spread, mean + spread, color=colour(normalizer), alpha=0.2, linewidth=0
                 )
         panel.set(title=layer, xlabel="epoch", ylim=(0, 1))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("ratio")
     finish(figure, panels[0], title)
     return figure

@@ -14,6 +14,7 @@ from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.published import claims
 from exnorm.report.study_figures import StudyFigure, figures_of, save
 from exnorm.report.study_table import FORMATS, StudyTable, table_of
+from exnorm.report.verdicts import as_claimed
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.records import read_records
 
@@ -88,7 +89,15 @@ def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequen
     """`results/README.md`, which a reader understands without the code."""
     by_study = {(item.study.id, item.study.scale): item for item in judged}
     missing = [name for name in group_options("study") if name not in {table.study.id for table in tables}]
-    parts = [INTRODUCTION, "## What agrees with the papers, and what does not", to_markdown(summary(judged)), JUDGED]
+    at = {table.study.scale: table.study.scale_notes for table in tables}
+    about = [line for scale, notes in at.items() if notes for line in (f"At scale {scale}:", _list(notes))]
+    parts = [
+        INTRODUCTION,
+        *about,
+        "## What agrees with the papers, and what does not",
+        to_markdown(summary(judged)),
+        JUDGED,
+    ]
     uncovered = ", ".join(f"`{claim}`" for claim in not_covered())
     parts.append(f"No study is about: {uncovered}. Not measured yet: {', '.join(missing) or 'nothing is missing'}.")
     for table in tables:
@@ -104,6 +113,7 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[s
     parts = [f"## {study.title}", f"`{study.id}`, scale {study.scale}. {duration(table)}", heading, to_markdown(grid)]
     own = [figure for figure in figures if figure.startswith(f"{name}-")]
     parts += [f"![{study.title}](figures/{figure}.png)" for figure in own if "accuracy" in figure]
+    parts.append(_list(table.remarks()))
     parts += [to_markdown(grid_of(judged))] if judged.comparisons else []
     others = " · ".join(f"[{figure.removeprefix(f'{name}-')}](figures/{figure}.png)" for figure in own)
     parts.append(f"[All cells and footnotes](tables/{name}.md) · [numbers](tables/{name}.csv) · figures: {others}")
@@ -145,12 +155,18 @@ def summary(judged: Sequence[Judged]) -> Grid:
             Entry(f"{known[claim].claim} ({known[claim].paper})"),
             Entry(item.study.id),
             Entry(item.study.scale),
+            Entry(str(min(comparison.n for comparison in found))),
+            Entry(as_claimed(found)),
             Entry(labelled(found), True),
         ]
         for item in judged
         for claim, found in item.comparisons.items()
     ]
-    return Grid(("claim", "study", "scale", "verdict"), rows)
+    return Grid(("claim", "study", "scale", "seeds", "as claimed", "verdict"), rows)
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _read(path: Path) -> str | None:
@@ -174,8 +190,10 @@ appears at all at this size. **Scale full** is the papers' protocol, from the sa
 
 JUDGED = """A verdict comes from the differences of equal seeds (the same data order and initialization), by a t-test \
 with Holm's correction over the comparisons of a study: supported or contradicted where the corrected p is below \
-0.05, else undecided; "no worse than" allows 0.5 points. What is claimed to hold always is judged by all runs of the \
-study. *Weak*: fewer than 5 seeds. The last epoch counts; no best \
+0.05, else undecided. "No worse than" (>=) allows 0.5 points; "four times a gain" (>= 4 *) allows nothing and is \
+undecided where there is no gain. What is claimed to hold always is judged by all runs of the \
+study. *As claimed*: the comparisons whose mean difference lies on the claimed side, which alone decides nothing. \
+*Weak*: fewer than 5 seeds. The last epoch counts; no best \
 epoch is picked on the validation set."""
 
 ENDING = """## The papers' numbers

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from matplotlib.ticker import MaxNLocator
 from exnorm.config.study import Cell, Study
 from exnorm.report import class_figures
 from exnorm.report.measured import measured
-from exnorm.report.palette import colour, shade
+from exnorm.report.palette import COLOURS, colour, shade
 from exnorm.report.published import published
-from exnorm.report.ratio_figures import stacked
+from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.report.study_table import heading
+from exnorm.runs.layer_ratios import bottom_middle_top
 from exnorm.runs.records import Row, read_records
 
 MARKERS = "osD^vP*Xh<>"
@@ -48,14 +50,12 @@ def figures_of(study: Study, results: Path) -> list[StudyFigure]:
         StudyFigure("mean_ratios", ratio_data(study, rows), lambda data: draw_mean_ratios(study, data)),
     ]
     for cell in study.followed:
-        data = layer_data(study, cell, results)
-        found.append(
-            StudyFigure(
-                _named("layers", cell),
-                data,
-                lambda data, cell=cell: stacked(data, f"{titled(study)}: {cell.name}, seed 0"),
-            )
-        )
+        frame, title = layer_data(study, cell, results), f"{titled(study)}: {cell.name}, seed 0"
+        last = frame.query("epoch == epoch.max()")
+        found.append(StudyFigure(_named("layers", cell), last, partial(stacked, title=title)))
+        if frame.epoch.nunique() > 1:
+            followed: Any = frame[frame.layer.isin(bottom_middle_top(list(last.layer.unique())))]
+            found.append(StudyFigure(_named("dynamics", cell), followed, partial(dynamics, title=title)))
     found += class_figures_of(study, results)
     return [figure for figure in found if not figure.data.empty]
 
@@ -270,7 +270,11 @@ def look(study: Study, key: dict[str, str], across: str | None, number: int) -> 
     if "norm" not in others:
         return shade(number, math.prod(map(len, others.values()))), "-"
     rest = {axis: values for axis, values in others.items() if axis != "norm"}
-    place = list(itertools.product(*rest.values())).index(tuple(key[axis] for axis in rest))
+    choices = list(itertools.product(*rest.values()))
+    place = choices.index(tuple(key[axis] for axis in rest))
+    grey = [value for value in others["norm"] if value not in COLOURS]
+    if key["norm"] in grey:  # variants share a colour
+        place += len(choices) * grey.index(key["norm"])
     return colour(key["norm"]), DASHES[place % len(DASHES)]
 
 

@@ -80,7 +80,6 @@ class StudyTable:
 
     def footnotes(self) -> list[str]:
         """What a reader of the numbers has to know."""
-        rows = [row for row in self.rows if row["scale"] == self.study.scale and row["metric"] == "top1"]
         lines = ["Mean ± standard deviation over seeds (number of seeds); the last epoch counts."]
         if self.study.scale != "full":
             stand_ins = self._stand_ins()
@@ -89,29 +88,47 @@ class StudyTable:
                 + (f" ({stand_ins})" if stand_ins else "")
                 + "; a difference to the published number is one of tasks as well."
             )
-        lines += self.study.values.get("notes", ())
+        return [*lines, *self.study.scale_notes, *self.remarks(), *self._origin()]
+
+    def remarks(self) -> list[str]:
+        """Those footnotes that are about this study alone."""
+        lines = list(self.study.notes)
         if "images_per_s" in self.study.metrics:
             lines.append("images/s: the median over epochs, as the runs were made, several at once or alone.")
-        lines += self._facts(rows)
+        lines += [*self._published_notes(), *self._facts()]
         for cell, steps in measured(self.study, self.rows, DIVERGED_AT).items():
             seeds = ", ".join(f"seed {seed} at step {step:.0f}" for seed, step in steps.by_seed.items())
             lines.append(f"{cell} diverged, its loss was not finite: {seeds}; means and verdicts are without them.")
-        hours = sum({row["run"]: float(row["hours"]) for row in rows}.values())
-        runs = len({row["run"] for row in rows})
-        for name in ("device", "torch", "commit"):
-            found = dict.fromkeys(row[name] for row in rows)
-            if found:
-                lines.append(f"{name}: {', '.join(found)}." if name != "torch" else f"torch {', '.join(found)}.")
+        return lines
+
+    def _origin(self) -> list[str]:
+        """What the numbers were made with."""
+        rows = self._of("top1")
+        found = {name: ", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("device", "torch", "commit")}
+        lines = [f"{name}{' ' if name == 'torch' else ': '}{texts}." for name, texts in found.items() if texts]
         changed = {row["run"] for row in rows if row["uncommitted"] == "yes"}
         if changed:
             lines.append(f"{len(changed)} of the runs were made with changes that are not in that commit.")
-        lines.append(f"{runs} runs, {hours:.1f} hours of training in all.")
-        return lines
+        hours = {row["run"]: float(row["hours"]) for row in rows}
+        return [*lines, f"{len(hours)} runs, {sum(hours.values()):.1f} hours of training in all."]
 
-    def _facts(self, rows: Sequence[Row]) -> list[str]:
+    def _of(self, metric: str) -> list[Row]:
+        return [row for row in self.rows if row["scale"] == self.study.scale and row["metric"] == metric]
+
+    def _published_notes(self) -> list[str]:
+        """What is known about the papers' numbers."""
+        cells: dict[str, list[str]] = {}
+        for cell in self.study.cells:
+            for metric in PERCENT:
+                paper = published(self.study, cell, metric) if metric in self.study.metrics else None
+                if paper is not None and paper.note:
+                    cells.setdefault(paper.note, []).append(f"{paper.text} at {cell.name}")
+        return [f"Published {', '.join(names)}: {note}." for note, names in cells.items()]
+
+    def _facts(self) -> list[str]:
         """What holds for all cells, or else for which ones."""
         by_fact: dict[str, dict[str, None]] = {}
-        for row in rows:
+        for row in self._of("top1"):
             by_fact.setdefault(row["facts"], {})[row["cell"]] = None
         if len(by_fact) == 1:
             return [f"Facts: {fact}." for fact in by_fact]
@@ -168,7 +185,7 @@ def table_of(study: Study, results: Path) -> StudyTable:
 def as_markdown(table: StudyTable) -> str:
     """The table as a page."""
     study = table.study
-    parts = [f"# {study.title}", _origin(study)]
+    parts = [f"# {study.title}", _asked(study)]
     for title, grid in table.grids():
         parts += [f"## {title}"] if title else []
         parts.append(to_markdown(grid))
@@ -214,6 +231,6 @@ def answers_to(study: Study) -> str:
     return f"Answers to: {named}." if named else "Answers to no paper."
 
 
-def _origin(study: Study) -> str:
+def _asked(study: Study) -> str:
     command = f"exnorm reproduce {study.named} --scale {study.scale}"
     return f"{answers_to(study)} Study `{study.id}`, scale {study.scale}: `{command}`."

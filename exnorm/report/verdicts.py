@@ -8,9 +8,10 @@ order and initialization), of which n are there:
     p = 2 P(T_{n-1} > |mean - threshold| / (s / sqrt(n))), Holm-corrected over the comparisons of the study
 
 "left > right" has the threshold 0; "left >= right" (no worse than) -0.5 points, fixed beforehand; "left >= k * right" 0
-for left - k right. Corrected p below 0.05 is supported above the threshold and contradicted below it; all else is
-undecided. "Always" counts runs instead: it is supported if all runs of the left's cells ended with a finite loss,
-contradicted if one diverged, undecided while some are missing.
+for left - k right, where right, a gain, is above 0 in the mean. Corrected p below 0.05 is supported above the threshold
+and contradicted below it; all else is undecided: fewer than 2 seeds, differences without any spread, no gain. "Always"
+counts runs instead: it is supported if all runs of the left's cells ended with a finite loss, contradicted if one
+diverged, undecided while some are missing.
 
 A claim is supported if all of its comparisons are, contradicted if one of them is. Fewer than 5 seeds are weak. Holm:
 S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
@@ -24,7 +25,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from exnorm.config.errors import UserError
-from exnorm.config.study import Cell, Study, cell_name
+from exnorm.config.study import Cell, Study, cell_name, compared_cells
 from exnorm.report.measured import measured
 from exnorm.report.published import claims
 from exnorm.runs.records import DIVERGED_AT, Row
@@ -32,6 +33,7 @@ from exnorm.runs.records import DIVERGED_AT, Row
 LEVEL = 0.05
 MARGIN = 0.5  # points that "no worse than" allows
 ENOUGH_SEEDS = 5
+NO_SPREAD = 1e-9  # of differences: what rounding leaves of 0
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 
 
@@ -56,8 +58,9 @@ class Comparison:
 
     Attributes:
         threshold: the mean difference is judged against it; None where the paper claims no direction.
-        differences: left - right of each seed.
-        p, p_holm: None of fewer than 2 seeds.
+        differences: left - right of each seed, or left - k right.
+        gains: right of each seed, in a claim about a multiple of it.
+        p, p_holm: None of fewer than 2 seeds and of equal differences, which say nothing of their spread.
         runs: of a claim about what always holds.
     """
 
@@ -68,6 +71,7 @@ class Comparison:
     differences: tuple[float, ...]
     p: float | None = None
     p_holm: float | None = None
+    gains: tuple[float, ...] = ()
     runs: Runs | None = None
 
     @property
@@ -83,7 +87,7 @@ class Comparison:
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval of the mean difference."""
-        if len(self.differences) < 2:
+        if self.p is None:
             return None
         from scipy.stats import t
 
@@ -96,7 +100,9 @@ class Comparison:
         if self.runs:
             finished, diverged, wanted, _ = self.runs
             return CONTRADICTED if diverged else SUPPORTED if finished == wanted else UNDECIDED
-        decided = self.p_holm is not None and self.p_holm < LEVEL
+        if self.p_holm is None or (self.gains and mean(self.gains) <= 0):
+            return UNDECIDED
+        decided = self.p_holm < LEVEL
         if self.threshold is None:
             return "no direction claimed, " + ("a difference found" if decided else "none found")
         if not decided:
@@ -119,6 +125,12 @@ def overall(comparisons: Sequence[Comparison]) -> str:
     return verdicts[0] if len(set(verdicts)) == 1 else UNDECIDED
 
 
+def as_claimed(comparisons: Sequence[Comparison]) -> str:
+    """`2 of 3`: how many mean differences, of those that claim a direction, lie on its side, decided or not."""
+    sides = [c.mean > c.threshold for c in comparisons if c.mean is not None and c.threshold is not None]
+    return f"{sum(sides)} of {len(sides)}" if sides else "–"
+
+
 def is_weak(comparisons: Sequence[Comparison]) -> bool:
     """Whether one of them has fewer than 5 seeds."""
     return any(comparison.n < ENOUGH_SEEDS for comparison in comparisons)
@@ -139,15 +151,13 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 
 def p_value(differences: Sequence[float], threshold: float) -> float | None:
-    """The two-sided p-value of a t-test of the mean against a threshold; None of fewer than 2 values."""
-    if len(differences) < 2:
+    """The two-sided p-value of a t-test of the mean against a threshold; None of fewer than 2 values, or equal ones."""
+    if len(differences) < 2 or max(differences) - min(differences) < NO_SPREAD:
         return None
     from scipy.stats import t
 
     error = stdev(differences) / math.sqrt(len(differences))
     distance = abs(mean(differences) - threshold)
-    if error == 0:
-        return 1.0 if distance == 0 else 0.0
     return float(2 * t.sf(distance / error, len(differences) - 1))
 
 
@@ -158,25 +168,36 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Co
     expect = known[wanted["id"]].expect
     if expect == "always":
         return _count(study, rows, wanted)
+    if not any(compared_cells(wanted[side]) for side in ("left", "right") if side in wanted) or "right" not in wanted:
+        raise UserError(f"study {study.id}: claim {wanted['id']}: write a cell at left and one, or a number, at right")
     metric = wanted.get("metric", study.metrics[0])
     values = {cell: value.by_seed for cell, value in measured(study, rows, metric).items()}
     factor = _factor(expect)
-    terms = [*_terms(study, wanted["left"]), *((-factor * w, cells) for w, cells in _terms(study, wanted["right"]))]
-    differences = tuple(_differences(terms, values))
+    left, right = _terms(study, wanted["left"]), _terms(study, wanted["right"])
+    differences = tuple(_differences([*left, *((-factor * weight, cells) for weight, cells in right)], values))
     threshold = _threshold(expect)
-    text = f"{_written(wanted['left'])} {_sign(expect)} {_written(wanted['right'])}"
-    return Comparison(wanted["id"], metric, text, threshold, differences, p_value(differences, threshold or 0.0))
+    return Comparison(
+        wanted["id"],
+        metric,
+        text=f"{_written(study, wanted['left'])} {_sign(expect)} {_written(study, wanted['right'])}",
+        threshold=threshold,
+        differences=differences,
+        p=p_value(differences, threshold or 0.0),
+        gains=tuple(_differences(right, values)) if factor != 1 else (),
+    )
 
 
 def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comparison:
     """How many runs of some cells, of the study's seeds, ended with a finite loss."""
+    if not isinstance(wanted["left"], Mapping):
+        raise UserError(f"study {study.id}: claim {wanted['id']}: write cells at left, such as {{norm: en}}")
     cells = study.cells_with(wanted["left"])
     ended = [_seeds(study, rows, cell, ("top1", DIVERGED_AT)) for cell in cells]
     finished = sum(len(_seeds(study, rows, cell, ("loss",))) for cell in cells)
     diverged = sum(map(len, ended)) - finished
     runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells), min(map(len, ended)))
-    text = f"{_written(wanted['left'])}: {finished} of {runs.wanted} runs end with a finite loss, {diverged} without"
-    return Comparison(wanted["id"], "loss", text, None, (), runs=runs)
+    counted = f"{finished} of {runs.wanted} runs end with a finite loss, {diverged} without"
+    return Comparison(wanted["id"], "loss", f"{_written(study, wanted['left'])}: {counted}", None, (), runs=runs)
 
 
 def _seeds(study: Study, rows: Sequence[Row], cell: Cell, metrics: Sequence[str]) -> set[int]:
@@ -228,10 +249,11 @@ def _sign(expect: str) -> str:
     return expect.removeprefix("left ").removesuffix("right").strip()
 
 
-def _written(side: Any) -> str:
+def _written(study: Study, side: Any) -> str:
+    """A side of a comparison in words, with what stands for a value at this scale in its place."""
     if isinstance(side, int | float):
         return f"{side:g}"
     if isinstance(side, Mapping):
-        return cell_name((axis, str(value)) for axis, value in side.items())
-    parts = [f"{'-' if weight < 0 else '+'} ({_written(cell)})" for weight, cell in side]
+        return cell_name((axis, study.label(str(value))) for axis, value in side.items())
+    parts = [f"{'-' if weight < 0 else '+'} ({_written(study, cell)})" for weight, cell in side]
     return "(" + " ".join(parts).removeprefix("+ ") + ")"

@@ -39,7 +39,7 @@ CLASS_COLUMNS: Any = {  # of the ratios by class, and what is in them
 
 def bottom_middle_top(layers: Sequence[str]) -> list[str]:
     """The layers that are followed over the epochs, of all in the order of the network."""
-    return list(dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])))
+    return list(dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1]))) if layers else []
 
 
 def read_class_ratios(file: Path) -> pd.DataFrame:

@@ -65,7 +65,7 @@ def cpu_model() -> str:
 
 
 def git_state(checkout: Path) -> dict[str, Any] | None:
-    """Return commit and dirtiness (`results/` aside) of a checkout; None if the folder is not the top of one (an installed wheel)."""
+    """Return commit and dirtiness of a checkout, `results/` aside; None if it is not the top of one (a wheel)."""
     top = git(checkout, "rev-parse", "--show-toplevel")
     commit = git(checkout, "rev-parse", "HEAD")
     if top is None or commit is None or Path(top.strip()).resolve() != checkout.resolve():
@@ -81,7 +81,7 @@ def untracked_code(checkout: Path) -> list[str]:
 
 
 def uncommitted_patch() -> str | None:
-    """Return the uncommitted changes of the checkout, `results/` aside, as a patch, None if there are none; cut at a megabyte."""
+    """Return the uncommitted changes of the checkout, `results/` aside, as a patch cut at a megabyte; None without."""
     if git_state(CHECKOUT) is None:
         return None
     patch = git(CHECKOUT, "diff", "HEAD", "--", *TRACKED) or ""
