@@ -261,7 +261,9 @@ def results(
     from exnorm.report.results import differences, write_results
 
     if check:
-        lines = differences(folder)
+        from exnorm.studies.collect import stale_rows
+
+        lines = [*stale_rows(folder), *differences(folder)]
         print("\n".join(lines) or f"{folder}: as the records say")
         raise typer.Exit(1 if lines else 0)
     for path in write_results(folder):

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from exnorm.config.study import load_study
+from exnorm.report.published import published
+
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "results" / "published"
 TABLES = ("sn2019", "en2020", "other")
@@ -50,3 +53,29 @@ def test_no_published_number_is_typed_anywhere_else() -> None:
         text = re.sub(r"<!-- made by.*?<!-- end -->", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
         found = set(re.findall(r"(?<![\d.])\d\d\.\d+(?![\d.])", text))
         assert not found & values, f"{file} has {found & values}; read it from results/published/"
+
+
+def test_each_number_of_a_table_that_a_study_answers_to_stands_at_one_cell() -> None:
+    """Of SN's tables II and III: every accuracy is found, each once, with its own value."""
+    for study_id, table, metrics in (
+        ("sn-table2", "table2", ("top1",)),
+        ("sn-depth", "table3a", ("top1", "top5")),
+        ("sn-hard", "table3b", ("top1",)),
+    ):
+        study = load_study(study_id, "full")
+        printed = [row for row in rows("sn2019") if row["table"] == table and row["metric"] in metrics]
+        found = [published(study, cell, metric) for cell in study.cells for metric in metrics]
+        assert sorted(row["value"] for row in printed) == sorted(
+            "" if item.value is None else item.text for item in found if item is not None
+        )
+    norms = {"in": "in", "ln": "ln", "bn": "bn", "gn": "gn", "sn": "sn", "ssn": "ssn", "sn-group2": "sn-group2"}
+    study = load_study("sn-norms", "full")
+    for name, method in norms.items():
+        item = published(study, study.cell({"norm": name}), "top1")
+        values = {
+            row["value"]
+            for row in (*rows("sn2019"), *rows("other"))
+            if (row["method"], row["setting"], row["metric"]) == (method, "batch=8x32", "top1")
+            and (row["backbone"], row["dataset"]) == ("resnet50", "imagenet")
+        }
+        assert item is not None and item.text.split()[0] in values, name

@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from exnorm.config.errors import UserError
-from exnorm.config.study import Study
+from exnorm.config.groups import group_options
+from exnorm.config.study import Study, load_study
 from exnorm.runs.folder import RunFolder, read_json
 from exnorm.runs.layer_ratios import bottom_middle_top, read_class_ratios, shares, symmetric_kl
 from exnorm.runs.metrics import MetricsLog
-from exnorm.runs.records import COLUMNS, DIVERGED_AT, Row, Rows, change_records
-from exnorm.studies.plan import Job
+from exnorm.runs.records import (
+    COLUMNS,
+    DIVERGED_AT,
+    Row,
+    Rows,
+    change_records,
+    read_records,
+    record_file,
+    recorded,
+)
+from exnorm.studies.plan import Job, jobs_of
 
 LARGE_KL = 0.1  # nats; what SN's paper calls large is not known, so this is ours, set before anything was measured
 DIGITS = 6  # of a value, significant
@@ -161,6 +171,8 @@ def facts_of(config: dict[str, Any], record: dict[str, Any], result: dict[str, A
     facts = {"inference": result.get("inference", record["inference"])}
     if result.get("calibration_batches"):
         facts["calibration_batches"] = result["calibration_batches"]
+    if record.get("devices", 1) > 1:
+        facts["devices"] = record["devices"]
     if config["model"]["drop_rate"]:
         facts["drop_rate"] = config["model"]["drop_rate"]
     excluded = result.get("images_excluded", record.get("images_excluded"))
@@ -183,13 +195,25 @@ def add_to_record(study: Study, job: Job, results: Path) -> None:
     )
 
 
-def collect(study: Study, jobs: Sequence[Job], results: Path) -> list[str]:
-    """Bring the record up to date with the run folders; return a line for each thing that was left out.
+def collect(study: Study, jobs: Sequence[Job], results: Path) -> tuple[list[str], dict[str, str]]:
+    """Bring the record up to date with the run folders.
 
-    Rows of runs that are not here are kept, as long as the study still has that cell with that configuration.
+    Rows of runs that are not here, or damaged, are kept, as long as the study still has that cell with that
+    configuration.
+
+    Returns:
+        A line for each thing that was left out, and what is damaged, by the title of its job.
     """
-    found = {(study.scale, job.name, str(job.seed)): rows_of(study, job) for job in jobs if job.cell is not None}
-    found = {key: rows for key, rows in found.items() if rows["runs"]}
+    found: dict[tuple[str, ...], Rows] = {}
+    damaged: dict[str, str] = {}
+    for job in (job for job in jobs if job.cell is not None):
+        try:
+            rows = rows_of(study, job)
+        except ValueError as problem:
+            damaged[job.title] = str(problem)
+            continue
+        if rows["runs"]:
+            found[study.scale, job.name, str(job.seed)] = rows
     hashes = {job.name: job.config_hash for job in jobs if job.cell is not None}
     problems: dict[tuple[str, ...], str] = {}
 
@@ -208,7 +232,23 @@ def collect(study: Study, jobs: Sequence[Job], results: Path) -> list[str]:
 
     change_records(results, study.id, change)
     left_out = [problem for key, problem in problems.items() if key not in found]
-    return [*left_out, *_other_runs(study, jobs), *_without_snapshots(jobs)]
+    return [*left_out, *_other_runs(study, jobs), *_without_snapshots(jobs)], damaged
+
+
+def stale_rows(results: Path) -> list[str]:
+    """A line for each run in the records whose configuration is not the one that its study asks for now.
+
+    Of runs whose data are not here that cannot be told.
+    """
+    lines: dict[str, None] = {}
+    for name in (name for name in recorded(results) if name in group_options("study")):
+        rows = read_records(results, name)
+        for scale in dict.fromkeys(row["scale"] for row in rows):
+            study = load_study(name, scale)
+            hashes = {job.name: job.config_hash for job in jobs_of(study, study.cells, Path()) if job.cell is not None}
+            problems = (_outdated(study, row, hashes) for row in rows)
+            lines |= dict.fromkeys(f"{record_file(results, name)}: {problem}" for problem in problems if problem)
+    return list(lines)
 
 
 def _without_snapshots(jobs: Sequence[Job]) -> list[str]:

@@ -1,25 +1,26 @@
 """How long the rest of a study takes, from what was measured."""
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 from exnorm.config.study import Study
-from exnorm.runs.records import read_records, recorded
+from exnorm.runs.records import Row, read_records, recorded
 from exnorm.studies.plan import Job
 
 
 class Speed(NamedTuple):
-    """Images that are trained on per second, and where that number comes from; None where nothing is known."""
+    """Images that one device trains on per second, and where that number comes from; None where nothing is known."""
 
     images_per_s: float | None
     source: str
 
 
 def hours_left(jobs: Sequence[Job], speed: Speed, measured_h: dict[str, float]) -> float | None:
-    """The hours of training, one run after the other: as a cell's other seeds took, or else by the speed.
+    """The hours of one device, or core, in training: as a cell's other seeds took, or else by the speed.
 
     None where a run's time cannot be told.
     """
@@ -35,11 +36,11 @@ def hours_left(jobs: Sequence[Job], speed: Speed, measured_h: dict[str, float]) 
 
 
 def measured_hours(study: Study, results: Path) -> dict[str, float]:
-    """The mean hours of the runs of each cell that the record holds, at the study's scale."""
+    """The mean hours of one device that the runs of each cell took, as the record holds them, at the study's scale."""
     hours: dict[str, list[float]] = {}
     for row in read_records(results, study.id):
         if row["scale"] == study.scale and row["metric"] == "top1":
-            hours.setdefault(row["cell"], []).append(float(row["hours"]))
+            hours.setdefault(row["cell"], []).append(float(row["hours"]) * _devices(row))
     return {cell: mean(values) for cell, values in hours.items()}
 
 
@@ -48,7 +49,7 @@ def speed_of(study: Study, results: Path, given: float | None) -> Speed:
     if given is not None:
         return Speed(given, "as given by --images-per-s")
     measured = [
-        float(row["value"])
+        float(row["value"]) / _devices(row)
         for name in recorded(results)
         for row in read_records(results, name)
         if row["scale"] == study.scale and row["metric"] == "images_per_s"
@@ -60,14 +61,23 @@ def speed_of(study: Study, results: Path, given: float | None) -> Speed:
     return Speed(None, "nothing was measured yet")
 
 
+def _devices(row: Row) -> int:
+    found = re.search(r"\bdevices=(\d+)", row["facts"])
+    return int(found[1]) if found else 1
+
+
 def _benchmarked(file: Path) -> Speed:
-    """The last training step of ResNet-50 at 224 px with a normalizer of ours in the benchmark's table."""
+    """The last training step of ResNet-50 at 224 px on a GPU with a normalizer of ours in the benchmark's table."""
     unknown = "nothing was measured yet: exnorm bench train measures it, --images-per-s tells it"
     try:
         rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
     except FileNotFoundError:
         return Speed(None, unknown)
-    fitting = [r for r in rows if (r["model"], r["image_size"]) == ("resnet50", "224") and r["layers"] != "timm"]
+    fitting = [
+        row
+        for row in rows
+        if (row["model"], row["image_size"]) == ("resnet50", "224") and row["layers"] != "timm" and row["peak_mib"]
+    ]  # the peak of memory is known of a GPU alone
     if not fitting:
         return Speed(None, unknown)
     last = fitting[-1]

@@ -24,6 +24,7 @@ from exnorm.runs.identity import run_dir
 from exnorm.runs.metrics import MetricsLog
 
 Facts = tuple[str | None, float | None, str]  # config_hash, images and problem of a job
+RunKey = tuple[str | tuple[str, ...], int]  # the hash, or without data the settings, and the seed
 SOURCE = re.compile(r"\{([\w-]+)(?:@(\d*\.?\d+))?\}")
 
 
@@ -52,6 +53,16 @@ class Job:
     needs: "Job | None" = None
     by_class: bool = False
 
+    @property
+    def title(self) -> str:
+        """What lists call it."""
+        return f"{self.name}, seed {self.seed}"
+
+    @property
+    def run_key(self) -> "RunKey":
+        """What cells that share a run have in common."""
+        return self.config_hash or self.settings, self.seed
+
     def arguments(self) -> list[str]:
         """What `exnorm train` is given.
 
@@ -71,6 +82,11 @@ class Job:
         """Whether the run has finished."""
         folder = self.folder()
         return folder is not None and folder.read_record() is not None
+
+    def diverged(self) -> bool:
+        """Whether the run ended with a loss that is not finite; it is not tried again."""
+        folder = self.folder()
+        return folder is not None and folder.diverged_at() is not None
 
     def finished(self) -> bool:
         """Whether the run, and what its cell evaluates afterwards, has a result."""
@@ -157,7 +173,15 @@ def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
 
 def trainings_of(jobs: Iterable[Job]) -> list[Job]:
     """One job of each run: several cells may be evaluations of the same one."""
-    return list({(job.config_hash or job.settings, job.seed): job for job in jobs}.values())
+    return [group[-1] for group in by_run(jobs).values()]
+
+
+def by_run(jobs: Iterable[Job]) -> dict[RunKey, list[Job]]:
+    """The jobs of each run: its training and what cells evaluate of it."""
+    groups: dict[RunKey, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.run_key, []).append(job)
+    return groups
 
 
 def _source_of(settings: Iterable[str]) -> str | None:

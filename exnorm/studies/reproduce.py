@@ -24,7 +24,7 @@ from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.runs.provenance import STUDY
 from exnorm.studies.collect import add_to_record, collect
 from exnorm.studies.estimate import Speed, hours_left, measured_hours, speed_of
-from exnorm.studies.plan import Job, trainings_of
+from exnorm.studies.plan import Job, RunKey, by_run, trainings_of
 
 LOCK_PAUSE_S = 0.5
 ERROR = "exnorm: error: "
@@ -32,6 +32,9 @@ ERROR = "exnorm: error: "
 
 class Failed(Exception):
     """A run that ended without a result; the message is its last line."""
+
+
+Problems = dict[str, str]  # what went wrong, by the title of the job
 
 
 def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int | None) -> int:
@@ -43,34 +46,28 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
     check_data(jobs)
     for job in {job.name: job for job in jobs}.values():
         job.check()
-    for note in collect(study, jobs, results):
+    notes, damaged = collect(study, jobs, results)
+    for note in notes:
         print(note)
-    waiting = [job for job in jobs if not job.finished()]
-    print(f"{study.id} at scale {study.scale}: {len(jobs) - len(waiting)} of {len(jobs)} runs are done")
+    waiting = [job for job in jobs if job.title not in damaged and not job.finished()]
+    done = len(jobs) - len(waiting) - len(damaged)
+    print(f"{study.id} at scale {study.scale}: {done} of {len(jobs)} runs are done")
     at_once = at_once or (max(1, available_cores() // study.threads) if study.threads else 1)
     runner = Runner(study, results, total=len(waiting))
-    failures: list[str] = []
-    crashes: list[BaseException] = []
     with runner.forwarding_signals(), ThreadPoolExecutor(at_once) as pool:
-        futures: dict[int, Future[None]] = {}
-        for job in waiting:
-            source = futures.get(id(job.needs)) if job.needs is not None else None
-            futures[id(job)] = pool.submit(runner.run, job, source)
-        for job in waiting:
-            problem = futures[id(job)].exception()
-            if isinstance(problem, Failed):
-                failures.append(f"{job.name}, seed {job.seed}: {problem}")
-            elif problem is not None:
-                failures.append(f"{job.name}, seed {job.seed}: {type(problem).__name__}")
-                crashes.append(problem)
+        futures: dict[RunKey, Future[Problems]] = {}
+        for key, group in by_run(waiting).items():
+            source = futures.get(group[-1].needs.run_key) if group[-1].needs else None
+            futures[key] = pool.submit(runner.run_all, group, source)
+        problems = dict(damaged)
+        for future in futures.values():
+            problems |= future.result()
     if runner.signum:
         print(f"exnorm: stopped; the same command goes on with {study.id}", file=sys.stderr)
         return 128 + runner.signum
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    if crashes:
-        raise crashes[0]
-    return 1 if failures else 0
+    for title, problem in problems.items():
+        print(f"failed: {title}: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def check_data(jobs: Iterable[Job]) -> None:
@@ -93,16 +90,25 @@ class Runner:
         self.done = 0
         self._processes: set[subprocess.Popen[str]] = set()
         self._changing = threading.Lock()
-        self._folders: dict[Path, threading.Lock] = {}
 
-    def run(self, job: Job, source: "Future[None] | None") -> None:
+    def run_all(self, jobs: Sequence[Job], source: "Future[Problems] | None") -> Problems:
+        """Do the jobs of one run, each evaluation after the training; return what went wrong with which."""
+        if source is not None and source.result():
+            return {job.title: "the run that it begins with failed" for job in jobs}
+        problems: Problems = {}
+        for job in jobs:
+            try:
+                self.run(job)
+            except (Failed, ValueError, OSError) as problem:
+                problems[job.title] = str(problem)
+        return problems
+
+    def run(self, job: Job) -> None:
         """Train, evaluate and record one job.
 
         Raises:
             Failed: without a result.
         """
-        if source is not None and source.exception() is not None:
-            raise Failed("the run that it begins with failed")
         started = time.monotonic()
         try:
             arguments = job.arguments()
@@ -110,19 +116,17 @@ class Runner:
             raise Failed(str(problem)) from None
         folder = job.folder()
         assert folder is not None
-        with self._alone_in(folder.path):  # cells may share a run
-            self._train(folder, arguments, job)
-            if job.cell is not None and job.cell.evaluate and job.evaluation() is None:
-                self._exnorm(["eval", str(folder.path), *job.cell.evaluate], job)
-            if job.cell is not None and job.by_class and not job.class_ratios_file().is_file():
-                self._exnorm(["ratios", str(folder.path), "--by-class", *job.cell.evaluate], job)
+        self._train(folder, arguments, job)
+        if job.cell is not None and job.cell.evaluate and job.evaluation() is None:
+            self._exnorm(["eval", str(folder.path), *job.cell.evaluate], job)
+        if job.cell is not None and job.by_class and not job.class_ratios_file().is_file():
+            self._exnorm(["ratios", str(folder.path), "--by-class", *job.cell.evaluate], job)
         if job.cell is not None:
             add_to_record(self.study, job, self.results)
         with self._changing:
             self.done += 1
             print(
-                f"[{self.done}/{self.total}] {job.name}, seed {job.seed}: {_result(job)}, "
-                f"{(time.monotonic() - started) / 60:.1f} min",
+                f"[{self.done}/{self.total}] {job.title}: {_result(job)}, {(time.monotonic() - started) / 60:.1f} min",
                 flush=True,
             )
 
@@ -141,10 +145,6 @@ class Runner:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-
-    def _alone_in(self, path: Path) -> threading.Lock:
-        with self._changing:
-            return self._folders.setdefault(path, threading.Lock())
 
     def _train(self, folder: RunFolder, arguments: list[str], job: Job) -> None:
         """Train what has not finished; a run that diverges is a result, too: it is recorded and not tried again."""
@@ -213,7 +213,7 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
     from exnorm.runs.table import print_table
 
     speed, measured_h = speed_of(study, results, images_per_s), measured_hours(study, results)
-    left = [job for job in jobs if not job.finished()]
+    left = [job for job in jobs if not (job.finished() or job.diverged())]
     table = Table(*study.axes, "seeds", "done", "hours left", box=None, pad_edge=False)
     to_train = [job for job in trainings_of(left) if not job.trained()]
     for cell in dict.fromkeys(job.cell for job in jobs if job.cell is not None):
@@ -233,7 +233,7 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
         f"{study.id} at scale {study.scale}: {len(trainings)} runs{further}; {len(trainings) - len(to_train)} runs "
         f"done, {len(to_train)} left: {_hours(to_train, speed, measured_h)} {unit}"
     )
-    print(f"speed: {f'{speed.images_per_s:.0f} images/s, ' if speed.images_per_s else ''}{speed.source}")
+    print(f"speed: {f'{speed.images_per_s:.0f} images/s of one device, ' if speed.images_per_s else ''}{speed.source}")
 
 
 def _hours(jobs: Sequence[Job], speed: Speed, measured_h: dict[str, float]) -> str:

@@ -1,7 +1,8 @@
 """A study on a cluster, through submitit: each run that is missing, with the evaluations of it, is a job of its own.
 
 A job is `exnorm reproduce` for the cells of one run and one seed, so it skips what is done, goes on from a checkpoint
-and writes the record; one that is preempted or runs out of time is queued again.
+and writes the record; one that is preempted or runs out of time is queued again. Of runs that begin with a checkpoint
+of another one, the first trains that one, too; the rest is queued when it is there, so that no node waits.
 """
 
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.study import Study
 from exnorm.runs.children import importing_environment
-from exnorm.studies.plan import Job
+from exnorm.studies.plan import Job, RunKey, by_run
 from exnorm.studies.reproduce import check_data
 
 CLUSTERS = ("slurm", "local")
@@ -43,6 +44,24 @@ def submit(study: Study, name: str, jobs: Sequence[Job], runs: Path, results: Pa
     Raises:
         UserError: submitit is not installed, or an option is none of its.
     """
+    executor = _executor(study, runs, options)
+    check_data(jobs)
+    sources: dict[RunKey, str] = {}  # a run that others begin with: the job that trains it
+    queued = 0
+    for group in by_run(job for job in jobs if job.cell is not None and not job.finished()).values():
+        titles, source = "; ".join(job.title for job in group), group[0].needs
+        if source is not None and source.run_key in sources:
+            print(f"not queued: {titles}: begins with what job {sources[source.run_key]} trains; submit again after it")
+            continue
+        job_id = executor.submit(Reproduction([_command(study, name, job, runs, results) for job in group])).job_id
+        queued += 1
+        print(f"job {job_id}: {titles}")
+        if source is not None and not source.trained():
+            sources[source.run_key] = job_id
+    print(f"{queued} jobs queued; exnorm reproduce {name} --scale {study.scale} --plan shows what is done")
+
+
+def _executor(study: Study, runs: Path, options: Sequence[str]) -> Any:
     try:
         import submitit
     except ModuleNotFoundError:
@@ -57,16 +76,7 @@ def submit(study: Study, name: str, jobs: Sequence[Job], runs: Path, results: Pa
     except (NameError, TypeError, RuntimeError, AssertionError) as problem:
         said = " ".join(str(problem).split()) or f"{' '.join(options)} does not fit"
         raise UserError(f"--submit: {said}; without SLURM: --submit cluster=local") from None
-    check_data(jobs)
-    groups: dict[Any, list[Job]] = {}
-    for job in jobs:
-        if job.cell is not None and not job.finished():
-            groups.setdefault((job.config_hash, job.seed), []).append(job)
-    for group in groups.values():
-        commands = [_command(study, name, job, runs, results) for job in group]
-        queued = executor.submit(Reproduction(commands))
-        print(f"job {queued.job_id}: {', '.join(job.name for job in group)}, seed {group[0].seed}")
-    print(f"{len(groups)} jobs queued; exnorm reproduce {name} --scale {study.scale} --plan shows what is done")
+    return executor
 
 
 def _command(study: Study, name: str, job: Job, runs: Path, results: Path) -> list[str]:

@@ -1,0 +1,103 @@
+"""How `exnorm reproduce` spreads a study: over the cores here, over the jobs of a cluster, and what it may not miss."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CliRunner
+
+from exnorm.config.study import load_study
+from exnorm.runs.records import COLUMNS, change_records
+from exnorm.studies import submit
+from exnorm.studies.collect import stale_rows
+from exnorm.studies.plan import Job, jobs_of
+from exnorm.studies.reproduce import Failed, Runner, reproduce
+
+WAIT_S = 20
+RULES = '{m: [], b: ["eval:inference=batch_average"], c: ["eval:inference=moving_average"]}'
+
+
+def own_study(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"# A study of mine\nset: [data=digits]\n{text}", encoding="utf-8")
+    return str(path)
+
+
+def test_cells_that_share_a_run_do_not_keep_cores_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three cells evaluate each of two runs; with two cores both runs are under way at once."""
+    study = load_study(own_study(tmp_path, f"axes: {{norm: [bn, sn], rule: {RULES}}}\nseeds: 1"), "mini")
+    both = threading.Barrier(2)
+    order: list[str] = []
+
+    def run(self: Runner, job: Job) -> None:
+        if job.cell is not None and not job.cell.evaluate:
+            both.wait(WAIT_S)
+        order.append(job.name)
+
+    monkeypatch.setattr(Runner, "run", run)
+    assert reproduce(study, jobs_of(study, study.cells, tmp_path / "runs"), tmp_path, at_once=2) == 0
+    for norm in ("bn", "sn"):
+        assert [name for name in order if f"norm={norm}" in name] == [f"norm={norm} rule={rule}" for rule in "mbc"]
+
+
+def test_what_begins_with_a_run_that_failed_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is named with its reason, and other seeds go on."""
+    study = load_study("sn-hard", "mini", seeds=2)
+    ran: list[tuple[str, int]] = []
+
+    def run(self: Runner, job: Job) -> None:
+        ran.append((job.name, job.seed))
+        if job.cell is None and job.seed == 0:
+            raise Failed("no memory")
+
+    monkeypatch.setattr(Runner, "run", run)
+    assert reproduce(study, jobs_of(study, study.cells, tmp_path / "runs"), tmp_path, at_once=3) == 1
+    assert sorted(seed for _, seed in ran) == [0, *[1] * 7]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "failed: source soft, seed 0: no memory"
+    assert len(lines) == 7 and all("seed 0: the run that it begins with failed" in line for line in lines[1:])
+
+
+class Queue:
+    """Stands for submitit's executor."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[list[str]]] = []
+
+    def submit(self, job: submit.Reproduction) -> Any:
+        self.commands.append(job.commands)
+        return type("Queued", (), {"job_id": str(len(self.commands))})
+
+
+def test_no_job_of_a_cluster_waits_for_another_ones_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of six runs that begin with one source a seed, one job trains the source; the others are left for later."""
+    queue, study = Queue(), load_study("sn-hard", "mini", seeds=2)
+    monkeypatch.setattr(submit, "_executor", lambda *_: queue)
+    submit.submit(study, "sn-hard", jobs_of(study, study.cells, tmp_path), tmp_path, tmp_path, [])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(queue.commands) == 2 and lines[-1].startswith("2 jobs queued")
+    later = [line for line in lines if line.startswith("not queued")]
+    assert len(later) == 10 and later[0].endswith("begins with what job 1 trains; submit again after it")
+
+
+def test_results_of_settings_that_changed_are_found(tmp_path: Path, run_cli: CliRunner) -> None:
+    """A number stays in the record until it is measured again, but the check does not pass over it."""
+    study = load_study("en-pi", "mini", seeds=2)
+    rows = []
+    for job in jobs_of(study, study.cells[:2], tmp_path):
+        values = {"scale": "mini", "cell": job.name, "seed": str(job.seed), "metric": "top1", "value": "80"}
+        rows.append(dict.fromkeys(COLUMNS["runs"], "1") | values | {"config_hash": str(job.config_hash)})
+    change_records(tmp_path, "en-pi", lambda before: {**before, "runs": rows})
+    assert stale_rows(tmp_path) == []
+    rows[0]["config_hash"], rows[-1]["cell"] = "0ld0ld00", "pi=7"
+    change_records(tmp_path, "en-pi", lambda before: {**before, "runs": rows})
+    first, last = stale_rows(tmp_path)
+    assert "pi=1, seed 0: made with the configuration 0ld0ld00" in first
+    assert "pi=7, seed 1: en-pi has no such cell any more" in last
+    done = run_cli("results", str(tmp_path), "--check")
+    assert done.returncode == 1 and first in done.stdout
