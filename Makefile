@@ -13,7 +13,7 @@ PYTHON ?= $(firstword $(shell for python in python3 python3.13 python3.12 python
 BIN := $(VENV)/bin
 SCALE ?= mini
 WORKERS ?= 2
-STUDIES := $(filter-out mini-webvision,$(basename $(notdir $(wildcard conf/study/*.yaml))))
+STUDIES := $(basename $(notdir $(wildcard conf/study/*.yaml)))
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "make %-20s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ reproduce-table-%: setup ## Run a study and write its table, such as make reprod
 
 reproduce-all: setup ## Every study at scale mini, then tables and figures; goes on where it was stopped
 	@failed=0; for study in $(STUDIES); do \
-		code=0; $(BIN)/exnorm reproduce $$study --scale mini $(if $(SEEDS),--seeds $(SEEDS)) || code=$$?; \
+		code=0; $(BIN)/exnorm reproduce $$study --scale mini $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) || code=$$?; \
 		if (( code >= 128 )); then exit $$code; fi; if (( code )); then failed=1; fi; \
 	done; $(BIN)/exnorm results; exit $$failed
 

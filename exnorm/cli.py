@@ -211,10 +211,12 @@ def reproduce(
 ) -> None:
     """Run what is missing of a study and write its record; the same command again goes on."""
     from exnorm.config.study import chosen_cells, load_study
+    from exnorm.report.verdicts import check
     from exnorm.studies.plan import jobs_of
     from exnorm.studies.reproduce import print_plan, reproduce
 
     wanted = load_study(study, scale, seeds=seeds)
+    check(wanted)
     found = jobs_of(wanted, chosen_cells(wanted, only or []), runs)
     if plan:
         print_plan(wanted, found, results, images_per_s=images_per_s)
@@ -258,7 +260,7 @@ def results(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where a file differs.")] = False,
 ) -> None:
     """Write tables, verdicts, figures and the page that explains them, all from the records."""
-    from exnorm.report.results import differences, write_results
+    from exnorm.report.results import differences, own_records, write_results
 
     if check:
         from exnorm.studies.collect import stale_rows
@@ -268,6 +270,8 @@ def results(
         raise typer.Exit(1 if lines else 0)
     for path in write_results(folder):
         print(path)
+    for name in own_records(folder):
+        print(f"left out: {name}.csv, the record of a study of your own: exnorm table FILE.yaml shows it")
 
 
 @app.command()

@@ -93,7 +93,7 @@ def test_the_lines_of_a_layer_are_its_ratios_over_the_epochs() -> None:
 
 @pytest.mark.parametrize(("bn", "line"), [(0.31, "above 0.3: SN's authors advise"), (0.29, "moving average good")])
 def test_a_large_ratio_of_bn_is_advised_batch_averages(bn: float, line: str) -> None:
-    rows = [{"step": 1, "epoch": 1, "ratio/bn1/in": 1 - bn, "ratio/bn1/bn": bn}]
+    rows = [{"step": 1, "epoch": 1, **{f"ratio/bn1/{kind}/bn": bn for kind in ("mean", "var")}}]
     (found,) = advice(shares(rows), Path("RUN"))
     assert line in found and f"{bn:.2f}" in found
 
@@ -104,7 +104,7 @@ def test_the_command_prints_the_table_and_writes_the_figures_without_torch(tmp_p
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')")
     done = run_cli("ratios", folder, env={"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))})
     assert done.returncode == 0, done.stderr
-    assert "0.600" in done.stdout and "BN's mean ratio is 0.10" in done.stdout
+    assert "0.600" in done.stdout and "BN's mean ratio" not in done.stdout  # the advice is about SN
     figures = sorted(path.name for path in (folder / "figures").iterdir())
     assert figures == ["ratio_dynamics.png", "ratio_dynamics.svg", "ratios.png", "ratios.svg"]
 

@@ -112,6 +112,19 @@ def test_a_plan_for_imagenet_needs_no_imagenet(run_cli: CliRunner) -> None:
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
 
 
+def test_a_study_decides_over_its_scale(tmp_path: Path) -> None:
+    """At scale mini 8x32 has a rule for the epochs; a study that says how many has so many."""
+    axes = "axes: {batch: [8x32, 1x8], more: {no: [], yes: [trainer.epochs=2]}}\nset: [data=digits"
+    for own, expected in (("", ["13", "2", "3", "2"]), (", trainer.epochs=1", ["1", "2", "1", "2"])):
+        study = load_study(own_study(tmp_path, f"{axes}{own}]"), "mini")
+        given = [text.partition("=")[2] for cell in study.cells for text in cell.train if "epochs" in text]
+        assert given == expected
+
+
+def test_the_file_of_a_study_is_that_study() -> None:
+    assert load_study(str(ROOT / "conf" / "study" / "en-pi.yaml"), "mini").cells == load_study("en-pi", "mini").cells
+
+
 def test_the_last_setting_counts_and_rules_come_last(tmp_path: Path) -> None:
     text = """
 axes: {norm: [bn, sn], size: {small: [batch=1x8], large: [batch=1x64, trainer.epochs=9]}}
@@ -215,6 +228,44 @@ def test_a_claim_without_cells_to_compare_is_one_line(claim: str, tmp_path: Path
     study = load_study(own_study(tmp_path, f"axes: {{norm: [bn, en]}}\nclaims: [{claim}]"), "mini")
     with pytest.raises(UserError, match="study mine: claim en-.*: write .*cell"):
         judge(study, [])
+
+
+def test_a_claim_of_ones_own_is_judged_and_told(tmp_path: Path, run_cli: CliRunner) -> None:
+    said = "{id: mine-small, claim: SN is better, expect: left > right, left: {norm: sn}, right: {norm: bn}}"
+    file = own_study(tmp_path, f"axes: {{norm: [bn, sn]}}\nclaims: [{said}]")
+    scores = {"bn": [70.0, 70.1, 70.3], "sn": [80.0, 80.3, 80.2]}
+    rows = [row(f"norm={norm}", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
+    put(tmp_path, "mine", rows)
+    done = run_cli("claims", file, "--results", str(tmp_path))
+    assert "mine-small (mine): SN is better" in done.stdout and "supported (weak)" in done.stdout, done.stderr
+    assert "SN is better" in study_page(load_study(file, "mini"), tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("metrics: [top1, top2]", "unknown metric 'top2': did you mean 'top5'"),
+        ("claims: [{id: x, left: {norm: bn}, right: 3}]", "claim 'x' is none of the papers' (sn-small-batch"),
+        ("claims: [{id: x, claim: c, expect: left > 3, left: {norm: bn}}]", "is not left > right, left >= right"),
+        ("claims: [{id: en-pi, claim: c, expect: always, left: {norm: bn}}]", "is a paper's; give your own another id"),
+        ("claims: [{id: en-pi, metric: top, left: {norm: bn}, right: 3}]", "unknown metric 'top'"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_anything_runs(
+    text: str, said: str, tmp_path: Path, run_cli: CliRunner
+) -> None:
+    file = own_study(tmp_path, f"axes: {{norm: [bn, sn]}}\nset: [data=digits]\n{text}")
+    done = run_cli("reproduce", file, "--plan")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_plan_says_what_the_record_has_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A record that was made on another machine is no run folder here."""
+    study = load_study("en-pi", "mini", seeds=1)
+    jobs = jobs_of(study, study.cells, tmp_path / "runs")
+    put(tmp_path, "en-pi", [row(jobs[0].name, 0, 80.0) | {"config_hash": str(jobs[0].config_hash)}])
+    print_plan(study, jobs, tmp_path, images_per_s=None)
+    assert "; 1 more are in the record, from run folders that are not here" in capsys.readouterr().out
 
 
 def test_notes_of_a_study_and_of_its_scale_are_footnotes(tmp_path: Path) -> None:
@@ -328,7 +379,7 @@ def test_what_is_not_the_studys_any_more_is_left_out_and_said(tmp_path: Path) ->
         row("norm=sn batch=8x2", 0, 80.0, scale="full", config_hash="other"),
     ]
     put(tmp_path, "sn-table2", rows)
-    notes = collect(study, jobs, tmp_path)
+    notes, _ = collect(study, jobs, tmp_path)
     assert len(notes) == 2 and "0ld0ld00" in notes[0] and "no such cell" in notes[1]
     assert [r["cell"] + r["scale"] for r in read_records(tmp_path, "sn-table2")] == [
         "norm=sn batch=8x2full",
@@ -346,7 +397,7 @@ def test_a_finished_run_with_another_configuration_is_said_for_the_seeds_that_ar
         made_for = {"id": "sn-table2", "scale": "mini", "cell": "norm=bn batch=8x2", "seed": seed}
         (folder / "provenance.json").write_text(json.dumps({"study": made_for}))
         (folder / "record.json").write_text("{}")
-    (note,) = collect(study, jobs, tmp_path)
+    (note,), _ = collect(study, jobs, tmp_path)
     assert "old-s0" in note and "asks for another run now" in note
 
 

@@ -1,9 +1,9 @@
 """Studies: a table of a paper as axes, settings and claims, in `conf/study/<id>.yaml` or in a file of one's own.
 
 A cell is one choice of a value on every axis. What it runs is `exnorm train` with the settings of, in this order, the
-scale (`conf/scale/`), the study, the study at that scale, the cell's values, and last of all the rules (`when`) that
-its values meet; the last setting of a key counts. A setting that begins with `eval:` belongs to `exnorm eval`, run
-after the training.
+scale (`conf/scale/`), the scale's rules (`when`), the study, the study at that scale, the cell's values, and the
+study's rules, as far as its values meet them; the last setting of a key counts. A setting that begins with `eval:`
+belongs to `exnorm eval`, run after the training.
 """
 
 import itertools
@@ -120,14 +120,12 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     file, values = read_study(name)
     shared, own = read_scale(scale), values.get("scales", {}).get(scale, {})
     axes = {axis: _axis_values(axis, given) for axis, given in values["axes"].items()}
-    settings = [*shared.get("set", ()), *values.get("set", ()), *own.get("set", ())]
-    rules = [*shared.get("when", ()), *values.get("when", ()), *own.get("when", ())]
     cells = []
     for chosen in itertools.product(*(options.items() for options in axes.values())):
         key = tuple((axis, value) for axis, (value, _) in zip(axes, chosen, strict=True))
         if any(_meets(left_out, dict(key)) for left_out in own.get("leave_out", ())):
             continue
-        given = _settle([*settings, *(text for _, texts in chosen for text in texts)], rules, dict(key))
+        given = _settle(shared, values, own, [text for _, texts in chosen for text in texts], dict(key))
         counted = seeds if seeds is not None else _seeds(values, dict(key), given)
         cells.append(
             Cell(
@@ -138,14 +136,14 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
             )
         )
     sources = {
-        source: tuple(_settle([*settings, *texts], rules, {}).values())
+        source: tuple(_settle(shared, values, own, texts, {}).values())
         for source, texts in values.get("sources", {}).items()
     }
     study = Study(
         file.stem,
         name,
         scale,
-        title=first_comment(file),
+        title=first_comment(file) or file.stem,
         values=values,
         axes={axis: tuple(options) for axis, options in axes.items()},
         cells=tuple(cells),
@@ -232,14 +230,27 @@ def _axis_values(axis: str, given: Any) -> dict[str, tuple[str, ...]]:
     return {str(value): (f"{axis}={value}",) for value in given}
 
 
-def _settle(settings: Iterable[str], rules: Iterable[Any], key: Mapping[str, str]) -> dict[str, str]:
-    """The settings that count, by their key, with those of the rules that they and the cell's values meet."""
-    given = {_setting_key(text): text for text in settings}
+def _settle(
+    shared: Mapping[str, Any], values: Mapping[str, Any], own: Mapping[str, Any], texts: Iterable[str], key: Any
+) -> dict[str, str]:
+    """The settings that count, by their key: of a scale, a study, the study at that scale, and a cell or a source."""
+    base = _by_key(shared.get("set", ()))
+    given = _by_key([*values.get("set", ()), *own.get("set", ()), *texts])
+    met = _with_rules(base | given, shared.get("when", ()), key)
+    rules = [*values.get("when", ()), *own.get("when", ())]
+    return _with_rules(met | given, rules, key)
+
+
+def _with_rules(given: dict[str, str], rules: Iterable[Any], key: Mapping[str, str]) -> dict[str, str]:
+    """Settings with those of the rules that they and the cell's values meet, one rule after the other."""
     for rule in rules:
-        facts = {**{name: text.partition("=")[2] for name, text in given.items()}, **key}
-        if _meets(rule["if"], facts):
-            given |= {_setting_key(text): text for text in rule["set"]}
+        if _meets(rule["if"], {**{name: text.partition("=")[2] for name, text in given.items()}, **key}):
+            given = given | _by_key(rule["set"])
     return given
+
+
+def _by_key(texts: Iterable[str]) -> dict[str, str]:
+    return {_setting_key(text): text for text in texts}
 
 
 def _setting_key(text: str) -> str:

@@ -1,5 +1,6 @@
 """The yaml of a study or a scale, checked: known keys, each with values of the right form."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def _is_side(value: Any) -> bool:
     return _is_number(value) or (_is_mapping(value) and bool(value))
 
 
+def _is_expected(value: Any) -> bool:
+    """What a claim of one's own expects, in the words of `results/published/claims.csv`."""
+    return isinstance(value, str) and re.fullmatch(r"left >=? (\d+ \* )?right|unknown|always", value) is not None
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
@@ -99,7 +105,8 @@ STUDY_KEYS = {
 }
 RULE_KEYS = {"if": MAPPING, "set": SETTINGS}
 SEEDS_KEYS = {"if": MAPPING, "seeds": COUNT}
-CLAIM_KEYS = {"id": WORD, "metric": WORD, "left": SIDE, "right": SIDE}
+EXPECT = (_is_expected, "left > right, left >= right, left >= N * right, unknown or always")
+CLAIM_KEYS = {"id": WORD, "metric": WORD, "left": SIDE, "right": SIDE, "claim": WORD, "expect": EXPECT}
 PAIR_KEYS = {"left": MAPPING, "right": MAPPING}
 
 
@@ -166,6 +173,8 @@ def _study_file(name: str) -> Path:
     file = Path(name)
     if not file.is_file():
         raise UserError(f"there is no study {name}; give a yaml file or one of {', '.join(group_options('study'))}")
+    if file.stem in group_options("study") and file.samefile(option_file("study", file.stem)):
+        return file
     if file.stem in group_options("study") or "." in file.stem:
         raise UserError(f"{name}: its record would be {file.stem}.csv, which is another study's; give it another name")
     return file

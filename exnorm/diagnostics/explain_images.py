@@ -42,6 +42,7 @@ def explain_images(run_path: Path, images: Sequence[Path], *, at: str = "last") 
     Raises:
         UserError: a model that mixes nothing, a file that is no image, no run or checkpoint.
     """
+    opened_images = [(path.name, opened(str(path), partial(open, path, "rb"))) for path in images]
     folder = RunFolder(run_path)
     config, state = checkpoint.read_config(folder), checkpoint.find(folder, at)
     model = checkpoint.build_trained(config, state).eval()
@@ -49,8 +50,8 @@ def explain_images(run_path: Path, images: Sequence[Path], *, at: str = "last") 
         raise UserError(f"{run_path}: norm={config.norm.name} mixes nothing; explain a run of sn, ssn or en")
     transform = eval_transform(config.data)
     found = []
-    for path in images:
-        pixels = np.asarray(transform.crop(opened(str(path), partial(open, path, "rb")))).transpose(1, 2, 0)
+    for name, image in opened_images:
+        pixels = np.asarray(transform.crop(image)).transpose(1, 2, 0)
         batch = transform.normalize(torch.from_numpy(pixels.copy())[None])
         shares = torch.softmax(model(batch)[0].double(), 0)
         top = shares.topk(min(SHOWN_CLASSES, len(shares)))
@@ -60,5 +61,5 @@ def explain_images(run_path: Path, images: Sequence[Path], *, at: str = "last") 
         ]
         rows = [(row.layer, row.ratio, row.normalizer, row.mean) for row in measure_ratios(model, batch)]
         frame = pd.DataFrame(rows, columns=["layer", "kind", "normalizer", "mean"])
-        found.append(Explained(path.name, pixels, guesses, frame))
+        found.append(Explained(name, pixels, guesses, frame))
     return found

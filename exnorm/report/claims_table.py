@@ -12,7 +12,7 @@ from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import Study, load_study
 from exnorm.report.grids import Entry, Grid
-from exnorm.report.published import claims
+from exnorm.report.published import Claim, claims, claims_of
 from exnorm.report.verdicts import UNDECIDED, Comparison, is_weak, judge, overall
 from exnorm.runs.records import Row, read_records
 from exnorm.runs.sinks import csv_text
@@ -114,14 +114,15 @@ def print_verdicts(judged: Sequence[Judged]) -> None:
     if not judged:
         print("nothing was measured yet: exnorm reproduce STUDY")
         return
-    known = claims()
+    known: dict[str, Claim] = {}
     for item in judged:
+        known |= claims_of(item.study)
         table = Table(*HEADS, box=None, pad_edge=False)
         for row in grid_of(item).rows:
             table.add_row(*(f"[bold]{text}[/bold]" if bold else escape(text) for text, bold in row))
         print(f"{item.study.id}, scale {item.study.scale}: {item.study.title}")
         print_table(table)
     print("The claims:")
-    for claim in dict.fromkeys(claim for item in judged for claim in item.comparisons):
-        print(f"  {claim} ({known[claim].paper}): {known[claim].claim}")
+    for name, claim in known.items():
+        print(f"  {name} ({claim.paper}): {claim.claim}")
     print(f"No study covers: {', '.join(not_covered()) or 'none'}")

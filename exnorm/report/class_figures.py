@@ -112,11 +112,13 @@ def similarity_data(frame: pd.DataFrame) -> pd.DataFrame:
 def draw_similarity(data: pd.DataFrame, title: str) -> Figure:
     """A square for each pair of classes."""
     wide = data.pivot_table(index="class", columns="other", values="cosine", sort=False, dropna=False)
-    figure = Figure(figsize=(5.4, 4.6), layout="constrained")
+    side = 0.11 * max(len(str(name)) for name in wide.index)
+    figure = Figure(figsize=(5.4 + side, 4.8 + side), layout="constrained")
     panel = figure.subplots()
     drawn = panel.imshow(wide.to_numpy(float), vmin=-1, vmax=1, cmap="PuOr")
     panel.set_xticks(range(len(wide)), wide.columns, rotation=90, fontsize=8)
     panel.set_yticks(range(len(wide)), wide.index, fontsize=8)
+    panel.set(xlabel="class", ylabel="class")
     figure.colorbar(drawn, label="cosine of centred ratio vectors")
     figure.suptitle(title, fontsize=10)
     return figure

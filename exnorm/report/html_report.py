@@ -13,11 +13,14 @@ from string import Template
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from exnorm.config.errors import UserError, suggest
+from exnorm.config.groups import group_options
 from exnorm.config.study import Cell, Study, load_study
+from exnorm.config.study_file import YAML
 from exnorm.report.claims_table import Judged, grid_of, judged_study
 from exnorm.report.grids import Entry, Grid, to_html
 from exnorm.report.measured import measured
-from exnorm.report.published import claims
+from exnorm.report.published import claims_of
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.report.results import duration
 from exnorm.report.study_figures import STYLE, figures_of
@@ -41,6 +44,8 @@ def write_report(what: str, scale: str, out: Path | None, *, runs: Path, results
         folder = RunFolder(what)
         text, path = run_page(folder), out or folder.path / "report.html"
     else:
+        if what not in group_options("study") and not what.endswith(YAML):
+            raise UserError(f"{what} is no run folder and no study: {suggest(what, group_options('study'))}")
         study = load_study(what, scale)
         text, path = study_page(study, results, runs), out or Path(f"{study.id}-{scale}.html")
     write_text_atomic(path, text)
@@ -145,7 +150,7 @@ def _cells_table(table: StudyTable) -> str:
 def _verdicts(judged: Judged) -> list[str]:
     if not judged.comparisons:
         return []
-    known = claims()
+    known = claims_of(judged.study)
     said = "".join(f"<li><strong>{_text(c)}</strong>: {_text(known[c].claim)}</li>" for c in judged.comparisons)
     return ["<h2>Verdicts</h2>", _wide(to_html(grid_of(judged))), f"<ul class='notes'>{said}</ul>"]
 

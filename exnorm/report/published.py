@@ -65,6 +65,26 @@ def claims() -> dict[str, Claim]:
     return {row["id"]: Claim(row["paper"], row["claim"], row["expect"]) for row in _rows("claims")}
 
 
+def claims_of(study: Study) -> dict[str, Claim]:
+    """The claims that a study judges: of the papers, or its own, with `claim` and `expect` in its yaml.
+
+    Raises:
+        UserError: one that is neither.
+    """
+    papers, found = claims(), dict[str, Claim]()
+    for wanted in study.values.get("claims", ()):
+        name, own = str(wanted["id"]), {"claim", "expect"} & set(wanted)
+        if name not in papers and len(own) < 2:
+            raise UserError(
+                f"study {study.id}: claim '{name}' is none of the papers' ({', '.join(papers)}); of your own: "
+                "add claim: what it says, and expect: left > right"
+            )
+        if name in papers and own:
+            raise UserError(f"study {study.id}: claim '{name}' is a paper's; give your own another id")
+        found[name] = papers[name] if name in papers else Claim(study.id, str(wanted["claim"]), wanted["expect"])
+    return found
+
+
 def _filled(pattern: str | list[str], values: Mapping[str, str]) -> list[str]:
     patterns = pattern if isinstance(pattern, list) else [pattern]
     return [text.format_map(values) for text in patterns]

@@ -62,5 +62,5 @@ def dynamics(frame: pd.DataFrame, title: str) -> Figure:
 
 def finish(figure: Figure, panel: Axes, title: str) -> None:
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    figure.legend(handles, labels, loc="outside right lower", frameon=False)
     figure.suptitle(title, fontsize=10)

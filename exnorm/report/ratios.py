@@ -17,6 +17,7 @@ from exnorm.runs.table import print_table
 
 KINDS = {"lambda": "", "mean": "mean ", "var": "var "}
 SPREAD = ("mean", "within", "between")
+MIXING = ("sn", "ssn", "en")
 LARGE_BN = 0.3  # above it the authors of SN advise batch averages (Luo et al., TPAMI 2019, Table XI)
 
 
@@ -26,10 +27,9 @@ def run(run_path: Path) -> None:
     config = folder.read_config()
     frame = shares(MetricsLog.read(folder.metrics_file))
     if frame.empty:
-        raise UserError(
-            f"{run_path} has no ratios: norm={config['norm']['name']} mixes nothing, or no epoch has ended, or "
-            "logger.probe_images was 0"
-        )
+        name = config["norm"]["name"]
+        reason = "no epoch has ended, or logger.probe_images was 0" if name in MIXING else f"norm={name} mixes nothing"
+        raise UserError(f"{run_path} has no ratios: {reason}")
     print_layers(per_layer(frame))
     for line in advice(frame, run_path):
         print(line)
@@ -51,12 +51,14 @@ def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
             if not data.empty:
                 figures[f"{kind}-{name}"] = draw(data, title)
         print(f"Images of {name}: mean ratio, deviation within and between {frame['class'].nunique()} classes")
+        if frame.epoch.nunique() < 2:
+            print("Nothing over training: the run kept no snapshots; trainer.snapshots=[0.1,0.5] keeps them")
         spread = class_figures.spread_data(frame)
-        print_layers(spread.pivot_table(index="layer", columns="normalizer", values=list(SPREAD), sort=False))
+        print_layers(spread.pivot_table(index="layer", columns="normalizer", values=list(SPREAD), sort=False), 4)
     own, *others = frames
     for other in others:
         data = class_figures.difference_data(frames[own], frames[other])
-        data.insert(0, "pair", f"{own} less {other}")
+        data.insert(0, "pair", f"{own} minus {other}")
         figures[f"difference-{other}"] = class_figures.draw_differences(data, folder.path.name)
     save_figures(folder, figures)
 
@@ -84,8 +86,8 @@ def per_layer(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def advice(frame: pd.DataFrame, run_path: Path) -> list[str]:
-    """What the authors of SN advise for these ratios."""
-    last = frame.query("epoch == epoch.max() and normalizer == 'bn'")
+    """What the authors of SN advise for its ratios; nothing for those of EN."""
+    last = frame.query("epoch == epoch.max() and normalizer == 'bn' and kind != 'lambda'")
     if last.empty:
         return []
     ratio = float(last["mean"].to_numpy().mean())
@@ -97,10 +99,10 @@ def advice(frame: pd.DataFrame, run_path: Path) -> list[str]:
     return [f"BN's mean ratio is {ratio:.2f}; up to {LARGE_BN} SN's authors find the moving average good enough"]
 
 
-def print_layers(wide: pd.DataFrame) -> None:
+def print_layers(wide: pd.DataFrame, digits: int = 3) -> None:
     """The table on the terminal."""
     heads = [f"{KINDS.get(kind, f'{kind} ')}{normalizer}".strip() for kind, normalizer in wide.columns]
     table = Table("layer", *heads, box=None, pad_edge=False)
     for layer, values in zip(wide.index, wide.to_numpy(), strict=True):
-        table.add_row(str(layer), *(f"{value:.3f}" for value in values))
+        table.add_row(str(layer), *(f"{value:.{digits}f}" for value in values))
     print_table(table)

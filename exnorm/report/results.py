@@ -11,12 +11,12 @@ from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
 from exnorm.report.claims_table import Judged, as_csv, grid_of, judged_studies, labelled, not_covered
 from exnorm.report.grids import Entry, Grid, to_markdown
-from exnorm.report.published import claims
+from exnorm.report.published import claims_of
 from exnorm.report.study_figures import StudyFigure, figures_of, save
 from exnorm.report.study_table import FORMATS, StudyTable, table_of
 from exnorm.report.verdicts import as_claimed
 from exnorm.runs.folder import write_text_atomic
-from exnorm.runs.records import read_records
+from exnorm.runs.records import read_records, recorded
 
 SCALES = ("mini", "full")
 SUFFIXES = ("md", "csv")
@@ -85,6 +85,11 @@ def measured_tables(results: Path) -> list[StudyTable]:
     return found
 
 
+def own_records(results: Path) -> list[str]:
+    """The records of studies that are not those of `conf/study`."""
+    return [name for name in recorded(results) if name not in group_options("study")]
+
+
 def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequence[str]) -> str:
     """`results/README.md`, which a reader understands without the code."""
     by_study = {(item.study.id, item.study.scale): item for item in judged}
@@ -149,10 +154,9 @@ def duration(table: StudyTable) -> str:
 
 def summary(judged: Sequence[Judged]) -> Grid:
     """A row for each claim and study."""
-    known = claims()
     rows = [
         [
-            Entry(f"{known[claim].claim} ({known[claim].paper})"),
+            Entry("{0.claim} ({0.paper})".format(claims_of(item.study)[claim])),
             Entry(item.study.id),
             Entry(item.study.scale),
             Entry(str(min(comparison.n for comparison in found))),
@@ -193,6 +197,9 @@ with Holm's correction over the comparisons of a study: supported or contradicte
 0.05, else undecided. "No worse than" (>=) allows 0.5 points; "four times a gain" (>= 4 *) allows nothing and is \
 undecided where there is no gain. What is claimed to hold always is judged by all runs of the \
 study. *As claimed*: the comparisons whose mean difference lies on the claimed side, which alone decides nothing. \
+Accuracies are compared in points, `ratio/bn` and `ratio/ln` as mean shares of all layers between 0 and 1, \
+`ratio_kl/large` in % of SN's layers: those whose ratios of the mean and of the variance have a symmetric \
+Kullback-Leibler divergence above 0.1 nats. \
 *Weak*: fewer than 5 seeds. The last epoch counts; no best \
 epoch is picked on the validation set."""
 

@@ -50,7 +50,7 @@ def figures_of(study: Study, results: Path) -> list[StudyFigure]:
         StudyFigure("mean_ratios", ratio_data(study, rows), lambda data: draw_mean_ratios(study, data)),
     ]
     for cell in study.followed:
-        frame, title = layer_data(study, cell, results), f"{titled(study)}: {cell.name}, seed 0"
+        frame, title = layer_data(study, cell, results), f"{titled(study)}: {called(study, dict(cell.key))}, seed 0"
         last = frame.query("epoch == epoch.max()")
         found.append(StudyFigure(_named("layers", cell), last, partial(stacked, title=title)))
         if frame.epoch.nunique() > 1:
@@ -73,7 +73,7 @@ def class_figures_of(study: Study, results: Path) -> list[StudyFigure]:
         if cell.evaluate or frame.empty:
             continue
         for kind, (data_of, draw) in class_figures.OF_ONE.items():
-            title = f"{titled(study)}: {cell.name}, seed 0"
+            title = f"{titled(study)}: {called(study, dict(cell.key))}, seed 0"
             data = data_of(frame)
             found.append(StudyFigure(_named(kind, cell), data, lambda data, draw=draw, title=title: draw(data, title)))
     differences = difference_data(study, frames)
@@ -100,7 +100,7 @@ def difference_data(study: Study, frames: Mapping[Cell, pd.DataFrame]) -> pd.Dat
         left, right = study.cell(pair["left"]), study.cell(pair["right"])
         if not (frames[left].empty or frames[right].empty):
             data = class_figures.difference_data(frames[left], frames[right])
-            data.insert(0, "pair", f"{left.name} less {right.name}")
+            data.insert(0, "pair", f"{called(study, dict(left.key))} minus {called(study, dict(right.key))}")
             parts.append(data)
     return pd.concat(parts[1:] or parts)
 
@@ -139,15 +139,18 @@ def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(width, 3.4), layout="constrained")
     panels = figure.subplots(1, len(sides), squeeze=False)[0]
     for panel, (column, title) in zip(panels, sides, strict=True):
-        for number, (label, lines) in enumerate(drawn):
-            at = np.array([places[value] for value in lines[axis]]) + (0.06 * number if column == "mean" else 0.0)
-            spread = lines["std"].fillna(0.0) if column == "mean" else None
-            key = {name: str(lines[name].iloc[0]) for name in study.axes}
+        for number, (label, points) in enumerate(drawn):
+            key = {name: str(points[name].iloc[0]) for name in study.axes}
             tint, dash = look(study, key, axis, number)
-            style: Any = {"color": tint, "marker": MARKERS[number % len(MARKERS)], "label": label}
+            style: Any = {"color": tint, "marker": MARKERS[number % len(MARKERS)]}
             style["linestyle"] = dash if joined else "none"
-            panel.errorbar(at, lines[column].astype(float), spread, capsize=2, markersize=4, **style)
-        panel.set_xticks(list(places.values()), [study.label(value) for value in places], rotation=40, ha="right")
+            for part in _series(points, axis):
+                at = np.array([places[value] for value in part[axis]]) + (0.06 * number if column == "mean" else 0.0)
+                spread = part["std"].where(part["n"] > 1) if column == "mean" else None
+                panel.errorbar(at, part[column].astype(float), spread, capsize=2, markersize=4, label=label, **style)
+        labels = [study.label(value) if column == "mean" else value for value in places]  # the paper has no stand-ins
+        panel.set_xticks(list(places.values()), labels, rotation=40, ha="right")
+        panel.set_xlabel(axis)
         panel.set_title(title, fontsize=9)
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel(heading(study.metrics[0]))
@@ -203,7 +206,7 @@ def ratio_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
         {"cell": cell.name, "normalizer": name, "mean": values[cell.name].mean, "std": values[cell.name].std}
         for cell in study.cells
         for name, values in shares.items()
-        if cell.name in values
+        if cell.name in values and not cell.evaluate  # which are those of the run, on its own data
     ]
     return pd.DataFrame(lines)
 
@@ -251,6 +254,14 @@ def _lines(study: Study, data: pd.DataFrame, axis: str) -> list[tuple[str, pd.Da
         return [(study.id, data)]
     groups: Any = data.groupby(others, sort=False)
     return [(called(study, dict(zip(others, key, strict=True))), lines) for key, lines in groups]
+
+
+def _series(points: pd.DataFrame, axis: str) -> list[pd.DataFrame]:
+    """The parts of a line: batch settings of one number of replicas belong together."""
+    if axis != "batch":
+        return [points]
+    groups: Any = points.groupby(points[axis].str.partition("x")[0], sort=False)
+    return [part for _, part in groups]
 
 
 def called(study: Study, values: Mapping[str, str]) -> str:

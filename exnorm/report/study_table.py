@@ -45,7 +45,8 @@ class StudyTable:
     def grids(self) -> list[tuple[str, Grid]]:
         """The tables: one across `columns`, where the study has such an axis, and one with a row for each cell."""
         across = [("", self.across())] if self.study.values.get("columns") else []
-        return [*across, ("Cell by cell, with the paper's numbers" if across else "", self.by_cell())]
+        title = "Cell by cell" + (", with the paper's numbers" if self.study.values.get("published") else "")
+        return [*across, (title if across else "", self.by_cell())]
 
     def across(self) -> Grid:
         """The first metric, with the values of one axis side by side."""
@@ -70,18 +71,19 @@ class StudyTable:
         for metric in self.study.metrics:
             values, best = measured(self.study, self.rows, metric), self._best(metric)
             heads.append(heading(metric))
-            if metric in PERCENT:
+            beside = metric in PERCENT and "published" in self.study.values
+            if beside:
                 heads += ["published", "difference"]
             for line, cell in zip(columns, self.study.cells, strict=True):
                 line.append(self._entry(cell, values.get(cell.name), metric, cell.name in best))
-                if metric in PERCENT:
+                if beside:
                     line += self._beside(cell, values.get(cell.name), metric)
         return Grid(heads, columns)
 
     def footnotes(self) -> list[str]:
         """What a reader of the numbers has to know."""
         lines = ["Mean ± standard deviation over seeds (number of seeds); the last epoch counts."]
-        if self.study.scale != "full":
+        if self.study.scale != "full" and "paper" in self.study.values:
             stand_ins = self._stand_ins()
             lines.append(
                 f"Scale {self.study.scale}: nothing here was measured on the paper's data"
@@ -110,7 +112,7 @@ class StudyTable:
         if changed:
             lines.append(f"{len(changed)} of the runs were made with changes that are not in that commit.")
         hours = {row["run"]: float(row["hours"]) for row in rows}
-        return [*lines, f"{len(hours)} runs, {sum(hours.values()):.1f} hours of training in all."]
+        return [*lines, f"Runs: {len(hours)}, with {sum(hours.values()):.1f} hours of training in all."]
 
     def _of(self, metric: str) -> list[Row]:
         return [row for row in self.rows if row["scale"] == self.study.scale and row["metric"] == metric]
@@ -161,7 +163,7 @@ class StudyTable:
     def _beside(self, cell: Cell, ours: Measured | None, metric: str) -> list[Entry]:
         paper = published(self.study, cell, metric)
         if paper is None:
-            return [Entry(NOT_AVAILABLE) if self.study.values.get("published") else NOTHING, NOTHING]
+            return [Entry(NOT_AVAILABLE), NOTHING]
         if ours is None or paper.value is None:
             return [Entry(paper.text), NOTHING]
         return [Entry(paper.text), Entry(f"{ours.mean - paper.value:+.2f}")]

@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from exnorm.config.errors import UserError
+from exnorm.config.errors import UserError, suggest
 from exnorm.config.study import Cell, Study, cell_name, compared_cells
 from exnorm.report.measured import measured
-from exnorm.report.published import claims
-from exnorm.runs.records import DIVERGED_AT, Row
+from exnorm.report.published import claims_of
+from exnorm.runs.records import DIVERGED_AT, METRICS, Row
 
 LEVEL = 0.05
 MARGIN = 0.5  # points that "no worse than" allows
@@ -110,6 +110,19 @@ class Comparison:
         return SUPPORTED if mean(self.differences) > self.threshold else CONTRADICTED
 
 
+def check(study: Study) -> None:
+    """Refuse a study that asks for a metric which no run has, or for a verdict that cannot be given.
+
+    Raises:
+        UserError: it does.
+    """
+    wanted = [*study.metrics, *(claim["metric"] for claim in study.values.get("claims", ()) if "metric" in claim)]
+    for metric in wanted:
+        if metric not in METRICS:
+            raise UserError(f"study {study.id}: unknown metric '{metric}': {suggest(str(metric), METRICS)}")
+    judge(study, [])
+
+
 def judge(study: Study, rows: Sequence[Row]) -> list[Comparison]:
     """Every comparison of a study, with Holm's correction over them."""
     found = [_compare(study, rows, wanted) for wanted in study.values.get("claims", ())]
@@ -162,10 +175,7 @@ def p_value(differences: Sequence[float], threshold: float) -> float | None:
 
 
 def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comparison:
-    known = claims()
-    if wanted["id"] not in known:
-        raise UserError(f"study {study.id}: no claim '{wanted['id']}' in claims.csv")
-    expect = known[wanted["id"]].expect
+    expect = claims_of(study)[str(wanted["id"])].expect
     if expect == "always":
         return _count(study, rows, wanted)
     if not any(compared_cells(wanted[side]) for side in ("left", "right") if side in wanted) or "right" not in wanted:
@@ -177,7 +187,7 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Co
     differences = tuple(_differences([*left, *((-factor * weight, cells) for weight, cells in right)], values))
     threshold = _threshold(expect)
     return Comparison(
-        wanted["id"],
+        str(wanted["id"]),
         metric,
         text=f"{_written(study, wanted['left'])} {_sign(expect)} {_written(study, wanted['right'])}",
         threshold=threshold,
@@ -196,8 +206,8 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     finished = sum(len(_seeds(study, rows, cell, ("loss",))) for cell in cells)
     diverged = sum(map(len, ended)) - finished
     runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells), min(map(len, ended)))
-    counted = f"{finished} of {runs.wanted} runs end with a finite loss, {diverged} without"
-    return Comparison(wanted["id"], "loss", f"{_written(study, wanted['left'])}: {counted}", None, (), runs=runs)
+    counted = f"{finished + diverged} of {runs.wanted} runs are there, {diverged} of them without a finite loss"
+    return Comparison(str(wanted["id"]), "loss", f"{_written(study, wanted['left'])}: {counted}", None, (), runs=runs)
 
 
 def _seeds(study: Study, rows: Sequence[Row], cell: Cell, metrics: Sequence[str]) -> set[int]:

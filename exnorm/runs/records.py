@@ -44,6 +44,20 @@ COLUMNS = {
     "classes": (*KEY, "epoch", "layer", "class", "normalizer", "images", "mean", "std"),
 }
 
+METRICS = (  # of a run; ratio/bn: the mean share of a normalizer over layers; ratio_kl/large: in % of SN's layers
+    "top1",
+    "top5",
+    "loss",
+    "train_top1",
+    "updates",
+    "images_per_s",
+    "parameters_m",
+    "gflops",
+    "ratio/in",
+    "ratio/ln",
+    "ratio/bn",
+    "ratio_kl/large",
+)
 DIVERGED_AT = "diverged_at"  # the metric of a run that ended with a loss that is not finite: its step; it has no other
 
 NUMBERS = ("value", "hours", "epoch", "train_top1", "top1", "loss", "images", "mean", "std")

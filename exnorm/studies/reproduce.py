@@ -5,6 +5,7 @@ fails stops no other. The record is brought up to date after each run.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,12 +23,14 @@ from exnorm.config.study import Study
 from exnorm.runs.children import END_WITH_PARENT, available_cores, importing_environment
 from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.runs.provenance import STUDY
+from exnorm.runs.records import read_records, record_file
 from exnorm.studies.collect import add_to_record, collect
 from exnorm.studies.estimate import Speed, hours_left, measured_hours, speed_of
 from exnorm.studies.plan import Job, RunKey, by_run, trainings_of
 
 LOCK_PAUSE_S = 0.5
 ERROR = "exnorm: error: "
+STOPPING = b"exnorm: stopping: each run ends its step and writes a checkpoint\n"
 
 
 class Failed(Exception):
@@ -51,7 +54,7 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
         print(note)
     waiting = [job for job in jobs if job.title not in damaged and not job.finished()]
     done = len(jobs) - len(waiting) - len(damaged)
-    print(f"{study.id} at scale {study.scale}: {done} of {len(jobs)} runs are done")
+    print(f"{study.id} at scale {study.scale}: {done} of {len(jobs)} runs are done{elsewhere(study, waiting, results)}")
     at_once = at_once or (max(1, available_cores() // study.threads) if study.threads else 1)
     runner = Runner(study, results, total=len(waiting))
     with runner.forwarding_signals(), ThreadPoolExecutor(at_once) as pool:
@@ -65,9 +68,18 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
     if runner.signum:
         print(f"exnorm: stopped; the same command goes on with {study.id}", file=sys.stderr)
         return 128 + runner.signum
+    print(f"record: {record_file(results, study.id)}; exnorm table {study.named} --scale {study.scale} shows it")
     for title, problem in problems.items():
         print(f"failed: {title}: {problem}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def elsewhere(study: Study, left: Iterable[Job], results: Path) -> str:
+    """How many of the runs that are left the record has, whose folders are not here; empty if none."""
+    rows = read_records(results, study.id)
+    recorded = {(row["cell"], row["seed"], row["config_hash"]) for row in rows if row["scale"] == study.scale}
+    known = sum((job.name, str(job.seed), job.config_hash) in recorded for job in left)
+    return f"; {known} more are in the record, from run folders that are not here, and are run again" if known else ""
 
 
 def check_data(jobs: Iterable[Job]) -> None:
@@ -136,6 +148,7 @@ class Runner:
 
         def stop(signum: int, frame: FrameType | None) -> None:
             self.signum = signum
+            os.write(2, STOPPING)  # print() may be under way
             for process in list(self._processes):
                 process.send_signal(signal.SIGTERM)
 
@@ -212,6 +225,8 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
 
     from exnorm.runs.table import print_table
 
+    for job in {job.name: job for job in jobs}.values():
+        job.check()
     speed, measured_h = speed_of(study, results, images_per_s), measured_hours(study, results)
     left = [job for job in jobs if not (job.finished() or job.diverged())]
     table = Table(*study.axes, "seeds", "done", "hours left", box=None, pad_edge=False)
@@ -231,7 +246,7 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
     unit = "GPU-hours" if study.scale == "full" else "hours on one core"
     print(
         f"{study.id} at scale {study.scale}: {len(trainings)} runs{further}; {len(trainings) - len(to_train)} runs "
-        f"done, {len(to_train)} left: {_hours(to_train, speed, measured_h)} {unit}"
+        f"done, {len(to_train)} left: {_hours(to_train, speed, measured_h)} {unit}{elsewhere(study, left, results)}"
     )
     print(f"speed: {f'{speed.images_per_s:.0f} images/s of one device, ' if speed.images_per_s else ''}{speed.source}")
 
