@@ -15,6 +15,7 @@ from exnorm.config.compose import compose_train
 from exnorm.data import data_set
 from exnorm.data.loader import SeededImages
 from exnorm.data.transforms import eval_transform
+from exnorm.engine.banner import busy
 from exnorm.engine.calibrate import batch_average
 from exnorm.engine.distributed import World
 from exnorm.models import build_model
@@ -67,6 +68,12 @@ def test_a_run_says_what_it_is_before_the_first_step(finished: Path) -> None:
         assert words in banner
     assert "batch 1x8: gradient over 8 samples, BN's scope 8, on 1 device" in banner
     assert "about" in banner
+
+
+def test_a_hint_is_given_where_others_keep_the_cores_busy() -> None:
+    (line,) = busy(2, 3.1, 2)
+    assert "load 3.1 on 2 cores" in line and "OMP_NUM_THREADS=1" in line
+    assert busy(2, 1.2, 2) == busy(1, 3.1, 2) == []
 
 
 def test_the_same_command_again_prints_the_result_and_trains_nothing(

@@ -1,6 +1,7 @@
 """What a run says before its first step: device, precision, back end, cost, the batch, and how long it will take."""
 
 import math
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from exnorm.engine.evaluate import autocast
 from exnorm.engine.learner import Learner
 from exnorm.models import count_parameters, gflops_per_image
 from exnorm.norms.batch_scope import BatchScopeNorm, take_pending
+from exnorm.runs.children import available_cores
 from exnorm.runs.provenance import cpu_model
 
+BUSY = 0.75  # of the cores: the load, over a minute, from which on the hint is given
 TRIAL_STEPS = 2  # the first one warms up
 
 
@@ -52,6 +55,8 @@ def describe_run(
         learner.plan.describe(),
         f"{steps} steps in {config.trainer.epochs} epochs; {resume}about {duration(left * step_s)} plus validation",
     ]
+    if world.device.type == "cpu":
+        lines += busy(torch.get_num_threads(), os.getloadavg()[0], available_cores())
     record = {
         "device": device,
         "backend": backend,
@@ -59,6 +64,13 @@ def describe_run(
         "gflops_per_image": gflops,
     }
     return Facts("\n".join(lines), record | {"precision": learner.precision})
+
+
+def busy(threads: int, load: float, cores: int) -> list[str]:
+    """A hint where others keep the cores busy: threads then wait for each other at every layer."""
+    if threads < 2 or load < BUSY * cores:
+        return []
+    return [f"this machine is busy (load {load:.1f} on {cores} cores): OMP_NUM_THREADS=1 can be several times faster"]
 
 
 def seconds_per_step(learner: Learner, image_size: int) -> float:
