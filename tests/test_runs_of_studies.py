@@ -61,6 +61,22 @@ def test_what_begins_with_a_run_that_failed_is_not_run(
     assert len(lines) == 7 and all("seed 0: the run that it begins with failed" in line for line in lines[1:])
 
 
+def test_a_training_that_failed_is_not_tried_for_each_of_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = load_study(own_study(tmp_path, f"axes: {{norm: [bn], rule: {RULES}}}\nseeds: 1"), "mini")
+    tried: list[str] = []
+
+    def run(self: Runner, job: Job) -> None:
+        tried.append(job.name)
+        raise Failed("no memory")
+
+    monkeypatch.setattr(Runner, "run", run)
+    assert reproduce(study, jobs_of(study, study.cells, tmp_path / "runs"), tmp_path, at_once=2) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(tried) == 1 and len(lines) == 3 and all(line.endswith("seed 0: no memory") for line in lines)
+
+
 class Queue:
     """Stands for submitit's executor."""
 

@@ -105,7 +105,8 @@ class Runner:
 
     def run_all(self, jobs: Sequence[Job], source: "Future[Problems] | None") -> Problems:
         """Do the jobs of one run, each evaluation after the training; return what went wrong with which."""
-        if source is not None and source.result():
+        needed = jobs[-1].needs
+        if source is not None and needed is not None and needed.title in source.result():
             return {job.title: "the run that it begins with failed" for job in jobs}
         problems: Problems = {}
         for job in jobs:
@@ -113,6 +114,8 @@ class Runner:
                 self.run(job)
             except (Failed, ValueError, OSError) as problem:
                 problems[job.title] = str(problem)
+                if not job.trained():
+                    return {job.title: str(problem) for job in jobs}
         return problems
 
     def run(self, job: Job) -> None:
