@@ -110,7 +110,7 @@ def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
     process = begin(study, here, "--submit", "cluster=local", "--submit", "timeout_min=20")
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert "3 jobs queued" in out and "norm=sn inference=moving, norm=sn inference=batches, seed 0" in out
+    assert "3 jobs queued" in out and "norm=sn inference=moving, seed 0; norm=sn inference=batches, seed 0" in out
 
     def complete() -> bool:
         file = record_file(here / "results", "tiny")

@@ -148,7 +148,7 @@ def duration(table: StudyTable) -> str:
         return f"0 of {len(table.study.cells)} cells measured."
     return (
         f"{len(cells)} of {len(table.study.cells)} cells measured, {len(runs)} runs, {sum(runs.values()):.1f} hours of "
-        f"training, {60 * sum(runs.values()) / len(runs):.1f} minutes a run on {devices}."
+        f"training (validation not counted), {60 * sum(runs.values()) / len(runs):.1f} minutes a run on {devices}."
     )
 
 
