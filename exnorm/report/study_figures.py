@@ -132,7 +132,8 @@ def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
     sides = [("mean", f"measured, scale {study.scale}")]
     if data["published"].notna().to_numpy().any():
         sides.append(("published", f"{study.values.get('paper', '')}, {study.values.get('table', '')}"))
-    places = {value: place for place, value in enumerate(study.axes[axis])}
+    there = {dict(cell.key)[axis] for cell in study.cells}
+    places = {value: place for place, value in enumerate(value for value in study.axes[axis] if value in there)}
     joined = "columns" in study.values and axis != "norm"  # what has no order is no line
     drawn = _lines(study, data, axis)
     width = max(3.4, 0.62 * len(places) + 1.4) * len(sides) + LETTER_INCHES * max(len(label) for label, _ in drawn)
@@ -177,7 +178,8 @@ def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
             groups.setdefault(dict(cell.key)[axis] if axis else "", []).append(cell)
     across = min(len(groups), 5)
     down = -(-len(groups) // across)
-    figure = Figure(figsize=(2.6 * across + 1.2, 2.4 * down + 0.4), layout="constrained")
+    longest = max(len(called(study, dict(cell.key))) for cell in study.cells)
+    figure = Figure(figsize=(2.6 * across + 1.2 + LETTER_INCHES * longest, 2.4 * down + 0.4), layout="constrained")
     panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
     for panel, (value, cells) in zip(panels, groups.items(), strict=False):
         for number, cell in enumerate(cells):
@@ -188,7 +190,7 @@ def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
             spread = line["std"].fillna(0.0)
             panel.fill_between(line.epoch, line["mean"] - spread, line["mean"] + spread, color=tint, alpha=0.2)
         panel.set_title(study.label(value), fontsize=9)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         panel.grid(axis="y", alpha=0.3)
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
