@@ -74,6 +74,7 @@ def test_the_page_of_a_study_in_a_browser(browser: Any, size: tuple[int, int], t
 
     page.locator("#cells tbody a").first.click()
     opened = page.locator("#runs > details[open]")
+    opened.first.wait_for()  # the page opens it when it hears of the new address
     assert opened.count() == 1 and "exnorm train" in opened.inner_text()
     assert trouble == []
 
