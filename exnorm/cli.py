@@ -223,7 +223,7 @@ def reproduce(
     elif submit:
         from exnorm.studies.submit import submit as submit_jobs
 
-        submit_jobs(wanted, study, found, runs, results, submit)
+        submit_jobs(wanted, found, runs, results, submit)
     else:
         raise typer.Exit(reproduce(wanted, found, results, at_once=jobs))
 

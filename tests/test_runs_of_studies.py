@@ -94,7 +94,7 @@ def test_no_job_of_a_cluster_waits_for_another_ones_checkpoint(
     """Of six runs that begin with one source a seed, one job trains the source; the others are left for later."""
     queue, study = Queue(), load_study("sn-hard", "mini", seeds=2)
     monkeypatch.setattr(submit, "_executor", lambda *_: queue)
-    submit.submit(study, "sn-hard", jobs_of(study, study.cells, tmp_path), tmp_path, tmp_path, [])
+    submit.submit(study, jobs_of(study, study.cells, tmp_path), tmp_path, tmp_path, [])
     lines = capsys.readouterr().out.splitlines()
     assert len(queue.commands) == 2 and lines[-1].startswith("2 jobs queued")
     later = [line for line in lines if line.startswith("not queued")]

@@ -332,7 +332,7 @@ def test_a_choice_of_seeds_leaves_cells_what_they_are(tmp_path: Path) -> None:
     assert set(table.followed) < set(chosen_cells(table, ["seed=0"]))
     for job in (*first, *last):
         assert job.cell is not None
-        words = submit._command(study, "en-transfer", job, tmp_path, tmp_path)
+        words = submit._command(study, job, tmp_path, tmp_path)
         only = [words[place + 1] for place, word in enumerate(words) if word == "--only"]
         asked = load_study("en-transfer", "mini", seeds=int(words[words.index("--seeds") + 1]))
         (cell,) = chosen_cells(asked, only)

@@ -205,7 +205,7 @@ def _check_names(study: Study) -> None:
         axis = study.values.get(key)
         if axis is not None and axis not in study.axes:
             raise UserError(f"study {study.id}: {key}: there is no axis '{axis}': {suggest(str(axis), study.axes)}")
-    patterns = [text for given in study.values.get("published", {}).values() for text in _as_list(given)]
+    patterns = [text for given in study.values.get("published", {}).values() for text in as_list(given)]
     for name in (name for text in patterns for _, name, _, _ in Formatter().parse(str(text)) if name is not None):
         if name not in study.axes:
             raise UserError(f"study {study.id}: published: no axis '{name}': {suggest(name, study.axes)}")
@@ -219,7 +219,8 @@ def _check_names(study: Study) -> None:
                 raise UserError(f"study {study.id}: ratio_differences: {pair} is not among classes_of")
 
 
-def _as_list(given: Any) -> list[Any]:
+def as_list(given: Any) -> list[Any]:
+    """A list as it is, of anything else a list of one."""
     return given if isinstance(given, list) else [given]
 
 
@@ -259,7 +260,7 @@ def _setting_key(text: str) -> str:
 
 def _meets(condition: Mapping[str, Any], facts: Mapping[str, str]) -> bool:
     """Whether every fact that a condition names is the value, or one of the values, that it asks for."""
-    return all(facts.get(name) in [str(value) for value in _as_list(wanted)] for name, wanted in condition.items())
+    return all(facts.get(name) in [str(value) for value in as_list(wanted)] for name, wanted in condition.items())
 
 
 def _seeds(values: Mapping[str, Any], key: Mapping[str, str], given: Mapping[str, str]) -> int:

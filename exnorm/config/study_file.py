@@ -167,8 +167,13 @@ def check(
             raise UserError(f"{where}: '{key}' is missing in {dict(values)}")
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a study is named by a yaml file, not by its id."""
+    return name.lower().endswith(YAML)
+
+
 def _study_file(name: str) -> Path:
-    if not name.lower().endswith(YAML):
+    if not is_file_name(name):
         return option_file("study", name)
     file = Path(name)
     if not file.is_file():

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import group_options
 from exnorm.config.study import Cell, Study, load_study
-from exnorm.config.study_file import YAML
+from exnorm.config.study_file import is_file_name
 from exnorm.report.claims_table import Judged, grid_of, judged_study
 from exnorm.report.grids import Entry, Grid, to_html
 from exnorm.report.measured import measured
@@ -44,7 +44,7 @@ def write_report(what: str, scale: str, out: Path | None, *, runs: Path, results
         folder = RunFolder(what)
         text, path = run_page(folder), out or folder.path / "report.html"
     else:
-        if what not in group_options("study") and not what.endswith(YAML):
+        if what not in group_options("study") and not is_file_name(what):
             raise UserError(f"{what} is no run folder and no study: {suggest(what, group_options('study'))}")
         study = load_study(what, scale)
         text, path = study_page(study, results, runs), out or Path(f"{study.id}-{scale}.html")

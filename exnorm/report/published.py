@@ -1,12 +1,13 @@
 """The papers' numbers and claims, from `results/published/`, the only place of the project where they are written."""
 
 import csv
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from exnorm.config.errors import UserError
-from exnorm.config.study import Cell, Study
+from exnorm.config.study import Cell, Study, as_list
 
 FILES = ("sn2019", "en2020", "other")
 
@@ -86,14 +87,14 @@ def claims_of(study: Study) -> dict[str, Claim]:
 
 
 def _filled(pattern: str | list[str], values: Mapping[str, str]) -> list[str]:
-    patterns = pattern if isinstance(pattern, list) else [pattern]
-    return [text.format_map(values) for text in patterns]
+    return [text.format_map(values) for text in as_list(pattern)]
 
 
 def _numbers() -> list[dict[str, str]]:
     return [row for name in FILES for row in _rows(name)]
 
 
+@functools.cache
 def _rows(name: str) -> list[dict[str, str]]:
     text = (published_folder() / f"{name}.csv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))

@@ -9,6 +9,7 @@ from pathlib import Path
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
+from exnorm.config.study_file import SCALES
 from exnorm.report.claims_table import Judged, as_csv, grid_of, judged_studies, labelled, not_covered
 from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.published import claims_of
@@ -18,7 +19,6 @@ from exnorm.report.verdicts import as_claimed
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.records import read_records, recorded
 
-SCALES = ("mini", "full")
 SUFFIXES = ("md", "csv")
 FRONT = "sn-table2"  # the study on the first screen of the project's README, between these two marks
 BEGIN, END = "<!-- made by exnorm results -->", "<!-- end -->"
@@ -140,8 +140,7 @@ def first_screen(table: StudyTable, folder: str) -> str:
 
 def duration(table: StudyTable) -> str:
     """How much was run, on what."""
-    rows = [row for row in table.rows if row["scale"] == table.study.scale and row["metric"] == "top1"]
-    runs = {row["run"]: float(row["hours"]) for row in rows}
+    rows, runs = table.rows_of("top1"), table.hours()
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     cells = {row["cell"] for row in rows}
     if not runs:
@@ -156,14 +155,14 @@ def summary(judged: Sequence[Judged]) -> Grid:
     """A row for each claim and study."""
     rows = [
         [
-            Entry("{0.claim} ({0.paper})".format(claims_of(item.study)[claim])),
+            Entry(f"{known[claim].claim} ({known[claim].paper})"),
             Entry(item.study.id),
             Entry(item.study.scale),
             Entry(str(min(comparison.n for comparison in found))),
             Entry(as_claimed(found)),
             Entry(labelled(found), True),
         ]
-        for item in judged
+        for item, known in ((item, claims_of(item.study)) for item in judged)
         for claim, found in item.comparisons.items()
     ]
     return Grid(("claim", "study", "scale", "seeds", "as claimed", "verdict"), rows)

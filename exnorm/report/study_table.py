@@ -105,16 +105,21 @@ class StudyTable:
 
     def _origin(self) -> list[str]:
         """What the numbers were made with."""
-        rows = self._of("top1")
+        rows = self.rows_of("top1")
         found = {name: ", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("device", "torch", "commit")}
         lines = [f"{name}{' ' if name == 'torch' else ': '}{texts}." for name, texts in found.items() if texts]
         changed = {row["run"] for row in rows if row["uncommitted"] == "yes"}
         if changed:
             lines.append(f"{len(changed)} of the runs were made with changes that are not in that commit.")
-        hours = {row["run"]: float(row["hours"]) for row in rows}
+        hours = self.hours()
         return [*lines, f"Runs: {len(hours)}, with {sum(hours.values()):.1f} hours of training in all."]
 
-    def _of(self, metric: str) -> list[Row]:
+    def hours(self) -> dict[str, float]:
+        """The hours of training of each run, which several cells may share."""
+        return {row["run"]: float(row["hours"]) for row in self.rows_of("top1")}
+
+    def rows_of(self, metric: str) -> list[Row]:
+        """The rows of one metric at the study's scale."""
         return [row for row in self.rows if row["scale"] == self.study.scale and row["metric"] == metric]
 
     def _published_notes(self) -> list[str]:
@@ -130,7 +135,7 @@ class StudyTable:
     def _facts(self) -> list[str]:
         """What holds for all cells, or else for which ones."""
         by_fact: dict[str, dict[str, None]] = {}
-        for row in self._of("top1"):
+        for row in self.rows_of("top1"):
             by_fact.setdefault(row["facts"], {})[row["cell"]] = None
         if len(by_fact) == 1:
             return [f"Facts: {fact}." for fact in by_fact]

@@ -125,7 +125,10 @@ def check(study: Study) -> None:
 
 def judge(study: Study, rows: Sequence[Row]) -> list[Comparison]:
     """Every comparison of a study, with Holm's correction over them."""
-    found = [_compare(study, rows, wanted) for wanted in study.values.get("claims", ())]
+    known = claims_of(study)
+    found = [
+        _compare(study, rows, wanted, known[str(wanted["id"])].expect) for wanted in study.values.get("claims", ())
+    ]
     corrected = iter(holm([comparison.p for comparison in found if not comparison.runs]))
     return [item if item.runs else replace(item, p_holm=next(corrected)) for item in found]
 
@@ -174,8 +177,7 @@ def p_value(differences: Sequence[float], threshold: float) -> float | None:
     return float(2 * t.sf(distance / error, len(differences) - 1))
 
 
-def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comparison:
-    expect = claims_of(study)[str(wanted["id"])].expect
+def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expect: str) -> Comparison:
     if expect == "always":
         return _count(study, rows, wanted)
     if not any(compared_cells(wanted[side]) for side in ("left", "right") if side in wanted) or "right" not in wanted:

@@ -47,8 +47,7 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
         UserError: data that are not there; nothing was run.
     """
     check_data(jobs)
-    for job in {job.name: job for job in jobs}.values():
-        job.check()
+    check_settings(jobs)
     notes, damaged = collect(study, jobs, results)
     for note in notes:
         print(note)
@@ -91,6 +90,16 @@ def check_data(jobs: Iterable[Job]) -> None:
     problems = list(dict.fromkeys(job.problem for job in jobs if job.config_hash is None))
     if problems:
         raise UserError(problems[0])
+
+
+def check_settings(jobs: Iterable[Job]) -> None:
+    """Refuse settings that cannot work, of each cell once.
+
+    Raises:
+        UserError: such a setting.
+    """
+    for job in {job.name: job for job in jobs}.values():
+        job.check()
 
 
 class Runner:
@@ -228,8 +237,7 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
 
     from exnorm.runs.table import print_table
 
-    for job in {job.name: job for job in jobs}.values():
-        job.check()
+    check_settings(jobs)
     speed, measured_h = speed_of(study, results, images_per_s), measured_hours(study, results)
     left = [job for job in jobs if not (job.finished() or job.diverged())]
     table = Table(*study.axes, "seeds", "done", "hours left", box=None, pad_edge=False)

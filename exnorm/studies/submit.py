@@ -38,7 +38,7 @@ class Reproduction:
         return DelayedSubmission(self)
 
 
-def submit(study: Study, name: str, jobs: Sequence[Job], runs: Path, results: Path, options: Sequence[str]) -> None:
+def submit(study: Study, jobs: Sequence[Job], runs: Path, results: Path, options: Sequence[str]) -> None:
     """Queue the runs that are missing; `options` are submitit's parameters, such as `gpus_per_node=8`.
 
     Raises:
@@ -53,12 +53,12 @@ def submit(study: Study, name: str, jobs: Sequence[Job], runs: Path, results: Pa
         if source is not None and source.run_key in sources:
             print(f"not queued: {titles}: begins with what job {sources[source.run_key]} trains; submit again after it")
             continue
-        job_id = executor.submit(Reproduction([_command(study, name, job, runs, results) for job in group])).job_id
+        job_id = executor.submit(Reproduction([_command(study, job, runs, results) for job in group])).job_id
         queued += 1
         print(f"job {job_id}: {titles}")
         if source is not None and not source.trained():
             sources[source.run_key] = job_id
-    print(f"{queued} jobs queued; exnorm reproduce {name} --scale {study.scale} --plan shows what is done")
+    print(f"{queued} jobs queued; exnorm reproduce {study.named} --scale {study.scale} --plan shows what is done")
 
 
 def _executor(study: Study, runs: Path, options: Sequence[str]) -> Any:
@@ -79,9 +79,9 @@ def _executor(study: Study, runs: Path, options: Sequence[str]) -> Any:
     return executor
 
 
-def _command(study: Study, name: str, job: Job, runs: Path, results: Path) -> list[str]:
+def _command(study: Study, job: Job, runs: Path, results: Path) -> list[str]:
     assert job.cell is not None
-    name = str(Path(name).resolve()) if Path(name).is_file() else name
+    name = str(Path(study.named).resolve()) if Path(study.named).is_file() else study.named
     chosen = [
         word for axis, value in (*job.cell.key, ("seed", str(job.seed))) for word in ("--only", f"{axis}={value}")
     ]
