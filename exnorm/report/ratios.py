@@ -17,7 +17,6 @@ from exnorm.runs.table import print_table
 
 KINDS = {"lambda": "", "mean": "mean ", "var": "var "}
 SPREAD = ("mean", "within", "between")
-MIXING = ("sn", "ssn", "en")
 LARGE_BN = 0.3  # above it the authors of SN advise batch averages (Luo et al., TPAMI 2019, Table XI)
 
 
@@ -25,11 +24,12 @@ def run(run_path: Path) -> None:
     """Print the ratios of every layer after the last epoch, write the figures, and give the authors' advice."""
     folder = RunFolder(run_path)
     config = folder.read_config()
-    frame = shares(MetricsLog.read(folder.metrics_file))
+    log = MetricsLog.read(folder.metrics_file)
+    frame = shares(log)
     if frame.empty:
-        name = config["norm"]["name"]
-        reason = "no epoch has ended, or logger.probe_images was 0" if name in MIXING else f"norm={name} mixes nothing"
-        raise UserError(f"{run_path} has no ratios: {reason}")
+        ended = any("val/top1" in row for row in log)
+        reason = f"norm={config['norm']['name']} mixes nothing, or logger.probe_images was 0"
+        raise UserError(f"{run_path} has no ratios: {reason if ended else 'no epoch has ended'}")
     print_layers(per_layer(frame))
     for line in advice(frame, run_path):
         print(line)

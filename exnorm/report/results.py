@@ -15,8 +15,9 @@ from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.published import claims_of
 from exnorm.report.study_figures import StudyFigure, figures_of, save
 from exnorm.report.study_table import FORMATS, StudyTable, table_of
-from exnorm.report.verdicts import as_claimed
+from exnorm.report.verdicts import ENOUGH_SEEDS, LEVEL, MARGIN, as_claimed
 from exnorm.runs.folder import write_text_atomic
+from exnorm.runs.layer_ratios import LARGE_KL
 from exnorm.runs.records import read_records, recorded
 
 SUFFIXES = ("md", "csv")
@@ -191,15 +192,15 @@ papers' (replicas x samples, as virtual replicas on one core). How it was chosen
 in no record, is said in `conf/scale/mini.yaml`. **A mini result is no ImageNet result**: it shows whether an effect \
 appears at all at this size. **Scale full** is the papers' protocol, from the same files in `conf/study/`."""
 
-JUDGED = """A verdict comes from the differences of equal seeds (the same data order and initialization), by a t-test \
+JUDGED = f"""A verdict comes from the differences of equal seeds (the same data order and initialization), by a t-test \
 with Holm's correction over the comparisons of a study: supported or contradicted where the corrected p is below \
-0.05, else undecided. "No worse than" (>=) allows 0.5 points; "four times a gain" (>= 4 *) allows nothing and is \
-undecided where there is no gain. What is claimed to hold always is judged by all runs of the \
+{LEVEL}, else undecided. "No worse than" (>=) allows {MARGIN} points; "four times a gain" (>= 4 *) allows nothing and \
+is undecided where there is no gain. What is claimed to hold always is judged by all runs of the \
 study. *As claimed*: the comparisons whose mean difference lies on the claimed side, which alone decides nothing. \
 Accuracies are compared in points, `ratio/bn` and `ratio/ln` as mean shares of all layers between 0 and 1, \
 `ratio_kl/large` in % of SN's layers: those whose ratios of the mean and of the variance have a symmetric \
-Kullback-Leibler divergence above 0.1 nats. \
-*Weak*: fewer than 5 seeds. The last epoch counts; no best \
+Kullback-Leibler divergence above {LARGE_KL} nats. \
+*Weak*: fewer than {ENOUGH_SEEDS} seeds. The last epoch counts; no best \
 epoch is picked on the validation set."""
 
 ENDING = """## The papers' numbers

@@ -25,6 +25,7 @@ def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return keys.join(pd.DataFrame(found.values(), columns=["mean", "std"]))
 
 
+LARGE_KL = 0.1  # nats; what SN's paper calls large is not known, so this is ours, set before anything was measured
 CLASS_COLUMNS: Any = {  # of the ratios by class, and what is in them
     "data": str,
     "epoch": int,

@@ -9,7 +9,7 @@ from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import Study, load_study
 from exnorm.runs.folder import RunFolder, read_json
-from exnorm.runs.layer_ratios import bottom_middle_top, read_class_ratios, shares, symmetric_kl
+from exnorm.runs.layer_ratios import LARGE_KL, bottom_middle_top, read_class_ratios, shares, symmetric_kl
 from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.records import (
     COLUMNS,
@@ -23,7 +23,6 @@ from exnorm.runs.records import (
 )
 from exnorm.studies.plan import Job, jobs_of
 
-LARGE_KL = 0.1  # nats; what SN's paper calls large is not known, so this is ours, set before anything was measured
 DIGITS = 6  # of a value, significant
 RATIO_DIGITS = 4
 
