@@ -88,7 +88,7 @@ def measure(
                     saved_bytes(trainers[label].loss, exclude=trainers[label].model.parameters()) / 2**20, 1
                 ),
                 "peak_mib": trainers[label].peak_mib(),
-                "first_step_s": round(first_s[label], 1),
+                "first_step_s": round(first_s[label], 3),
             }
             for label, values in seconds.items()
         ]

@@ -1,6 +1,5 @@
 """What a run says before its first step: device, precision, back end, cost, the batch, and how long it will take."""
 
-import math
 import os
 import platform
 import time
@@ -12,6 +11,7 @@ import torch
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import autocast
 from exnorm.engine.learner import Learner
+from exnorm.engine.progress import duration
 from exnorm.models import count_parameters, gflops_per_image
 from exnorm.norms.batch_scope import BatchScopeNorm, take_pending
 from exnorm.runs.children import available_cores
@@ -104,10 +104,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({cpu_model() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `45 s`, `12 min`, `3.5 h`."""
-    if seconds < 100:
-        return f"{max(1, math.ceil(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,5 +1,6 @@
-"""What a person sees of a run: a bar on a terminal, a line per epoch, and the same lines in `log.txt`."""
+"""What a person sees of a run: a bar or a line a minute, a line per epoch, and the lines of `log.txt`."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 BAR_EVERY_S = 0.5
+LINE_EVERY_S = 60.0  # where stderr is a file or a pipe
 
 
 class Progress:
@@ -20,7 +22,7 @@ class Progress:
             active,
         )
         self.on_terminal = active and sys.stderr.isatty()
-        self.last_shown = 0.0
+        self.last_shown = time.monotonic()
         self.first: tuple[int, float] | None = None
 
     def say(self, text: str) -> None:
@@ -32,21 +34,23 @@ class Progress:
                 stream.write(text + "\n")
 
     def step(self, step: int, epoch: int, batch_sums: Tensor) -> None:
-        """Move the bar, at most twice a second."""
+        """Move the bar, at most twice a second; without a terminal, a line on stderr at most once a minute."""
         now = time.monotonic()
         if self.first is None:
             self.first = (step, now)
-        if not self.on_terminal or now - self.last_shown < BAR_EVERY_S:
+        if not self.active or now - self.last_shown < (BAR_EVERY_S if self.on_terminal else LINE_EVERY_S):
             return
         self.last_shown = now
         done, since = self.first
         rate = (step - done) / (now - since) if now > since else 0.0
-        left = f"{(self.steps - step) / rate:.0f} s left" if rate else ""
+        left = f", {duration((self.steps - step) / rate)} left" if rate else ""
         loss, _, _, count, *_ = batch_sums.tolist()
-        filled = 24 * step // self.steps
-        bar = "#" * filled + "." * (24 - filled)
-        line = f"[{bar}] epoch {epoch + 1}/{self.epochs} step {step}/{self.steps} loss {loss / count:.3f} {left}"
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        line = f"epoch {epoch + 1}/{self.epochs}, step {step}/{self.steps}: train loss {loss / count:.3f}{left}"
+        if self.on_terminal:
+            filled = 24 * step // self.steps
+            print(f"\r\033[K[{'#' * filled}{'.' * (24 - filled)}] {line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def epoch(self, epoch: int, row: dict[str, float], ratios: dict[str, float]) -> None:
         """One line with an epoch's metrics and mean ratios."""
@@ -67,3 +71,10 @@ def _each_set(row: dict[str, float]) -> dict[str, float]:
     """The top-1 of each of several validation sets: `val/<set>/top1`."""
     parts = {key: key.split("/") for key in row}
     return {words[1]: row[key] for key, words in parts.items() if len(words) == 3 and words[2] == "top1"}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `45 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{max(1, math.ceil(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

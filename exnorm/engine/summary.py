@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from exnorm.runs.folder import RunFolder
+from exnorm.runs.table import print_table
 
 NORMALIZERS = ("in", "ln", "bn")
 
@@ -56,8 +56,7 @@ def _print_table(*rows: dict[str, str]) -> None:
     table = Table(*rows[0])
     for cells in rows:
         table.add_row(*cells.values())
-    console = Console()
-    console.print(table, width=max(console.width, 100) if not console.is_terminal else None)
+    print_table(table)
 
 
 def _loss(value: float | None) -> str:

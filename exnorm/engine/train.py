@@ -19,7 +19,7 @@ from exnorm.engine.batch import plan_batch
 from exnorm.engine.calibrate import Calibrated, batch_average, using
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import evaluate_all
-from exnorm.engine.images import facts_of, keep_noise, open_images
+from exnorm.engine.images import RunImages, facts_of, keep_noise, open_images
 from exnorm.engine.learner import Learner, build_learner, check, restore, save, train_step
 from exnorm.engine.progress import Progress
 from exnorm.norms import progress_buffers
@@ -148,43 +148,17 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         # End of an epoch: validate, measure the ratios, keep it
         images_done = (learner.step - first_step) * plan.total
         sums = world.sum_(learner.sums.clone())
-        learner.calibrated = calibrate(learner, images.calibration_set, config)
-        with using(learner.model, learner.calibrated or {}):
-            results = evaluate_all(
-                learner.model,
-                images.val_loaders,
-                learner.task,
-                precision=trainer.precision,
-                world=world,
-            )
-            ratios = measure_ratios(learner.model, probe) if probe is not None else []
-        row = {
-            **summarize(sums, "train"),
-            **results,
-            "lr": learner.optimizer.param_groups[0]["lr"],
-        }
-        log(
-            {
-                **row,
-                **as_metrics(ratios),
-                "images_per_s": images_done / train_s if images_done else None,
-            }
-        )
+        results, ratios = validate(learner, images, probe, config)
+        row = {**summarize(sums, "train"), **results, "lr": learner.optimizer.param_groups[0]["lr"]}
+        log({**row, **as_metrics(ratios), "images_per_s": images_done / train_s if images_done else None})
         for sink in sinks:
             sink.table("ratios", LayerRatio._fields, ratios, learner.step)
         progress.epoch(learner.epoch, row, mean_ratios(ratios))
         learner.sums.zero_()
-        is_best = results["val/top1"] > learner.best.get("val/top1", -1.0)
-        if is_best:
-            learner.best = {"val/top1": results["val/top1"], "epoch": learner.epoch + 1}
         learner.epoch += 1
-        last = learner.epoch == trainer.epochs
-        if is_best or last or learner.epoch % trainer.checkpoint_every == 0 or snapshots_of(learner.epoch, config):
-            path = save(folder, learner)
-            if path is not None:
-                keep_marked(folder, learner, path, config)
+        keep_epoch(folder, learner, results["val/top1"], config)
         signum = check(learner, stop_signal())
-        if signum and not last:
+        if signum and learner.epoch < trainer.epochs:
             save(folder, learner)
             raise Stopped(signum)
 
@@ -192,24 +166,50 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     for sink in sinks:
         sink.close()
     if world.is_first:
-        final = results or last_results(folder)
+        bad_images.tidy()
         record = {
-            **final,
+            **(results or last_results(folder)),
             "best": learner.best,
             "hours": learner.train_s / 3600,
             "steps": steps,
-        }
-        record |= {
             "epochs": trainer.epochs,
             "inference": trainer.inference,
             "devices": world.size,
             **facts.record,
             **noise_facts,
             **facts_of(images),
+            "ratio": mean_ratios(ratios) if results else last_ratios(folder),
         }
-        bad_images.tidy()
-        record["ratio"] = mean_ratios(ratios) if results else last_ratios(folder)
         write_json_atomic(folder.record_file, plain(record))
+
+
+def validate(
+    learner: Learner, images: RunImages, probe: Tensor | None, config: Any
+) -> tuple[dict[str, float], list[LayerRatio]]:
+    """The metrics of each validation set and each layer's ratios, by the run's rule of inference."""
+    learner.calibrated = calibrate(learner, images.calibration_set, config)
+    with using(learner.model, learner.calibrated or {}):
+        results = evaluate_all(
+            learner.model,
+            images.val_loaders,
+            learner.task,
+            precision=learner.precision,
+            world=learner.world,
+        )
+        return results, measure_ratios(learner.model, probe) if probe is not None else []
+
+
+def keep_epoch(folder: RunFolder, learner: Learner, top1: float, config: Any) -> None:
+    """Write a checkpoint of the epoch that just ended, where it is the best, the last, or asked for."""
+    epoch = learner.epoch
+    is_best = top1 > learner.best.get("val/top1", -1.0)
+    if is_best:
+        learner.best = {"val/top1": top1, "epoch": epoch}
+    asked = epoch % config.trainer.checkpoint_every == 0 or bool(snapshots_of(epoch, config))
+    if is_best or asked or epoch == config.trainer.epochs:
+        path = save(folder, learner)
+        if path is not None:
+            keep_marked(folder, learner, path, config)
 
 
 def snapshots_of(epoch: int, config: Any) -> list[float]:

@@ -13,12 +13,13 @@ from exnorm.config.groups import group_options
 from exnorm.config.study import Study, load_study
 from exnorm.report.grids import Entry, Grid
 from exnorm.report.published import Claim, claims, claims_of
-from exnorm.report.verdicts import UNDECIDED, Comparison, is_weak, judge, overall
+from exnorm.report.verdicts import ENOUGH_SEEDS, Comparison, is_weak, judge, overall
 from exnorm.runs.records import Row, read_records
 from exnorm.runs.sinks import csv_text
 from exnorm.runs.table import print_table
 
 HEADS = ("claim", "comparison", "metric", "seeds", "mean difference", "95 % interval", "p (Holm)", "verdict")
+WEAK = f"fewer than {ENOUGH_SEEDS} seeds, of which one decides nothing and two only what is far from chance"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def grid_of(judged: Judged) -> Grid:
 
 def labelled(comparisons: Sequence[Comparison]) -> str:
     """The verdict on a claim, marked as weak where a comparison has fewer than 5 seeds."""
-    verdict = overall(comparisons)
-    return f"{verdict} (weak)" if is_weak(comparisons) and verdict != UNDECIDED else verdict
+    return overall(comparisons) + (" (weak)" if is_weak(comparisons) else "")
 
 
 def not_covered() -> list[str]:
@@ -122,6 +122,8 @@ def print_verdicts(judged: Sequence[Judged]) -> None:
             table.add_row(*(f"[bold]{text}[/bold]" if bold else escape(text) for text, bold in row))
         print(f"{item.study.id}, scale {item.study.scale}: {item.study.title}")
         print_table(table)
+    if any(is_weak(comparisons) for item in judged for comparisons in item.comparisons.values()):
+        print(f"weak: {WEAK}")
     print("The claims:")
     for name, claim in known.items():
         print(f"  {name} ({claim.paper}): {claim.claim}")

@@ -10,12 +10,12 @@ from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
 from exnorm.config.study_file import SCALES
-from exnorm.report.claims_table import Judged, as_csv, grid_of, judged_studies, labelled, not_covered
+from exnorm.report.claims_table import WEAK, Judged, as_csv, grid_of, judged_studies, labelled, not_covered
 from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.published import claims_of
 from exnorm.report.study_figures import StudyFigure, figures_of, save
 from exnorm.report.study_table import FORMATS, StudyTable, table_of
-from exnorm.report.verdicts import ENOUGH_SEEDS, LEVEL, MARGIN, as_claimed
+from exnorm.report.verdicts import LEVEL, MARGIN, as_claimed
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.layer_ratios import LARGE_KL
 from exnorm.runs.records import read_records, recorded
@@ -200,7 +200,7 @@ study. *As claimed*: the comparisons whose mean difference lies on the claimed s
 Accuracies are compared in points, `ratio/bn` and `ratio/ln` as mean shares of all layers between 0 and 1, \
 `ratio_kl/large` in % of SN's layers: those whose ratios of the mean and of the variance have a symmetric \
 Kullback-Leibler divergence above {LARGE_KL} nats. \
-*Weak*: fewer than {ENOUGH_SEEDS} seeds. The last epoch counts; no best \
+*Weak*: {WEAK}. The last epoch counts; no best \
 epoch is picked on the validation set."""
 
 ENDING = """## The papers' numbers

@@ -1,4 +1,4 @@
-"""The list of runs as a table on the terminal."""
+"""Tables on the terminal, and the list of runs as one."""
 
 from collections.abc import Sequence
 

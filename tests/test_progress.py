@@ -1,0 +1,72 @@
+"""What a person sees of a run: a bar on a terminal, a line a minute where there is none, and a whole table."""
+
+import os
+import pty
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from exnorm.engine.progress import Progress
+from exnorm.engine.summary import print_evaluations
+
+SUMS = torch.tensor([8.0, 3.0, 4.0, 4.0])  # loss, top-1, top-5, images
+
+
+@pytest.fixture
+def after_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Progress]:
+    """Return `after_steps(count, of=..., active=True)`: the progress after `count` steps of 20 seconds each."""
+
+    def build(count: int, *, of: int, active: bool = True) -> Progress:
+        monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+        progress = Progress(tmp_path / "log.txt", steps=of, epochs=2, active=active)
+        for step in range(1, count + 1):
+            monkeypatch.setattr(time, "monotonic", lambda now=20.0 * step: now)
+            progress.step(step, 0, SUMS)
+        return progress
+
+    return build
+
+
+def test_a_log_file_gets_a_line_a_minute(
+    after_steps: Callable[..., Progress], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of seven steps of 20 s the third and the sixth speak, on stderr alone; other workers do not."""
+    after_steps(7, of=100, active=False)
+    assert capsys.readouterr().err == ""
+    log = after_steps(7, of=100).log_file
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "epoch 1/2, step 3/100: train loss 2.000, 32 min left",
+        "epoch 1/2, step 6/100: train loss 2.000, 31 min left",
+    ]
+    assert not out and not log.exists()
+
+
+def test_a_terminal_gets_a_bar_that_makes_room_for_lines(
+    after_steps: Callable[..., Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each bar starts at the beginning of the line, which it clears; nothing of it stays before a line."""
+    main, side = pty.openpty()
+    with os.fdopen(side, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        after_steps(2, of=4).say("a line")
+        shown = os.read(main, 10_000).decode()
+    os.close(main)
+    clear = "\r\033[K"
+    assert shown.startswith(clear) and shown.endswith(clear)
+    assert shown.split(clear)[1:-1] == [
+        "[######..................] epoch 1/2, step 1/4: train loss 2.000",
+        "[############............] epoch 1/2, step 2/4: train loss 2.000, 40 s left",
+    ]
+
+
+def test_a_table_in_a_pipe_is_as_wide_as_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = "runs/imagenet/" + "x" * 150 + ".pt"
+    scores = {"val/top1": 90.0, "val/top5": 99.0, "val/loss": 0.5}
+    where = {"images": 50_000, "step": 3, "inference": "moving_average", "data": "imagenet", "checkpoint": checkpoint}
+    print_evaluations([scores | where])
+    assert f"{checkpoint} (step 3)" in capsys.readouterr().out
