@@ -113,7 +113,10 @@ def test_the_share_of_fitted_and_recovered_labels() -> None:
 
 
 def test_a_run_keeps_the_wrong_labels_and_is_tested_on_the_other_set(tmp_path: Path, run_cli: CliRunner) -> None:
-    """The file and its hash in the record, the fitted share in every epoch; glyphs_web's model evaluated on glyphs."""
+    """The file and its hash in the record, the fitted share in every epoch; glyphs_web's model evaluated on glyphs.
+
+    The training images of glyphs do not matter there: batch averages are those of glyphs_web's.
+    """
     sizes = ["data.num_train=40", "data.num_val=20", "data.image_size=32"]
     changes = ["model=resnet18", "model.name=test_resnet", "logger=off", "trainer.epochs=2", "batch=1x8", *sizes]
     folder = train(["train", "data=glyphs_web", "ops.backend=eager", *changes], tmp_path)
@@ -129,5 +132,11 @@ def test_a_run_keeps_the_wrong_labels_and_is_tested_on_the_other_set(tmp_path: P
     assert not any(key.startswith("val/noisy") for row in rows for key in row)
     done = run_cli("eval", folder, "data=glyphs", *sizes)
     assert done.returncode == 0, done.stderr
-    (row,) = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    assert row["data"] == "glyphs" and row["images"] == 20
+    averages = ["inference=batch_average", "calibration_batches=5"]
+    for training in ("data.num_train=40", "data.num_train=80"):
+        done = run_cli("eval", folder, "data=glyphs", *sizes, training, *averages)
+        assert done.returncode == 0, done.stderr
+    moving, *averaged = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert moving["data"] == "glyphs" and moving["images"] == 20
+    assert averaged[0]["id"] != averaged[1]["id"] and averaged[0]["val/loss"] == averaged[1]["val/loss"]
+    assert averaged[0]["val/loss"] != moving["val/loss"]

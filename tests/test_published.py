@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from exnorm.config.errors import UserError
 from exnorm.config.study import load_study
 from exnorm.report.published import published
 
@@ -53,6 +54,15 @@ def test_no_published_number_is_typed_anywhere_else() -> None:
         text = re.sub(r"<!-- made by.*?<!-- end -->", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
         found = set(re.findall(r"(?<![\d.])\d\d\.\d+(?![\d.])", text))
         assert not found & values, f"{file} has {found & values}; read it from results/published/"
+
+
+def test_a_study_that_asks_for_several_numbers_at_once_is_refused(tmp_path: Path) -> None:
+    """Not knowing the batch setting, none of the nine is the one."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("axes: {norm: [bn]}\npublished: {table: table2, method: '{norm}'}\n")
+    study = load_study(str(file), "mini")
+    with pytest.raises(UserError, match="study mine: published: 9 numbers fit norm=bn, top1; .* differ in: setting"):
+        published(study, study.cells[0], "top1")
 
 
 def test_each_number_of_a_table_that_a_study_answers_to_stands_at_one_cell() -> None:

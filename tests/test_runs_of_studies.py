@@ -10,7 +10,7 @@ from conftest import CliRunner
 from exnorm.config.study import load_study
 from exnorm.runs.records import COLUMNS, change_records
 from exnorm.studies import submit
-from exnorm.studies.collect import stale_rows
+from exnorm.studies.collect import collect, stale_rows
 from exnorm.studies.plan import Job, jobs_of
 from exnorm.studies.reproduce import Failed, Runner, reproduce
 
@@ -99,6 +99,25 @@ def test_no_job_of_a_cluster_waits_for_another_ones_checkpoint(
     assert len(queue.commands) == 2 and lines[-1].startswith("2 jobs queued")
     later = [line for line in lines if line.startswith("not queued")]
     assert len(later) == 10 and later[0].endswith("begins with what job 1 trains; submit again after it")
+
+
+def test_numbers_of_evaluations_that_changed_are_found(tmp_path: Path) -> None:
+    """The run is the same and so is its hash, the numbers are not."""
+    before, after = (
+        load_study(own_study(tmp_path, f"axes: {{rule: {{m: [], b: [{setting}]}}}}\nseeds: 1"), "mini")
+        for setting in (
+            '"eval:calibration_batches=3", "eval:inference=batch_average"',
+            '"eval:inference=batch_average"',
+        )
+    )
+    old, new = jobs_of(before, before.cells, tmp_path), jobs_of(after, after.cells, tmp_path)
+    assert len({job.config_hash for job in (*old, *new)}) == 1
+    keys = ({"scale": "mini", "cell": job.name, "seed": "0", "config_hash": str(job.result_hash)} for job in old)
+    rows = [{**dict.fromkeys(COLUMNS["runs"], "1"), "metric": "top1", "value": "80", **key} for key in keys]
+    change_records(tmp_path, "mine", lambda before: {**before, "runs": rows})
+    assert collect(before, old, tmp_path) == ([], {})
+    (line,), _ = collect(after, new, tmp_path)
+    assert "rule=b, seed 0: made with the configuration" in line
 
 
 def test_results_of_settings_that_changed_are_found(tmp_path: Path, run_cli: CliRunner) -> None:

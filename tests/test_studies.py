@@ -205,6 +205,11 @@ def test_a_wrong_study_is_one_line(text: str, said: str, tmp_path: Path) -> None
         ("columns: nrom", "columns: there is no axis 'nrom': did you mean 'norm'?"),
         ("layers_of: [{nrom: sn}]", "no cell has nrom=sn; axes: norm, epoch"),
         ("more_seeds: [{if: {nrom: sn}, seeds: 5}]", "more_seeds: no axis or setting 'nrom': did you mean 'norm'?"),
+        ("more_seeds: [{if: {norm: em}, seeds: 5}]", "more_seeds: no norm 'em': allowed: bn, en"),
+        ("when: [{if: {epoch: [30, 61]}, set: []}]", "when: no epoch '61'"),
+        ("scales: {mini: {when: [{if: {nrom: sn}, set: []}]}}", "scales.mini.when: no axis or setting 'nrom'"),
+        ("scales: {mini: {leave_out: [{norm: em}]}}", "scales.mini.leave_out: no norm 'em': allowed: bn, en"),
+        ("scales: {mini: {leave_out: [{eval:inference: x}]}}", "scales.mini.leave_out: no axis 'eval:inference'"),
         ("claims: [{id: en-pi, left: {norm: gn}}]", "no cell has norm=gn"),
         ("classes_of: [{norm: en, epoch: 60}]", "it takes data= alone"),
         ("published: {method: '{nrom}'}", "published: no axis 'nrom': did you mean 'norm'?"),
@@ -219,6 +224,14 @@ def test_a_study_that_names_what_it_does_not_have_is_one_line(text: str, said: s
     assert said in str(caught.value)
     number = load_study(own_study(tmp_path, f"{axes}layers_of: [{{epoch: 30}}]"), "mini")
     assert [cell.name for cell in number.followed] == ["norm=bn epoch=30", "norm=en epoch=30"]
+
+
+def test_a_rule_is_met_by_a_setting_that_is_true(tmp_path: Path) -> None:
+    """As settings write it, in lower case; without quotes yaml's true is no text."""
+    text = "axes: {norm: [bn, sn]}\nset: [trainer.deterministic=true]\n"
+    rule = "when: [{if: {trainer.deterministic: true, norm: sn}, set: [norm.hard=true]}]"
+    cells = load_study(own_study(tmp_path, text + rule), "mini").cells
+    assert ["norm.hard=true" in cell.train for cell in cells] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +262,7 @@ def test_a_claim_of_ones_own_is_judged_and_told(tmp_path: Path, run_cli: CliRunn
         ("claims: [{id: x, claim: c, expect: left > 3, left: {norm: bn}}]", "is not left > right, left >= right"),
         ("claims: [{id: en-pi, claim: c, expect: always, left: {norm: bn}}]", "is a paper's; give your own another id"),
         ("claims: [{id: en-pi, metric: top, left: {norm: bn}, right: 3}]", "unknown metric 'top'"),
+        ("claims: [{id: en-pi, metric: ratio/bn, left: {norm: sn}, right: 3}]", "and ratio/bn is not in %"),
     ],
 )
 def test_what_cannot_be_judged_is_refused_before_anything_runs(
@@ -266,6 +280,15 @@ def test_a_plan_says_what_the_record_has_from_elsewhere(tmp_path: Path, capsys: 
     put(tmp_path, "en-pi", [row(jobs[0].name, 0, 80.0) | {"config_hash": str(jobs[0].config_hash)}])
     print_plan(study, jobs, tmp_path, images_per_s=None)
     assert "; 1 more are in the record, from run folders that are not here" in capsys.readouterr().out
+
+
+def test_a_speed_has_a_deviation_and_the_size_of_a_model_has_none(tmp_path: Path) -> None:
+    cell = "model=resnet50 norm=en"
+    values = {"top1": (80.0, 81.0), "parameters_m": (0.341, 0.341), "images_per_s": (1000.0, 1200.0)}
+    rows = [row(cell, seed, value) | {"metric": name} for name, of in values.items() for seed, value in enumerate(of)]
+    put(tmp_path, "en-imagenet", rows)
+    text = FORMATS["md"](table_of(load_study("en-imagenet", "mini"), tmp_path))
+    assert "| 0.341 (2) |" in text and "| 1100 ± 141 (2) |" in text
 
 
 def test_notes_of_a_study_and_of_its_scale_are_footnotes(tmp_path: Path) -> None:
@@ -448,6 +471,10 @@ def test_settings_that_cannot_work_leave_the_record_as_it_is(tmp_path: Path) -> 
         ("batch=banana", "norm=bn: batch=banana"),
         ('"eval:foo=3"', "norm=bn: .*foo"),
         ('"model.init_from={soft@0.7}"', "'soft' keeps no snapshot 0.7"),
+        (
+            '"model.init_from={soft}", "model.init_ratios_from={other}"',
+            "of one source, not of soft and other",
+        ),
     ):
         text = f"axes: {{norm: {{bn: [norm=bn, {setting}]}}}}\nset: [data=digits]\nsources: {{soft: [norm=sn]}}\n"
         study = load_study(own_study(tmp_path, text), "mini", seeds=1)
@@ -524,7 +551,7 @@ def test_a_claim_is_judged_by_the_differences_of_equal_seeds(sn: list[float], ex
     bn = [50.0, 50.5, 49.0, 50.1, 50.3]
     rows = [row("norm=sn batch=8x2", seed, value) for seed, value in enumerate(sn)]
     rows += [row("norm=bn batch=8x2", seed, value) for seed, value in enumerate(bn)]
-    (found,) = verdict(tmp_path, "sn-table2", "sn-small-batch", rows)
+    found, _ = verdict(tmp_path, "sn-table2", "sn-small-batch", rows)
     assert found.verdict == expected
     assert found.differences == tuple(a - b for a, b in zip(sn, bn, strict=False))
     if len(sn) > 1:
@@ -640,7 +667,7 @@ def test_equal_differences_decide_nothing(differences: list[float], tmp_path: Pa
     assert p_value(differences, 0.0) is None
     rows = [row("norm=bn batch=8x2", seed, 50.0) for seed in range(len(differences))]
     rows += [row("norm=sn batch=8x2", seed, 50.0 + value) for seed, value in enumerate(differences)]
-    (found,) = verdict(tmp_path, "sn-table2", "sn-small-batch", rows)
+    found, _ = verdict(tmp_path, "sn-table2", "sn-small-batch", rows)
     assert (found.verdict, found.p, found.interval) == (UNDECIDED, None, None)
 
 

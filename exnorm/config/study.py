@@ -154,6 +154,7 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
         threads=own.get("threads", shared.get("threads")),
         train_images={**shared.get("train_images", {}), **own.get("train_images", {})},
     )
+    _check_rules(study, own)
     _check_names(study)
     return study
 
@@ -191,12 +192,27 @@ def compared_cells(side: Any) -> list[Mapping[Any, Any]]:
     return [cell for _, cell in side] if isinstance(side, list) else []
 
 
+def _check_rules(study: Study, own: Mapping[str, Any]) -> None:
+    """Refuse a rule, of the study or of the study at its scale, that no cell can meet."""
+    keys = {_setting_key(text) for cell in study.cells for text in (*cell.train, *cell.evaluate)}
+    where = f"study {study.id}: "
+    conditions = [(where + "when", rule["if"], keys) for rule in study.values.get("when", ())]
+    conditions += [(where + "more_seeds", rule["if"], keys) for rule in study.values.get("more_seeds", ())]
+    conditions += [(f"{where}scales.{study.scale}.when", rule["if"], keys) for rule in own.get("when", ())]
+    conditions += [(f"{where}scales.{study.scale}.leave_out", item, set()) for item in own.get("leave_out", ())]
+    for place, condition, settings in conditions:
+        for name, wanted in condition.items():
+            known = {*study.axes, *settings}
+            if name not in known:
+                what = "axis or setting" if settings else "axis"
+                raise UserError(f"{place}: no {what} '{name}': {suggest(str(name), known)}")
+            for value in map(_text, as_list(wanted)):
+                if name in study.axes and value not in study.axes[name]:
+                    raise UserError(f"{place}: no {name} '{value}': {suggest(value, study.axes[name])}")
+
+
 def _check_names(study: Study) -> None:
     """Refuse what names an axis or a cell that the study does not have."""
-    known = {*study.axes, *(_setting_key(text) for cell in study.cells for text in (*cell.train, *cell.evaluate))}
-    for key in ("when", "more_seeds"):
-        for name in (name for rule in study.values.get(key, ()) for name in rule["if"] if name not in known):
-            raise UserError(f"study {study.id}: {key}: no axis or setting '{name}': {suggest(str(name), known)}")
     for claim in study.values.get("claims", ()):
         for side in (claim[side] for side in ("left", "right") if side in claim):
             for cell in compared_cells(side):
@@ -260,7 +276,12 @@ def _setting_key(text: str) -> str:
 
 def _meets(condition: Mapping[str, Any], facts: Mapping[str, str]) -> bool:
     """Whether every fact that a condition names is the value, or one of the values, that it asks for."""
-    return all(facts.get(name) in [str(value) for value in as_list(wanted)] for name, wanted in condition.items())
+    return all(facts.get(name) in [_text(value) for value in as_list(wanted)] for name, wanted in condition.items())
+
+
+def _text(value: Any) -> str:
+    """A value of a condition as settings write it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _seeds(values: Mapping[str, Any], key: Mapping[str, str], given: Mapping[str, str]) -> int:

@@ -60,9 +60,10 @@ def measure_by_class(folder: RunFolder, overrides: Sequence[str], names: Sequenc
     if other:
         raise UserError(f"{other[0]}: --by-class takes data=NAME and data.KEY=VALUE")
     config = checkpoint.read_config(folder)
-    wanted = settle_evaluation(folder.read_config(), list(overrides))
+    trained = folder.read_config()
+    wanted = settle_evaluation(trained, list(overrides))
     last = checkpoint.find(folder, "last")
-    file = folder.class_ratios_file(evaluation_id(wanted) + _suffix(names), last["step"])
+    file = folder.class_ratios_file(evaluation_id(wanted, trained) + _suffix(names), last["step"])
     if file.is_file():
         return read_class_ratios(file)
     device = torch.device(device_type(wanted.device))

@@ -25,6 +25,8 @@ from exnorm.tasks.classification import Classification
 def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world: World) -> None:
     """Evaluate a checkpoint; the first worker appends a row per validation set to `evaluations.jsonl`.
 
+    Batch averages are those of the run's own training set, whichever set is evaluated.
+
     Raises:
         UserError: no usable checkpoint, a class of the run that the set lacks, a broken image.
     """
@@ -33,14 +35,16 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     ops.set_backend(config.ops.backend)
     state = checkpoint.find(folder, wanted.checkpoint)
     averages = wanted.inference == "batch_average"
-    splits = matched(load(wanted.data, train=averages), state["classes"], name=wanted.data.name)
+    splits = matched(load(wanted.data, train=False), state["classes"], name=wanted.data.name)
     val_sets = validation_sets(wanted.data, splits)
     model = checkpoint.build_trained(config, {**state, "calibrated": None}).to(world.device)
     configure_scope(model)
     calibrated = {}
     if averages:
-        bad_images = bad_images_of(folder, wanted.data, splits)
-        train_set = SeededImages(splits.train, eval_transform(wanted.data), seed=config.seed, bad_images=bad_images)
+        own = wanted.data if wanted.data.name == config.data.name else config.data
+        trained = matched(load(own), state["classes"], name=own.name)
+        bad_images = bad_images_of(folder, own, trained)
+        train_set = SeededImages(trained.train, eval_transform(own), seed=config.seed, bad_images=bad_images)
         plan = plan_batch(config.batch, devices=1, sync=bool(config.norm.get("sync", False)))
         calibrated = batch_average(
             model,

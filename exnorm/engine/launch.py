@@ -95,7 +95,8 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
         UserError: no run folder, no checkpoint, data that do not fit.
     """
     folder = RunFolder(run_path)
-    config = settle_evaluation(folder.read_config(), overrides)
+    trained = folder.read_config()
+    config = settle_evaluation(trained, overrides)
     for key in ("inference", "precision", "device"):
         _check_choice(config[key], key, CHOICES[f"trainer.{key}"])
     for key in ("batch_size", "calibration_batches"):
@@ -105,7 +106,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
         raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or precision=fp32")
     values: Any = OmegaConf.to_container(config, resolve=True)
     run_workers(
-        [str(folder.path), json.dumps({**values, "id": evaluation_id(config)})],
+        [str(folder.path), json.dumps({**values, "id": evaluation_id(config, trained)})],
         count=_count_devices(config.devices, "devices", gpu) or 1,
         on_gpu=gpu,
         resumable=False,
@@ -123,8 +124,8 @@ def settle_evaluation(trained: dict[str, Any], overrides: list[str]) -> DictConf
     return config
 
 
-def evaluation_id(config: DictConfig) -> str:
-    """The hash of everything that changes the result of an evaluation of given weights.
+def evaluation_id(config: DictConfig, trained: dict[str, Any]) -> str:
+    """The hash of everything that changes the result of an evaluation of given weights of the run `trained`.
 
     Raises:
         UserError: its data are not there.
@@ -133,7 +134,7 @@ def evaluation_id(config: DictConfig) -> str:
     averages = config.inference == "batch_average"
     keys = ("data", "checkpoint", "inference", "precision", *(["calibration_batches"] if averages else []))
     defaults = {"data": schema_defaults()["data"]}
-    text = fingerprint(config.data, train=averages)
+    text = fingerprint(config.data, train=averages and config.data.name == trained["data"]["name"])
     return config_hash({key: values[key] for key in keys}, defaults=defaults, fingerprint=text)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 BAR_EVERY_S = 0.5
-LINE_EVERY_S = 60.0  # where stderr is a file or a pipe
+LINE_EVERY_S = 60  # where stderr is a file or a pipe
 
 
 class Progress:

@@ -63,8 +63,7 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
         f"<h1>{_text(study.title)}</h1>",
         f"<p class='quiet'>Study {_text(study.id)}, scale <strong>{_text(study.scale)}</strong>. "
         f"{_text(answers_to(study))} {_text(duration(table))}</p>",
-        "<h2>Measured</h2>",
-        _wide(to_html(table.across())) if study.values.get("columns") else "",
+        *([f"<h2>{_text(table.caption())}</h2>", _wide(to_html(table.across()))] if "columns" in study.values else []),
         "<h2>Cell by cell, beside the paper</h2>",
         "<label>Show cells with <input id='filter' type='search' placeholder='sn 8x2'></label>",
         _wide(_cells_table(table)),

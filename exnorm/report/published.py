@@ -46,19 +46,30 @@ class Published(NamedTuple):
 
 
 def published(study: Study, cell: Cell, metric: str) -> Published | None:
-    """What the paper has for a cell; None where it says nothing, or its tables are not at hand."""
+    """What the paper has for a cell; None where it says nothing, or its tables are not at hand.
+
+    Raises:
+        UserError: the study asks for several of its numbers at once.
+    """
     wanted = study.values.get("published")
     if wanted is None:
         return None
     written = study.values.get("as_published", {})
     values = {axis: written.get(value, value) for axis, value in cell.key}
     filters = {"metric": [metric], **{column: _filled(pattern, values) for column, pattern in wanted.items()}}
-    for row in _numbers():
-        if all(row[column] in options for column, options in filters.items()):
-            source = "" if row["paper"] == study.values.get("paper") else f" [{row['paper']}]"
-            value = float(row["value"]) if row["value"] else None
-            return Published((row["value"] or row["note"]) + source, value, row["note"] if row["value"] else "")
-    return None
+    rows = [row for row in _numbers() if all(row[column] in options for column, options in filters.items())]
+    if len({row["value"] for row in rows}) > 1:
+        differ = [column for column in rows[0] if column != "value" and len({row[column] for row in rows}) > 1]
+        raise UserError(
+            f"study {study.id}: published: {len(rows)} numbers fit {cell.name}, {metric}; add what they differ in: "
+            + ", ".join(differ)
+        )
+    if not rows:
+        return None
+    row = rows[0]
+    source = "" if row["paper"] == study.values.get("paper") else f" [{row['paper']}]"
+    value = float(row["value"]) if row["value"] else None
+    return Published((row["value"] or row["note"]) + source, value, row["note"] if row["value"] else "")
 
 
 def claims() -> dict[str, Claim]:

@@ -115,8 +115,9 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[s
     """One study: its table across, or else cell by cell, verdicts, figures, and where the rest lies."""
     study = table.study
     name = f"{study.id}-{study.scale}"
-    heading, grid = table.grids()[0]
-    parts = [f"## {study.title}", f"`{study.id}`, scale {study.scale}. {duration(table)}", heading, to_markdown(grid)]
+    _, grid = table.grids()[0]
+    shows = f" The table: {table.caption()}." if "columns" in study.values else ""
+    parts = [f"## {study.title}", f"`{study.id}`, scale {study.scale}. {duration(table)}{shows}", to_markdown(grid)]
     own = [figure for figure in figures if figure.startswith(f"{name}-")]
     parts += [f"![{study.title}](figures/{figure}.png)" for figure in own if "accuracy" in figure]
     parts.append(_list(table.remarks()))
@@ -190,18 +191,23 @@ this or another machine, and goes on where it was stopped.
 the labels wrong, for WebVision; and `resnet_mini`, a ResNet of four blocks, for ResNet-50. The batch settings are the \
 papers' (replicas x samples, as virtual replicas on one core). How it was chosen, on BN alone and with a seed that is \
 in no record, is said in `conf/scale/mini.yaml`. **A mini result is no ImageNet result**: it shows whether an effect \
-appears at all at this size. **Scale full** is the papers' protocol, from the same files in `conf/study/`."""
+appears at all at this size. **Scale full** is the papers' protocol, from the same files in `conf/study/`.
 
-JUDGED = f"""A verdict comes from the differences of equal seeds (the same data order and initialization), by a t-test \
-with Holm's correction over the comparisons of a study: supported or contradicted where the corrected p is below \
-{LEVEL}, else undecided. "No worse than" (>=) allows {MARGIN} points; "four times a gain" (>= 4 *) allows nothing and \
-is undecided where there is no gain. What is claimed to hold always is judged by all runs of the \
-study. *As claimed*: the comparisons whose mean difference lies on the claimed side, which alone decides nothing. \
-Accuracies are compared in points, `ratio/bn` and `ratio/ln` as mean shares of all layers between 0 and 1, \
-`ratio_kl/large` in % of SN's layers: those whose ratios of the mean and of the variance have a symmetric \
-Kullback-Leibler divergence above {LARGE_KL} nats. \
-*Weak*: {WEAK}. The last epoch counts; no best \
-epoch is picked on the validation set."""
+**The tables** show the mean ± standard deviation over seeds (how many; three are wanted, five of the cells that the \
+main claims are about), accuracies in %, and the best of those that differ in one thing alone in bold. *Published* is \
+the paper's number, on its data: the *difference* from it is at scale mini one of tasks as well."""
+
+JUDGED = f"""A verdict is one on the comparisons that stand in the study's section, which may be less than the whole \
+sentence. It comes from the differences of equal seeds (the same data order and initialization), by a t-test with \
+Holm's correction over the comparisons of a study: supported or contradicted where the corrected p is below {LEVEL}, \
+else undecided; a claim is supported if all of its comparisons are, and contradicted if one is. The intervals of the \
+sections are not corrected: one without 0 can belong to an undecided comparison. "No worse than" (>=) allows {MARGIN} \
+points; "four times a gain" (>= 4 *) allows nothing and is undecided where there is no gain. What is claimed to hold \
+always is judged by all runs of the study. *As claimed*: the comparisons whose mean difference lies on the claimed \
+side, which alone decides nothing. Accuracies are compared in points, `ratio/bn` and `ratio/ln` as mean shares of all \
+layers between 0 and 1, `ratio_kl/large` in % of SN's layers: those whose ratios of the mean and of the variance have \
+a symmetric Kullback-Leibler divergence above {LARGE_KL} nats. *Weak*: {WEAK}. The last epoch counts; no best epoch is \
+picked on the validation set."""
 
 ENDING = """## The papers' numbers
 `published/` holds them with their sources. The tables of EN's paper were not at hand, so its cells read "not \

@@ -44,9 +44,13 @@ class StudyTable:
 
     def grids(self) -> list[tuple[str, Grid]]:
         """The tables: one across `columns`, where the study has such an axis, and one with a row for each cell."""
-        across = [("", self.across())] if self.study.values.get("columns") else []
+        across = [(self.caption(), self.across())] if "columns" in self.study.values else []
         title = "Cell by cell" + (", with the paper's numbers" if self.study.values.get("published") else "")
         return [*across, (title if across else "", self.by_cell())]
+
+    def caption(self) -> str:
+        """What `across` shows."""
+        return f"{heading(self.study.metrics[0])} by {self.study.values['columns']}"
 
     def across(self) -> Grid:
         """The first metric, with the values of one axis side by side."""
@@ -145,7 +149,9 @@ class StudyTable:
         if value is None:
             return Entry("diverged") if cell.name in measured(self.study, self.rows, DIVERGED_AT) else NOTHING
         _, digits, compared = METRICS.get(metric, OTHER)
-        spread = "" if value.std is None or compared is None else f" ± {value.std:.{digits}f}"
+        std = "" if value.std is None else f"{value.std:.{digits}f}"
+        of_model = compared is None and not float(std or 0)  # as the number of parameters, the same for all seeds
+        spread = "" if not std or of_model else f" ± {std}"
         return Entry(f"{value.mean:.{digits}f}{spread} ({value.n})", best)
 
     def _stand_ins(self) -> str:

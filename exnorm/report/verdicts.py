@@ -32,6 +32,7 @@ from exnorm.runs.records import DIVERGED_AT, METRICS, Row
 
 LEVEL = 0.05
 MARGIN = 0.5  # points that "no worse than" allows
+IN_POINTS = ("top1", "top5", "train_top1", "ratio_kl/large")  # metrics in %
 ENOUGH_SEEDS = 5
 NO_SPREAD = 1e-9  # of differences: what rounding leaves of 0
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
@@ -188,6 +189,11 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
     left, right = _terms(study, wanted["left"]), _terms(study, wanted["right"])
     differences = tuple(_differences([*left, *((-factor * weight, cells) for weight, cells in right)], values))
     threshold = _threshold(expect)
+    if threshold and metric not in IN_POINTS:
+        raise UserError(
+            f"study {study.id}: claim {wanted['id']}: 'left >= right' allows {MARGIN} points, and {metric} is not in "
+            f"%; expect left > right, or use {', '.join(IN_POINTS)}"
+        )
     return Comparison(
         str(wanted["id"]),
         metric,

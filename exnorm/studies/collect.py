@@ -91,7 +91,7 @@ def origin_of(folder: RunFolder, job: Job) -> Row:
         "torch": _each(start.get("versions", {}).get("torch", "") for start in starts),
         "commit": _each(state.get("commit", "")[:12] for state in states),
         "uncommitted": "yes" if any(state.get("dirty") for state in states) else "no",
-        "config_hash": job.config_hash or "",
+        "config_hash": job.result_hash or "",
         "run": folder.path.name,
     }
 
@@ -213,7 +213,7 @@ def collect(study: Study, jobs: Sequence[Job], results: Path) -> tuple[list[str]
             continue
         if rows["runs"]:
             found[study.scale, job.name, str(job.seed)] = rows
-    hashes = {job.name: job.config_hash for job in jobs if job.cell is not None}
+    hashes = {job.name: job.result_hash for job in jobs if job.cell is not None}
     problems: dict[tuple[str, ...], str] = {}
 
     def change(before: Rows) -> Rows:
@@ -244,7 +244,7 @@ def stale_rows(results: Path) -> list[str]:
         rows = read_records(results, name)
         for scale in dict.fromkeys(row["scale"] for row in rows):
             study = load_study(name, scale)
-            hashes = {job.name: job.config_hash for job in jobs_of(study, study.cells, Path()) if job.cell is not None}
+            hashes = {job.name: job.result_hash for job in jobs_of(study, study.cells, Path()) if job.cell is not None}
             problems = (_outdated(study, row, hashes) for row in rows)
             lines |= dict.fromkeys(f"{record_file(results, name)}: {problem}" for problem in problems if problem)
     return list(lines)

@@ -63,6 +63,20 @@ class Job:
         """What cells that share a run have in common."""
         return self.config_hash or self.settings, self.seed
 
+    @property
+    def result_hash(self) -> str | None:
+        """The hash of what the cell's numbers come from, the run and, after a dash, its evaluation.
+
+        None where the data of one of them are not at hand.
+        """
+        if self.config_hash is None or self.cell is None or not self.cell.evaluate:
+            return self.config_hash
+        try:
+            evaluated = _evaluation_id(json.dumps(_values(self._own())), self.cell.evaluate)
+        except UserError:
+            return None
+        return f"{self.config_hash}-{evaluated}"
+
     def arguments(self) -> list[str]:
         """What `exnorm train` is given.
 
@@ -161,7 +175,7 @@ def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
     jobs: list[Job] = []
     for seed in sorted({seed for cell in chosen for seed in cell.seeds}):
         for cell in (cell for cell in chosen if seed in cell.seeds):
-            source = _source_of(cell.train)
+            source = _source_of(study, cell.train)
             if source is not None and (source, seed) not in sources:
                 settings = study.sources[source]
                 sources[source, seed] = Job(None, f"source {source}", seed, settings, *_facts(study, settings), runs)
@@ -184,20 +198,22 @@ def by_run(jobs: Iterable[Job]) -> dict[RunKey, list[Job]]:
     return groups
 
 
-def _source_of(settings: Iterable[str]) -> str | None:
-    found = [match[1] for text in settings if (match := SOURCE.search(text))]
-    return found[0] if found else None
+def _source_of(study: Study, settings: Iterable[str]) -> str | None:
+    found = {match[1]: None for text in settings for match in SOURCE.finditer(text)}
+    if len(found) > 1:
+        raise UserError(f"study {study.id}: a cell begins with checkpoints of one source, not of {' and '.join(found)}")
+    return next(iter(found), None)
 
 
 def _facts(study: Study, settings: tuple[str, ...]) -> Facts:
     """The hash of a configuration, with that of its source in the place of a checkpoint; images trained on; problem."""
-    source = _source_of(settings)
+    source = _source_of(study, settings)
     if source is None:
         return _composed(settings, study.train_images)
     if source not in study.sources:
         raise UserError(f"study {study.id} has no source '{source}': {', '.join(study.sources) or 'none'}")
     begins = study.sources[source]
-    if _source_of(begins) is not None:
+    if _source_of(study, begins) is not None:
         raise UserError(f"study {study.id}: the source '{source}' begins with another one, which is not possible")
     kept = list(_config(begins).trainer.snapshots)
     asked = [float(match[2]) for text in settings if (match := SOURCE.search(text)) and match[2]]
@@ -235,4 +251,5 @@ def _identified(settings: tuple[str, ...]) -> tuple[dict[str, Any], str]:
 
 @functools.cache
 def _evaluation_id(run_config: str, overrides: tuple[str, ...]) -> str:
-    return evaluation_id(settle_evaluation(json.loads(run_config), list(overrides)))
+    trained = json.loads(run_config)
+    return evaluation_id(settle_evaluation(trained, list(overrides)), trained)
