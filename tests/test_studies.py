@@ -291,6 +291,14 @@ def test_a_speed_has_a_deviation_and_the_size_of_a_model_has_none(tmp_path: Path
     assert "| 0.341 (2) |" in text and "| 1100 ± 141 (2) |" in text
 
 
+def test_a_plan_counts_evaluations_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their runs may all be done."""
+    study = load_study("en-transfer", "mini", seeds=1)
+    print_plan(study, jobs_of(study, study.cells, tmp_path), tmp_path, images_per_s=None)
+    said = "6 runs and 6 evaluations of them; 0 runs done, 6 and 6 evaluations left: "
+    assert said in capsys.readouterr().out
+
+
 def test_notes_of_a_study_and_of_its_scale_are_footnotes(tmp_path: Path) -> None:
     text = (
         "axes: {norm: [bn]}\nnotes: [of all scales]\nscales: {mini: {notes: [of this one]}, full: {notes: [of that]}}"

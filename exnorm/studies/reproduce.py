@@ -254,10 +254,11 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
     trainings = trainings_of(jobs)
     evaluations = [job for job in jobs if job.cell is not None and job.cell.evaluate]
     further = f" and {len(evaluations)} evaluations of them" if evaluations else ""
+    to_do = str(len(to_train)) + (f" and {sum(job in left for job in evaluations)} evaluations" if evaluations else "")
     unit = "GPU-hours" if study.scale == "full" else "hours on one core"
     print(
         f"{study.id} at scale {study.scale}: {len(trainings)} runs{further}; {len(trainings) - len(to_train)} runs "
-        f"done, {len(to_train)} left: {_hours(to_train, speed, measured_h)} {unit}{elsewhere(study, left, results)}"
+        f"done, {to_do} left: {_hours(to_train, speed, measured_h)} {unit}{elsewhere(study, left, results)}"
     )
     print(f"speed: {f'{speed.images_per_s:.0f} images/s of one device, ' if speed.images_per_s else ''}{speed.source}")
 
