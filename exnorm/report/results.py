@@ -105,7 +105,8 @@ def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequen
         JUDGED,
     ]
     uncovered = ", ".join(f"`{claim}`" for claim in not_covered())
-    parts.append(f"No study is about: {uncovered}. Not measured yet: {', '.join(missing) or 'nothing is missing'}.")
+    unmeasured = f" Not measured yet: {', '.join(missing)}." if missing else ""
+    parts.append(f"No study is about: {uncovered}.{unmeasured}")
     for table in tables:
         parts += section(table, by_study[table.study.id, table.study.scale], figures)
     return "\n\n".join([*parts, ENDING]) + "\n"
@@ -195,7 +196,8 @@ appears at all at this size. **Scale full** is the papers' protocol, from the sa
 
 **The tables** show the mean ± standard deviation over seeds (how many; three are wanted, five of the cells that the \
 main claims are about), accuracies in %, and the best of those that differ in one thing alone in bold. *Published* is \
-the paper's number, on its data: the *difference* from it is at scale mini one of tasks as well."""
+the paper's number, on its data: the *difference* from it is at scale mini one of tasks as well. Means over different \
+numbers of seeds do not compare well; the comparisons below a table take the seeds that both cells have."""
 
 JUDGED = f"""A verdict is one on the comparisons that stand in the study's section, which may be less than the whole \
 sentence. It comes from the differences of equal seeds (the same data order and initialization), by a t-test with \
