@@ -101,7 +101,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
 
     plan = begin(study, broken, "--plan")
     out, _ = plan.communicate(timeout=60)
-    assert "3 runs and 3 evaluations of them; 3 runs done, 0 left: 0.0 hours" in out
+    assert "3 runs and 3 evaluations of them; 3 runs done, 0 and 0 evaluations left: 0.0 hours" in out
 
 
 def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
