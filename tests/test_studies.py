@@ -479,10 +479,7 @@ def test_settings_that_cannot_work_leave_the_record_as_it_is(tmp_path: Path) -> 
         ("batch=banana", "norm=bn: batch=banana"),
         ('"eval:foo=3"', "norm=bn: .*foo"),
         ('"model.init_from={soft@0.7}"', "'soft' keeps no snapshot 0.7"),
-        (
-            '"model.init_from={soft}", "model.init_ratios_from={other}"',
-            "of one source, not of soft and other",
-        ),
+        ('"model.init_from={soft}", "model.init_ratios_from={other}"', "of one source, not of soft and other"),
     ):
         text = f"axes: {{norm: {{bn: [norm=bn, {setting}]}}}}\nset: [data=digits]\nsources: {{soft: [norm=sn]}}\n"
         study = load_study(own_study(tmp_path, text), "mini", seeds=1)

@@ -23,6 +23,7 @@ from exnorm.config.norm import check_norm_types, split_norm
 from exnorm.config.schema import TrainConfig
 
 __all__ = [
+    "calibration_data",
     "check_norm_types",
     "check_train",
     "compose_eval",
@@ -65,6 +66,14 @@ def compose_eval(run_data: dict[str, Any], overrides: list[str]) -> DictConfig:
         config.data.roots = run_data.get("roots")
     check_keys(resolved(config, "eval"), "eval")
     return config
+
+
+def calibration_data(wanted: Any, own: Any) -> Any:
+    """Of an evaluation's `data` and its run's: where the images of batch averages are from, the run's training set.
+
+    An evaluation on that set says where it lies now.
+    """
+    return wanted if wanted["name"] == own["name"] else own
 
 
 def check_train(config: DictConfig) -> None:

@@ -261,7 +261,7 @@ def _settle(
 def _with_rules(given: dict[str, str], rules: Iterable[Any], key: Mapping[str, str]) -> dict[str, str]:
     """Settings with those of the rules that they and the cell's values meet, one rule after the other."""
     for rule in rules:
-        if _meets(rule["if"], {**{name: text.partition("=")[2] for name, text in given.items()}, **key}):
+        if _meets(rule["if"], _facts(given, key)):
             given = given | _by_key(rule["set"])
     return given
 
@@ -272,6 +272,11 @@ def _by_key(texts: Iterable[str]) -> dict[str, str]:
 
 def _setting_key(text: str) -> str:
     return text.partition("=")[0].lstrip("+")
+
+
+def _facts(given: Mapping[str, str], key: Mapping[str, str]) -> dict[str, str]:
+    """What a condition can ask about: the value of each setting, and of each axis."""
+    return {**{name: text.partition("=")[2] for name, text in given.items()}, **key}
 
 
 def _meets(condition: Mapping[str, Any], facts: Mapping[str, str]) -> bool:
@@ -285,6 +290,6 @@ def _text(value: Any) -> str:
 
 
 def _seeds(values: Mapping[str, Any], key: Mapping[str, str], given: Mapping[str, str]) -> int:
-    facts = {**{name: text.partition("=")[2] for name, text in given.items()}, **key}
+    facts = _facts(given, key)
     more = [rule["seeds"] for rule in values.get("more_seeds", ()) if _meets(rule["if"], facts)]
     return max([values.get("seeds", 3), *more])

@@ -5,6 +5,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from exnorm import ops
+from exnorm.config.compose import calibration_data
 from exnorm.config.schema import EvalConfig
 from exnorm.data import load, validation_sets
 from exnorm.data.loader import SeededImages
@@ -35,16 +36,17 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     ops.set_backend(config.ops.backend)
     state = checkpoint.find(folder, wanted.checkpoint)
     averages = wanted.inference == "batch_average"
-    splits = matched(load(wanted.data, train=False), state["classes"], name=wanted.data.name)
+    calibrated_on = calibration_data(wanted.data, config.data)
+    same = calibrated_on is wanted.data
+    splits = matched(load(wanted.data, train=averages and same), state["classes"], name=wanted.data.name)
     val_sets = validation_sets(wanted.data, splits)
     model = checkpoint.build_trained(config, {**state, "calibrated": None}).to(world.device)
     configure_scope(model)
     calibrated = {}
     if averages:
-        own = wanted.data if wanted.data.name == config.data.name else config.data
-        trained = matched(load(own), state["classes"], name=own.name)
-        bad_images = bad_images_of(folder, own, trained)
-        train_set = SeededImages(trained.train, eval_transform(own), seed=config.seed, bad_images=bad_images)
+        own = splits if same else matched(load(calibrated_on), state["classes"], name=calibrated_on.name)
+        bad_images = bad_images_of(folder, calibrated_on, own)
+        train_set = SeededImages(own.train, eval_transform(calibrated_on), seed=config.seed, bad_images=bad_images)
         plan = plan_batch(config.batch, devices=1, sync=bool(config.norm.get("sync", False)))
         calibrated = batch_average(
             model,

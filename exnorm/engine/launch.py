@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from exnorm.config.compose import compose_eval, default_values, schema_defaults
+from exnorm.config.compose import calibration_data, compose_eval, default_values, schema_defaults
 from exnorm.config.errors import UserError
 from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
@@ -134,7 +134,8 @@ def evaluation_id(config: DictConfig, trained: dict[str, Any]) -> str:
     averages = config.inference == "batch_average"
     keys = ("data", "checkpoint", "inference", "precision", *(["calibration_batches"] if averages else []))
     defaults = {"data": schema_defaults()["data"]}
-    text = fingerprint(config.data, train=averages and config.data.name == trained["data"]["name"])
+    calibrates = averages and calibration_data(config.data, trained["data"]) is config.data
+    text = fingerprint(config.data, train=calibrates)
     return config_hash({key: values[key] for key in keys}, defaults=defaults, fingerprint=text)
 
 

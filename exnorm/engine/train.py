@@ -196,7 +196,8 @@ def validate(
             precision=learner.precision,
             world=learner.world,
         )
-        return results, measure_ratios(learner.model, probe) if probe is not None else []
+        ratios = measure_ratios(learner.model, probe) if probe is not None else []
+    return results, ratios
 
 
 def keep_epoch(folder: RunFolder, learner: Learner, top1: float, config: Any) -> None:

@@ -116,8 +116,8 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[s
     """One study: its table across, or else cell by cell, verdicts, figures, and where the rest lies."""
     study = table.study
     name = f"{study.id}-{study.scale}"
-    _, grid = table.grids()[0]
-    shows = f" The table: {table.caption()}." if "columns" in study.values else ""
+    caption, grid = table.grids()[0]
+    shows = f" The table: {caption}." if caption else ""
     parts = [f"## {study.title}", f"`{study.id}`, scale {study.scale}. {duration(table)}{shows}", to_markdown(grid)]
     own = [figure for figure in figures if figure.startswith(f"{name}-")]
     parts += [f"![{study.title}](figures/{figure}.png)" for figure in own if "accuracy" in figure]

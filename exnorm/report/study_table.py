@@ -149,9 +149,8 @@ class StudyTable:
         if value is None:
             return Entry("diverged") if cell.name in measured(self.study, self.rows, DIVERGED_AT) else NOTHING
         _, digits, compared = METRICS.get(metric, OTHER)
-        std = "" if value.std is None else f"{value.std:.{digits}f}"
-        of_model = compared is None and not float(std or 0)  # as the number of parameters, the same for all seeds
-        spread = "" if not std or of_model else f" ± {std}"
+        constant = compared is None and round(value.std or 0, digits) == 0  # as parameters, the same for all seeds
+        spread = "" if value.std is None or constant else f" ± {value.std:.{digits}f}"
         return Entry(f"{value.mean:.{digits}f}{spread} ({value.n})", best)
 
     def _stand_ins(self) -> str:
