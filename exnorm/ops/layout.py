@@ -35,3 +35,17 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in a dtype; no call where it has it, which torch 2.11 would compile to a zero gradient."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def dense(x: Tensor, channel_dim: int) -> Tensor:
+    """A tensor that is contiguous or, with its channels second, channels last in memory: `x` itself or a copy."""
+    if x.is_contiguous() or (channel_dim == 1 and x.ndim > 2 and x.movedim(1, -1).is_contiguous()):
+        return x
+    return x.contiguous()
+
+
+def like(other: Tensor, x: Tensor) -> Tensor:
+    """A tensor of the shape of `x`, which is dense, in its layout and dtype."""
+    if other.dtype == x.dtype and other.stride() == x.stride():
+        return other
+    return torch.empty_like(x).copy_(other)
