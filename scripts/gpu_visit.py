@@ -14,6 +14,7 @@ what the parts printed. A machine that lacks packages takes them from a folder o
 
 import argparse
 import csv
+import importlib.util
 import os
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part is not None:
         sys.path.insert(0, str(ROOT))
-        Visit(options.out, options.dry).run(options.part)
+        Visit(options.out, options.dry, options.skip).run(options.part)
         return
     environment = _environment(options.wheels)
     end = time.monotonic() + options.seconds
@@ -114,6 +115,7 @@ def _environment(wheels: Path | None) -> dict[str, str]:
 def _run_apart(options: argparse.Namespace, part: str, limit: float, environment: dict[str, str]) -> None:
     start = time.monotonic()
     command = [sys.executable, __file__, str(options.out), "--part", part, *(["--dry"] if options.dry else [])]
+    command += ["--skip", *options.skip]
     log = options.out / f"{part.replace(' ', '_')}.log"
     with log.open("w") as file:
         try:
@@ -130,10 +132,10 @@ def _run_apart(options: argparse.Namespace, part: str, limit: float, environment
 class Visit:
     """The parts; every result is a row of OUT/gpu.csv."""
 
-    def __init__(self, out: Path, dry: bool) -> None:
+    def __init__(self, out: Path, dry: bool, skip: list[str]) -> None:
         import torch
 
-        self.out, self.dry = out, dry
+        self.out, self.dry, self.skip = out, dry, skip
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.cuda else "cpu")
 
@@ -189,10 +191,11 @@ class Visit:
 
     def warm(self) -> None:
         """Compile everything that the other parts measure, side by side."""
-        jobs = [("speed", norm) for norm in NORMS] + [("whole", "stock"), ("whole", "en")]
+        parts = [*(f"speed {norm}" for norm in NORMS), "whole stock", "whole en"]
+        jobs = [part.split() for part in parts if part not in self.skip]
         code = (
             "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from gpu_visit import Visit\n"
-            "visit = Visit(Path(sys.argv[2]), sys.argv[5] == 'True')\n"
+            "visit = Visit(Path(sys.argv[2]), sys.argv[5] == 'True', [])\n"
             "visit.compile_only(sys.argv[3], sys.argv[4])"
         )
         processes = [
@@ -211,8 +214,10 @@ class Visit:
             self.sync()
 
     def tests(self) -> None:
-        """The tests that need a GPU."""
-        arguments = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_gpu.py"]
+        """The tests that need a GPU, several at a time: most of their time is compilation."""
+        arguments = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+        if importlib.util.find_spec("xdist") is not None:
+            arguments += ["-n", str(min(12, os.cpu_count() or 1))]
         done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
         print(done.stdout[-20000:], done.stderr[-3000:])
         self.row(passed=done.returncode == 0, said=done.stdout.strip().splitlines()[-1][:200])

@@ -30,15 +30,19 @@ def runs_compiled(norm: Any, x: Tensor) -> bool:
     )
 
 
+def normalize_fused(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
+    """The normalized input by kernels for the whole layer, which care for no autocast; None where there are none."""
+    if ops.get_backend() != "triton" or not runs_compiled(norm, x):
+        return None
+    from exnorm.norms.fused import layer  # imports Triton
+
+    return layer.normalize(norm, x, residual, act) if layer.serves(norm, x) else None
+
+
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
     """The normalized input, with residual and activation; None where the coefficients cannot be compiled."""
-    if ops.get_backend() == "triton":
-        from exnorm.norms.fused import layer  # imports Triton
-
-        if layer.serves(norm, x):
-            return layer.normalize(norm, x, residual, act)
-        if x.device.type == "cpu":
-            return None
+    if ops.get_backend() == "triton" and x.device.type == "cpu":
+        return None
     learned = [t for t in norm._parameters.values() if t is not None]
     buffers = {name: t for name, t in norm._buffers.items() if t is not None}
     tensors = [*learned, *buffers.values()]

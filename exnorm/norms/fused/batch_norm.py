@@ -4,6 +4,7 @@ scale = weight * r,   shift = bias + scale * (m - mu),   r = (var + eps)^-1/2
 with s = dscale + dshift * (m - mu):   dvar = -1/2 r^3 weight * sum_n s,   dmu = -weight * r * sum_n dshift
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exnorm.norms.fused.scope import BLOCK, record, recorded, replica_statistics
+from exnorm.ops.triton.launch import Launch
 
 
 @triton.jit
@@ -102,41 +104,50 @@ def serves(norm: Any) -> bool:
 
 
 class Coefficients:
-    """One forward of a BN, and its backward."""
+    """The launches of a BN for inputs of one shape.
 
-    def __init__(self, norm: Any) -> None:
-        self.replicas = norm.replicas
+    Args:
+        mode: what a forward moves, see `scope`.
+    """
 
-    def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, length: int) -> tuple[Tensor, ...]:
+    def __init__(self, samples: int, length: int, channels: int, replicas: int, mode: int, affine: bool) -> None:
+        blocks, sizes = triton.cdiv(channels, BLOCK["BC"]), (samples, replicas, channels)
+        count = samples // replicas * length
+        self.shape, self.unbiased, self.affine = (replicas, channels), count / max(count - 1, 1), affine
+        self.forward_launch = Launch(forward_kernel, blocks, sizes, MODE=mode, AFFINE=affine, **BLOCK)
+        self.backward_launch = Launch(backward_kernel, blocks, (length, *sizes), AFFINE=affine, **BLOCK)
+
+    def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """scale_NC, shift_NC, and what the backward reads."""
-        samples, channels = mean_NC.shape
         scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
-        mean_RC, rstd_RC = mean_NC.new_empty((2, self.replicas, channels))
-        mode, buffers, momentum = recorded(norm, mean_NC)
-        count = samples // self.replicas * length
-        affine = norm.weight is not None
-        pair = (norm.weight, norm.bias) if affine else (mean_NC, mean_NC)
-        forward_kernel[(triton.cdiv(channels, BLOCK["BC"]),)](
-            mean_NC, var_NC, *pair, scale_NC, shift_NC, mean_RC, rstd_RC, *buffers, momentum,
-            count / max(count - 1, 1), norm.eps, samples, self.replicas, channels, MODE=mode, AFFINE=affine, **BLOCK,
-        )  # fmt: skip
+        mean_RC, rstd_RC = mean_NC.new_empty(self.shape), mean_NC.new_empty(self.shape)
+        _, buffers, momentum = recorded(norm, mean_NC)
+        pair = learned or (mean_NC, mean_NC)
+        tensors = (mean_NC, var_NC, *pair, scale_NC, shift_NC, mean_RC, rstd_RC, *buffers)
+        self.forward_launch(*tensors, floats=(momentum, self.unbiased, norm.eps))
         return scale_NC, shift_NC, mean_RC, rstd_RC
 
     def backward(
         self,
+        eps: float,
         sums: Sequence[Tensor],
         moments: Sequence[Tensor],
-        length: int,
         learned: Sequence[Tensor],
         saved: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         """slope_NC, offset_NC, and the gradients of the parameters."""
         mean_NC = moments[0]
-        samples, channels = mean_NC.shape
         slope_NC, offset_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
-        gradients = tuple(torch.empty_like(parameter) for parameter in learned)
-        backward_kernel[(triton.cdiv(channels, BLOCK["BC"]),)](
-            *sums, mean_NC, learned[0] if learned else mean_NC, *saved, slope_NC, offset_NC,
-            *(gradients or (mean_NC, mean_NC)), length, samples, self.replicas, channels, AFFINE=bool(learned), **BLOCK,
-        )  # fmt: skip
+        gradients = [torch.empty_like(parameter) for parameter in learned]
+        weight = learned[0] if learned else mean_NC
+        self.backward_launch(*sums, mean_NC, weight, *saved, slope_NC, offset_NC, *(gradients or (mean_NC, mean_NC)))
         return slope_NC, offset_NC, *gradients
+
+
+_coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
+
+
+def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
+    """The launches of this layer for so many samples and positions."""
+    mode = recorded(norm, norm.running_mean)[0]
+    return _coefficients(samples, length, norm.num_features, norm.replicas, mode, norm.weight is not None)

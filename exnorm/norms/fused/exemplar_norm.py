@@ -11,6 +11,7 @@ Legend: N batch, C channels, R replicas of N / R samples, Z = C / r outputs of t
 H hidden units. Order of the normalizers: in, ln, bn. z z^T has six different entries: ii il ib ll lb bb.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exnorm.norms.fused.scope import BLOCK, statistics_of_scope
+from exnorm.ops.triton.launch import Launch
 
 LARGEST = 8192  # channels that a program holds
 
@@ -233,7 +235,7 @@ def samples_kernel(
 
 @triton.jit
 def channels_kernel(
-    dscale_ptr, dshift_ptr, mean_ptr, var_ptr, mean_RC_ptr, var_RC_ptr, sample_ptr, scale_ptr, dz_ptr, small_ptr,
+    dscale_ptr, dshift_ptr, mean_ptr, var_ptr, mean_RC_ptr, var_RC_ptr, sample_ptr, dz_ptr, small_ptr,
     weight_ptr, conv_weight_ptr, slope_ptr, offset_ptr, dweight_ptr, dbias_ptr, dconv_weight_ptr, dconv_bias_ptr,
     eps, length, samples, replicas, channels, outputs, width, step,
     BATCH: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
@@ -303,7 +305,7 @@ def channels_kernel(
                     dmean_ln = tl.load(small_ptr + n * 11 + 9, mask=known, other=0.0)[:, None] / channels
                     dvar_ln = tl.load(small_ptr + n * 11 + 10, mask=known, other=0.0)[:, None] / channels
                     dh_ln = lam_ln * weight_ln * dshift + kernel * dz_ln
-                    scale = tl.load(scale_ptr + at, mask=valid, other=0.0)
+                    scale = lam_in * weight_in * rstd_in + lam_ln * weight_ln * rstd_ln + lam_bn * weight_bn * rstd_bn
                     dv = -0.5 * rstd_in * rstd_in * rstd_in * lam_in * weight_in * dscale + dvar_ln + dvar_bn
                     dm = dh_ln * rstd_ln + dmean_ln + 2 * dvar_ln * (m - mean_ln) - scale * dshift
                     dm += dh_bn * rstd_bn + dmean_bn + 2 * dvar_bn * (m - mean_bn)
@@ -387,75 +389,104 @@ def serves(norm: Any) -> bool:
 
 
 class Coefficients:
-    """One forward of an EN, and its backward."""
+    """The launches of an EN for inputs of one shape.
 
-    def __init__(self, norm: Any) -> None:
-        self.eps: float = norm.eps
-        self.replicas: int = norm.replicas
-        self.batch = False
-        self.outputs, self.width = norm.conv_weight.shape
-        self.hidden = norm.fc1_bias.numel()
-        self.step = 0 if norm.shared_affine else norm.num_features
-        channels = triton.next_power_of_2(norm.num_features)
-        self._sample: dict[str, Any] = {
-            "TANH": norm.hidden_act == "tanh",
-            "BZ": triton.next_power_of_2(self.outputs),
-            "BR": triton.next_power_of_2(self.width),
-            "BC": channels,
-            "BH": triton.next_power_of_2(self.hidden),
-            "num_warps": 8 if channels > 1024 else 4,
+    Args:
+        outputs, width: of the convolution, Z outputs that read so many channels each.
+        step: from one normalizer's weights to the next one's: C, or 0 where they share one.
+        replicas: of BN's scope; 1 where it takes the running statistics.
+        batch: whether BN's statistics are the batch's.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        length: int,
+        outputs: int,
+        width: int,
+        hidden: int,
+        step: int,
+        tanh: bool,
+        replicas: int,
+        batch: bool,
+    ) -> None:
+        channels = outputs * width
+        self.samples, self.outputs, self.hidden = samples, outputs, hidden
+        columns = triton.next_power_of_2(channels)
+        options = {
+            "TANH": tanh,
+            "BZ": triton.next_power_of_2(outputs),
+            "BR": triton.next_power_of_2(width),
+            "BC": columns,
+            "BH": triton.next_power_of_2(hidden),
+            "num_warps": 8 if columns > 1024 else 4,
         }
+        sizes = (samples // replicas, channels, outputs, width, hidden, step)
+        self.forward_launch = Launch(forward_kernel, samples, sizes, **options)
+        self.samples_launch = Launch(samples_kernel, samples, sizes, **options)
+        blocks, sizes = triton.cdiv(channels, BLOCK["BC"]), (length, samples, replicas, channels, outputs, width, step)
+        self.channels_launch = Launch(channels_kernel, blocks, sizes, BATCH=batch, **BLOCK)
+        self.layers_launch = Launch(layers_kernel, triton.cdiv(hidden, BLOCK["BC"]), (samples, hidden), **BLOCK)
 
-    def _sizes(self, samples: int, channels: int) -> tuple[Any, ...]:
-        return self.eps, samples // self.replicas, channels, self.outputs, self.width, self.hidden, self.step
-
-    def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, length: int) -> tuple[Tensor, ...]:
+    def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """scale_NC, shift_NC, and what the backward reads."""
-        samples, channels = mean_NC.shape
-        mean_RC, var_RC, self.batch = statistics_of_scope(norm, mean_NC, var_NC)
-        self.replicas = norm.replicas if self.batch else 1
+        mean_RC, var_RC = statistics_of_scope(norm, mean_NC, var_NC)
         scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
-        sample_N5 = mean_NC.new_empty((samples, 5))
-        forward_kernel[(samples,)](
-            mean_NC, var_NC, mean_RC, var_RC, *norm.parameters(recurse=False), scale_NC, shift_NC, sample_N5,
-            *self._sizes(samples, channels), **self._sample,
-        )  # fmt: skip
-        return scale_NC, shift_NC, mean_RC, var_RC, sample_N5, scale_NC
+        sample_N5 = mean_NC.new_empty((self.samples, 5))
+        results = (scale_NC, shift_NC, sample_N5)
+        self.forward_launch(mean_NC, var_NC, mean_RC, var_RC, *learned, *results, floats=(norm.eps,))
+        return scale_NC, shift_NC, mean_RC, var_RC, sample_N5
 
     def backward(
         self,
+        eps: float,
         sums: Sequence[Tensor],
         moments: Sequence[Tensor],
-        length: int,
         learned: Sequence[Tensor],
         saved: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         """slope_NC, offset_NC, and the gradients of the parameters."""
         mean_NC = moments[0]
-        samples, channels = mean_NC.shape
-        *statistics, scale_NC = saved
-        dz = mean_NC.new_empty((samples, 3, self.outputs))
-        units = mean_NC.new_empty((samples, 2, self.hidden))
-        small = mean_NC.new_empty((samples, 11))
-        samples_kernel[(samples,)](
+        dz = mean_NC.new_empty((self.samples, 3, self.outputs))
+        units = mean_NC.new_empty((self.samples, 2, self.hidden))
+        small = mean_NC.new_empty((self.samples, 11))
+        self.samples_launch(*sums, *moments, *saved, *learned[:7], dz, units, small, floats=(eps,))
+        slope_NC, offset_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
+        gradients = [torch.empty_like(parameter) for parameter in learned]
+        self.channels_launch(
             *sums,
             *moments,
-            *statistics,
-            *learned[:7],
+            *saved,
             dz,
-            units,
             small,
-            *self._sizes(samples, channels),
-            **self._sample,
+            learned[0],
+            learned[2],
+            slope_NC,
+            offset_NC,
+            *gradients[:4],
+            floats=(eps,),
         )
-        slope_NC, offset_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
-        gradients = tuple(torch.empty_like(parameter) for parameter in learned)
-        sizes = (self.eps, length, samples, self.replicas, channels, self.outputs, self.width, self.step)
-        channels_kernel[(triton.cdiv(channels, BLOCK["BC"]),)](
-            *sums, *moments, *statistics, scale_NC, dz, small, learned[0], learned[2], slope_NC, offset_NC,
-            *gradients[:4], *sizes, BATCH=self.batch, **BLOCK,
-        )  # fmt: skip
-        layers_kernel[(triton.cdiv(self.hidden, BLOCK["BC"]),)](
-            units, small, *gradients[4:], samples, self.hidden, **BLOCK
-        )
+        self.layers_launch(units, small, *gradients[4:])
         return slope_NC, offset_NC, *gradients
+
+
+_coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
+
+
+def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
+    """The launches of this layer for so many samples and positions."""
+    outputs = norm.num_features // norm.reduction
+    step = 0 if norm.shared_affine else norm.num_features
+    hidden = norm.pi * len(norm.normalizers)
+    batch = norm.uses_batch_statistics()
+    return _coefficients(
+        samples,
+        length,
+        outputs,
+        norm.reduction,
+        hidden,
+        step,
+        norm.hidden_act == "tanh",
+        norm.replicas if batch else 1,
+        batch,
+    )

@@ -7,6 +7,7 @@
 Legend: N batch, C channels, G groups of D = C / G channels.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from exnorm.norms.fused.scope import BLOCK
 from exnorm.norms.group_norm import GroupNorm
 from exnorm.norms.layer_norm import LayerNorm
+from exnorm.ops.triton.launch import Launch
 
 LARGEST = 8192  # values that one program holds of each tensor: D at most
 
@@ -101,58 +103,6 @@ def parameters(
     tl.store(dbias_ptr + c, tl.sum(dbias, 0), mask=inside)
 
 
-class Coefficients:
-    """One forward of a GN, LN or IN, and its backward."""
-
-    def __init__(self, norm: Any) -> None:
-        self.groups = groups_of(norm)
-        self.width: int = norm.num_features // self.groups
-
-    def _launch(self, samples: int) -> tuple[tuple[int], dict[str, Any]]:
-        width = triton.next_power_of_2(self.width)
-        block = max(1, min(triton.next_power_of_2(self.groups), 1024 // width))
-        options = {"BG": block, "BD": width, "num_warps": 8 if width > 2048 else 4}
-        return (samples * triton.cdiv(self.groups, block),), options
-
-    def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, length: int) -> tuple[Tensor, ...]:
-        """scale_NC, shift_NC, and what the backward reads."""
-        samples = mean_NC.shape[0]
-        scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
-        mean_NG, rstd_NG = mean_NC.new_empty((2, samples, self.groups))
-        affine = norm.weight is not None
-        pair = (norm.weight, norm.bias) if affine else (mean_NC, mean_NC)
-        grid, options = self._launch(samples)
-        statistics[grid](
-            mean_NC, var_NC, *pair, scale_NC, shift_NC, mean_NG, rstd_NG, norm.eps, self.groups, self.width,
-            AFFINE=affine, **options,
-        )  # fmt: skip
-        return scale_NC, shift_NC, mean_NG, rstd_NG
-
-    def backward(
-        self,
-        sums: Sequence[Tensor],
-        moments: Sequence[Tensor],
-        length: int,
-        learned: Sequence[Tensor],
-        saved: Sequence[Tensor],
-    ) -> tuple[Tensor, ...]:
-        """slope_NC, offset_NC, and the gradients of the parameters."""
-        mean_NC = moments[0]
-        samples, channels = mean_NC.shape
-        slope_NC, offset_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
-        gradients = tuple(torch.empty_like(parameter) for parameter in learned)
-        grid, options = self._launch(samples)
-        input[grid](
-            *sums, mean_NC, learned[0] if learned else mean_NC, *saved, slope_NC, offset_NC,
-            length, self.groups, self.width, AFFINE=bool(learned), **options,
-        )  # fmt: skip
-        if learned:
-            parameters[(triton.cdiv(channels, BLOCK["BC"]),)](
-                *sums, mean_NC, *saved, *gradients, samples, self.groups, self.width, **BLOCK
-            )
-        return slope_NC, offset_NC, *gradients
-
-
 def serves(norm: Any) -> bool:
     """Whether these kernels compute this layer."""
     return norm.num_features // groups_of(norm) <= LARGEST
@@ -163,3 +113,53 @@ def groups_of(norm: Any) -> int:
     if isinstance(norm, GroupNorm):
         return norm.num_groups
     return 1 if isinstance(norm, LayerNorm) else norm.num_features
+
+
+class Coefficients:
+    """The launches of a GN, LN or IN for inputs of one shape."""
+
+    def __init__(self, samples: int, length: int, groups: int, width: int, affine: bool) -> None:
+        self.shape, self.affine = (samples, groups), affine
+        columns = triton.next_power_of_2(width)
+        block = max(1, min(triton.next_power_of_2(groups), 1024 // columns))
+        programs = samples * triton.cdiv(groups, block)
+        options = {"AFFINE": affine, "BG": block, "BD": columns, "num_warps": 8 if columns > 2048 else 4}
+        blocks = triton.cdiv(groups * width, BLOCK["BC"])
+        self.statistics = Launch(statistics, programs, (groups, width), **options)
+        self.input = Launch(input, programs, (length, groups, width), **options)
+        self.parameters = Launch(parameters, blocks, (samples, groups, width), **BLOCK)
+
+    def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """scale_NC, shift_NC, and what the backward reads."""
+        scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
+        mean_NG, rstd_NG = mean_NC.new_empty(self.shape), mean_NC.new_empty(self.shape)
+        pair = learned or (mean_NC, mean_NC)
+        self.statistics(mean_NC, var_NC, *pair, scale_NC, shift_NC, mean_NG, rstd_NG, floats=(norm.eps,))
+        return scale_NC, shift_NC, mean_NG, rstd_NG
+
+    def backward(
+        self,
+        eps: float,
+        sums: Sequence[Tensor],
+        moments: Sequence[Tensor],
+        learned: Sequence[Tensor],
+        saved: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """slope_NC, offset_NC, and the gradients of the parameters."""
+        mean_NC = moments[0]
+        slope_NC, offset_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
+        gradients = [torch.empty_like(parameter) for parameter in learned]
+        self.input(*sums, mean_NC, learned[0] if learned else mean_NC, *saved, slope_NC, offset_NC)
+        if learned:
+            self.parameters(*sums, mean_NC, *saved, *gradients)
+        return slope_NC, offset_NC, *gradients
+
+
+_coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
+
+
+def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
+    """The launches of this layer for so many samples and positions."""
+    groups = groups_of(norm)
+    affine = norm.weight is not None
+    return _coefficients(samples, length, groups, norm.num_features // groups, affine)

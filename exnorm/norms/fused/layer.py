@@ -36,21 +36,16 @@ KERNELS: dict[type[nn.Module], Any] = {
 def serves(norm: Any, x: Tensor) -> bool:
     """Whether there are kernels for this layer, with its options and in its mode, and for this input."""
     kernels = KERNELS.get(type(norm))
-    return (
-        kernels is not None
-        and passes.serves(x)
-        and kernels.serves(norm)
-        and all(
-            t.dtype in (torch.float32, torch.int64) and t.is_contiguous() and t.device == x.device
-            for t in (*norm._parameters.values(), *norm._buffers.values())
-            if t is not None
-        )
-    )
+    if kernels is None or not passes.serves(x) or not kernels.serves(norm):
+        return False
+    device = x.device
+    tensors = [*norm._parameters.values(), norm._buffers.get("running_mean")]
+    return all(t is None or (t.dtype is torch.float32 and t.is_contiguous() and t.device == device) for t in tensors)
 
 
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
     """The normalized input, with residual and activation."""
-    coefficients = KERNELS[type(norm)].Coefficients(norm)
+    coefficients = KERNELS[type(norm)].coefficients(norm, x.shape[0], ops.length(x, norm.channel_dim))
     learned = [t for t in norm._parameters.values() if t is not None]
     return _Layer.apply(x, residual, norm, act, coefficients, *learned)  # type: ignore[no-any-return]
 
@@ -60,10 +55,10 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, norm: Any, act: str | None, coefficients: Any, *learned: Tensor
     ) -> Tensor:
-        ctx.channel_dim, ctx.act, ctx.coefficients = norm.channel_dim, act, coefficients
-        ctx.length, ctx.learned = ops.length(x, norm.channel_dim), len(learned)
+        ctx.channel_dim, ctx.act, ctx.coefficients, ctx.eps = norm.channel_dim, act, coefficients, norm.eps
+        ctx.learned = len(learned)
         mean_NC, var_NC = passes.moments(x, ctx.channel_dim)
-        scale_NC, shift_NC, *saved = coefficients.forward(norm, mean_NC, var_NC, ctx.length)
+        scale_NC, shift_NC, *saved = coefficients.forward(norm, mean_NC, var_NC, learned)
         y = passes.affine(x, mean_NC, scale_NC, shift_NC, residual, ctx.channel_dim, act)
         ctx.activated_sum = residual is not None and act is not None
         ctx.save_for_backward(
@@ -82,7 +77,7 @@ class _Layer(torch.autograd.Function):
             act = None
         else:
             sums = passes.affine_sums(grad, x, *affine, ctx.channel_dim, act)
-        slope_NC, offset_NC, *dlearned = ctx.coefficients.backward(sums, (mean_NC, var_NC), ctx.length, learned, saved)
+        slope_NC, offset_NC, *dlearned = ctx.coefficients.backward(ctx.eps, sums, (mean_NC, var_NC), learned, saved)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = passes.input_gradient(grad, x, *affine, slope_NC, offset_NC, ctx.channel_dim, act)

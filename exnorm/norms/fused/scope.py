@@ -4,11 +4,14 @@ Legend: N batch, C channels, R replicas of N / R consecutive samples. A program 
 samples, BN of them at a time; nothing is added atomically, so results repeat bit for bit.
 """
 
+import functools
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from exnorm.ops.triton.launch import Launch
 
 BLOCK: dict[str, Any] = {"BN": 64, "BC": 16, "num_warps": 4}  # narrow: 2,048 channels are 128 programs
 NOTHING, RUNNING, PENDING = 0, 1, 2  # what a forward moves
@@ -78,21 +81,28 @@ def batch_statistics(
 
 def recorded(norm: Any, placeholder: Tensor) -> tuple[int, tuple[Tensor, Tensor, Tensor], float]:
     """What a forward in training moves: how, which three buffers, and with which momentum."""
-    if not norm.training or norm.running_mean is None:
+    buffers = norm._buffers  # not through nn.Module's slower attributes
+    if not norm.training or buffers.get("running_mean") is None:
         return NOTHING, (placeholder, placeholder, placeholder), 0.0
     if norm.deferred:
-        return PENDING, (norm.pending_mean, norm.pending_var, norm.pending_count), 0.0
-    return RUNNING, (norm.running_mean, norm.running_var, norm.num_batches_tracked), norm.momentum
+        return PENDING, (buffers["pending_mean"], buffers["pending_var"], buffers["pending_count"]), 0.0
+    running = (buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"])
+    return RUNNING, running, norm.momentum
 
 
-def statistics_of_scope(norm: Any, mean_NC: Tensor, var_NC: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """BN's mean and variance, (R, C), and whether they are the batch's (recorded then) or the running ones."""
+@functools.lru_cache(maxsize=1024)
+def _statistics_of(samples: int, replicas: int, channels: int, mode: int) -> Launch:
+    blocks = triton.cdiv(channels, BLOCK["BC"])
+    return Launch(batch_statistics, blocks, (samples, replicas, channels), MODE=mode, **BLOCK)
+
+
+def statistics_of_scope(norm: Any, mean_NC: Tensor, var_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """BN's mean and variance, (R, C): the batch's, which are recorded in training, or the running ones."""
     if not norm.uses_batch_statistics():
-        return norm.running_mean, norm.running_var, False
+        return norm.running_mean, norm.running_var
     samples, channels = mean_NC.shape
-    mean_RC, var_RC = mean_NC.new_empty((2, norm.replicas, channels))
+    mean_RC, var_RC = mean_NC.new_empty((norm.replicas, channels)), mean_NC.new_empty((norm.replicas, channels))
     mode, buffers, momentum = recorded(norm, mean_RC)
-    batch_statistics[(triton.cdiv(channels, BLOCK["BC"]),)](
-        mean_NC, var_NC, mean_RC, var_RC, *buffers, momentum, 1.0, samples, norm.replicas, channels, MODE=mode, **BLOCK
-    )
-    return mean_RC, var_RC, True
+    launch = _statistics_of(samples, norm.replicas, channels, mode)
+    launch(mean_NC, var_NC, mean_RC, var_RC, *buffers, floats=(momentum, 1.0))
+    return mean_RC, var_RC

@@ -10,6 +10,7 @@ program for a block of channels, sees to BN, and writes everything else.
 Legend: N batch, C channels, R replicas of N / R samples. Order of the normalizers: in, ln, bn.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exnorm.norms.fused.scope import BLOCK, statistics_of_scope
+from exnorm.ops.triton.launch import Launch
 
 LARGEST = 8192  # channels that a program holds
 PARTS = 8  # of a sample: dmu and dvar of LN, three sums for w, three for u
@@ -206,53 +208,74 @@ def serves(norm: Any) -> bool:
 
 
 class Coefficients:
-    """One forward of an SN, and its backward."""
+    """The launches of an SN for inputs of one shape.
 
-    def __init__(self, norm: Any) -> None:
-        self.eps: float = norm.eps
-        self.affine = norm.weight is not None
-        self.replicas: int = norm.replicas
-        self.batch = False
-        width = triton.next_power_of_2(norm.num_features)
-        self._sample: dict[str, Any] = {"AFFINE": self.affine, "BC": width, "num_warps": 8 if width > 2048 else 4}
+    Args:
+        replicas: of BN's scope; 1 where it takes the running statistics.
+        batch: whether BN's statistics are the batch's.
+    """
 
-    def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, length: int) -> tuple[Tensor, ...]:
+    def __init__(self, samples: int, length: int, channels: int, replicas: int, batch: bool, affine: bool) -> None:
+        self.samples, self.affine = samples, affine
+        width = triton.next_power_of_2(channels)
+        options = {"AFFINE": affine, "BC": width, "num_warps": 8 if width > 2048 else 4}
+        sizes = (samples // replicas, channels)
+        self.forward_launch = Launch(forward_kernel, samples, sizes, **options)
+        self.samples_launch = Launch(samples_kernel, samples, sizes, **options)
+        blocks, sizes = triton.cdiv(channels, BLOCK["BC"]), (length, samples, replicas, channels)
+        self.channels_launch = Launch(channels_kernel, blocks, sizes, BATCH=batch, AFFINE=affine, **BLOCK)
+
+    def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """scale_NC, shift_NC, and what the backward reads."""
-        samples, channels = mean_NC.shape
-        mean_RC, var_RC, self.batch = statistics_of_scope(norm, mean_NC, var_NC)
-        self.replicas = norm.replicas if self.batch else 1
+        *affine, mean_weight, var_weight = learned
+        mean_RC, var_RC = statistics_of_scope(norm, mean_NC, var_NC)
         scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
-        layer_N2 = mean_NC.new_empty((samples, 2))
-        pair = (norm.weight, norm.bias) if self.affine else (mean_NC, mean_NC)
-        forward_kernel[(samples,)](
-            mean_NC, var_NC, mean_RC, var_RC, norm.mean_weight, norm.var_weight, *pair, scale_NC, shift_NC, layer_N2,
-            self.eps, samples // self.replicas, channels, **self._sample,
-        )  # fmt: skip
+        layer_N2 = mean_NC.new_empty((self.samples, 2))
+        pair = affine or (mean_NC, mean_NC)
+        results = (scale_NC, shift_NC, layer_N2)
+        self.forward_launch(
+            mean_NC, var_NC, mean_RC, var_RC, mean_weight, var_weight, *pair, *results, floats=(norm.eps,)
+        )
         return scale_NC, shift_NC, mean_RC, var_RC, layer_N2
 
     def backward(
         self,
+        eps: float,
         sums: Sequence[Tensor],
         moments: Sequence[Tensor],
-        length: int,
         learned: Sequence[Tensor],
         saved: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         """slope_NC, offset_NC, and the gradients of the parameters."""
         mean_NC = moments[0]
-        samples, channels = mean_NC.shape
         *affine, mean_weight, var_weight = learned
         weight = affine[0] if affine else mean_NC
-        parts = mean_NC.new_empty((samples, PARTS))
-        samples_kernel[(samples,)](
-            *sums, *moments, *saved, mean_weight, var_weight, weight, parts,
-            self.eps, samples // self.replicas, channels, **self._sample,
-        )  # fmt: skip
+        parts = mean_NC.new_empty((self.samples, PARTS))
+        self.samples_launch(*sums, *moments, *saved, mean_weight, var_weight, weight, parts, floats=(eps,))
         slope_NC, offset_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
-        gradients = tuple(torch.empty_like(parameter) for parameter in learned)
-        places = gradients if affine else (mean_NC, mean_NC, *gradients)
-        channels_kernel[(triton.cdiv(channels, BLOCK["BC"]),)](
-            *sums, *moments, *saved, parts, mean_weight, var_weight, weight, slope_NC, offset_NC, *places,
-            self.eps, length, samples, self.replicas, channels, BATCH=self.batch, AFFINE=self.affine, **BLOCK,
-        )  # fmt: skip
+        gradients = [torch.empty_like(parameter) for parameter in learned]
+        results = gradients if affine else (mean_NC, mean_NC, *gradients)
+        self.channels_launch(
+            *sums,
+            *moments,
+            *saved,
+            parts,
+            mean_weight,
+            var_weight,
+            weight,
+            slope_NC,
+            offset_NC,
+            *results,
+            floats=(eps,),
+        )
         return slope_NC, offset_NC, *gradients
+
+
+_coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
+
+
+def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
+    """The launches of this layer for so many samples and positions."""
+    batch = norm.uses_batch_statistics()
+    affine = norm.weight is not None
+    return _coefficients(samples, length, norm.num_features, norm.replicas if batch else 1, batch, affine)

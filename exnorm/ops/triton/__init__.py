@@ -4,6 +4,7 @@ Inputs are dense, contiguous or channels last; another is copied first. No kerne
 bit for bit. Importing this package imports Triton. `TRITON_INTERPRET=1`, set before, runs the kernels on a CPU.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -12,38 +13,103 @@ from torch import Tensor
 
 from exnorm.ops import eager
 from exnorm.ops.layout import dense, like
+from exnorm.ops.triton import sums as sums_kernels
 from exnorm.ops.triton.affine import affine as affine_kernel
 from exnorm.ops.triton.gradient import gradient as gradient_kernel
+from exnorm.ops.triton.launch import INTERPRETED, Launch
 from exnorm.ops.triton.moments import merge as merge_kernel
 from exnorm.ops.triton.moments import moments as moments_kernel
-from exnorm.ops.triton.sums import sums as sums_kernel
 from exnorm.ops.triton.tiles import Tile, positions_per_program, reduction_tile, streaming_tile
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MERGED = 128  # channels of a program that merges parts
 
 
 def serves(x: Tensor) -> bool:
     """Whether the kernels run on this tensor; the eager formulas run on others."""
-    return (x.device.type == "cuda" or INTERPRETED) and x.dtype in _DTYPES and x.numel() > 0
+    return (x.is_cuda or INTERPRETED) and x.dtype in _DTYPES and x.numel() > 0
 
 
 class _Shape(NamedTuple):
+    """All that the launches of an input depend on."""
+
     samples: int
     length: int
     channels: int
     rows: bool  # whether the positions of a channel are contiguous
 
-    @classmethod
-    def of(cls, x: Tensor, channel_dim: int) -> "_Shape":
-        samples, channels = x.shape[0], x.shape[channel_dim]
-        length = x.numel() // (samples * channels)
-        return cls(samples, length, channels, channel_dim == 1 and length > 1 and x.is_contiguous())
 
-    def constants(self, tile: Tile) -> dict[str, Any]:
-        """The options that all passes share."""
-        wide = self.length * self.channels >= 2**31
-        return {"ROWS": self.rows, "WIDE": wide, "BL": tile.positions, "BC": tile.channels, "num_warps": tile.warps}
+def _shape(x: Tensor, channel_dim: int) -> _Shape:
+    samples, channels = x.shape[0], x.shape[channel_dim]
+    length = x.numel() // (samples * channels)
+    return _Shape(samples, length, channels, channel_dim == 1 and length > 1 and x.is_contiguous())
+
+
+def _constants(shape: _Shape, tile: Tile) -> dict[str, Any]:
+    """The options that all passes share."""
+    wide = shape.length * shape.channels >= 2**31
+    return {"ROWS": shape.rows, "WIDE": wide, "BL": tile.positions, "BC": tile.channels, "num_warps": tile.warps}
+
+
+class _Reduction(NamedTuple):
+    """A pass that sums over L, and what joins its parts where there are several."""
+
+    run: Launch
+    parts: int
+    merge: Launch | None
+
+
+def _reduction(kernel: Any, merge: Any, shape: _Shape, **options: Any) -> _Reduction:
+    samples, length, channels, rows = shape
+    tile = reduction_tile(length, channels, rows=rows)
+    per = positions_per_program(samples, length, channels, tile)
+    parts, blocks = triton.cdiv(length, per), triton.cdiv(channels, tile.channels)
+    if kernel is moments_kernel:
+        options["FINAL"] = parts == 1
+    run = Launch(
+        kernel, samples * parts * blocks, (length, channels, per, parts, blocks), **options, **_constants(shape, tile)
+    )
+    if parts == 1:
+        return _Reduction(run, 1, None)
+    blocks = triton.cdiv(channels, _MERGED)
+    sizes = (length, channels, per, parts, blocks) if kernel is moments_kernel else (channels, parts, blocks)
+    return _Reduction(run, parts, Launch(merge, samples * blocks, sizes, BC=_MERGED, num_warps=1))
+
+
+def _streaming(kernel: Any, shape: _Shape, **options: Any) -> Launch:
+    samples, length, channels, rows = shape
+    tile = streaming_tile(length, channels, rows=rows)
+    blocks = (triton.cdiv(length, tile.positions), triton.cdiv(channels, tile.channels))
+    programs = samples * blocks[0] * blocks[1]
+    return Launch(kernel, programs, (length, channels, *blocks), **options, **_constants(shape, tile))
+
+
+# Launches by all that they depend on: a model has a few dozens, inputs of changing sizes more. The dtype is part of
+# the key, since a launch looks only once at the types of its tensors.
+@functools.lru_cache(maxsize=4096)
+def _moments_of(shape: _Shape, dtype: torch.dtype) -> _Reduction:
+    return _reduction(moments_kernel, merge_kernel, shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sums_of(shape: _Shape, dtype: torch.dtype, act: str | None, gate: bool) -> _Reduction:
+    return _reduction(sums_kernels.sums, sums_kernels.merge, shape, GATE=gate, ACT=act or "none")
+
+
+@functools.lru_cache(maxsize=4096)
+def _affine_of(shape: _Shape, dtype: torch.dtype, act: str | None, residual: bool) -> Launch:
+    return _streaming(affine_kernel, shape, RESIDUAL=residual, ACT=act or "none")
+
+
+@functools.lru_cache(maxsize=4096)
+def _gradient_of(shape: _Shape, dtype: torch.dtype, act: str | None, constant: bool) -> Launch:
+    return _streaming(gradient_kernel, shape, CONSTANT=constant, ACT=act or "none")
+
+
+def _two(x: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
+    """Two tensors for float32 results, in memory of their own."""
+    options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    return torch.empty(shape, **options), torch.empty(shape, **options)
 
 
 def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
@@ -51,20 +117,15 @@ def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     if not serves(x):
         return eager.moments(x, channel_dim)
     x = dense(x, channel_dim)
-    shape = _Shape.of(x, channel_dim)
-    n, length, c, rows = shape
-    tile = reduction_tile(length, c, rows=rows)
-    per = positions_per_program(n, length, c, tile)
-    parts, blocks = triton.cdiv(length, per), triton.cdiv(c, tile.channels)
-    first, second = x.new_empty((2, n, parts, c), dtype=torch.float32)
-    moments_kernel[(n * parts * blocks,)](
-        x, first, second, n, length, c, per, parts, blocks, FINAL=parts == 1, **shape.constants(tile)
-    )
-    if parts == 1:
-        return first.view(n, c), second.view(n, c)
-    mean_NC, var_NC = x.new_empty((2, n, c), dtype=torch.float32)
-    blocks = triton.cdiv(c, 128)
-    merge_kernel[(n * blocks,)](first, second, mean_NC, var_NC, length, c, per, parts, blocks, BC=128, num_warps=1)
+    shape = _shape(x, channel_dim)
+    run, parts, merge = _moments_of(shape, x.dtype)
+    mean_NC, var_NC = _two(x, shape.samples, shape.channels)
+    if merge is None:
+        run(x, mean_NC, var_NC)
+    else:
+        part_mean, part_square = _two(x, shape.samples, parts, shape.channels)
+        run(x, part_mean, part_square)
+        merge(part_mean, part_square, mean_NC, var_NC)
     return mean_NC, var_NC
 
 
@@ -82,13 +143,8 @@ def affine(
         return eager.affine(x, mean_NC, scale_NC, shift_NC, residual, channel_dim, act)
     x = dense(x, channel_dim)
     y = torch.empty_like(x)
-    shape, tile, blocks = _streaming(x, channel_dim)
-    coefficients = _plain(mean_NC, scale_NC, shift_NC)
-    other = x if residual is None else like(residual, x)
-    affine_kernel[(shape.samples * blocks[0] * blocks[1],)](
-        x, other, *coefficients, y, shape.length, shape.channels, *blocks,
-        RESIDUAL=residual is not None, ACT=act or "none", **shape.constants(tile),
-    )  # fmt: skip
+    run = _affine_of(_shape(x, channel_dim), x.dtype, act, residual is not None)
+    run(x, x if residual is None else like(residual, x), *_plain(mean_NC, scale_NC, shift_NC), y)
     return y
 
 
@@ -104,7 +160,8 @@ def affine_sums(
     """See `exnorm.ops.eager.affine_sums`."""
     if not serves(x):
         return eager.affine_sums(grad, x, mean_NC, scale_NC, shift_NC, channel_dim, act)
-    return _sums(grad, x, None, (mean_NC, scale_NC, shift_NC), channel_dim, act)[:2]
+    x = dense(x, channel_dim)
+    return _sums(like(grad, x), x, x, x, (mean_NC, scale_NC, shift_NC), channel_dim, act, gate=False)
 
 
 def gated_sums(
@@ -119,32 +176,34 @@ def gated_sums(
     """See `exnorm.ops.eager.gated_sums`."""
     if not serves(x):
         return eager.gated_sums(grad, x, y, mean_NC, scale_NC, shift_NC, channel_dim)
-    return _sums(grad, x, y, (mean_NC, scale_NC, shift_NC), channel_dim, None)
+    x = dense(x, channel_dim)
+    gated = torch.empty_like(x)
+    coefficients = (mean_NC, scale_NC, shift_NC)
+    return *_sums(like(grad, x), x, like(y, x), gated, coefficients, channel_dim, None, gate=True), gated
 
 
 def _sums(
     grad: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor,
+    gated: Tensor,
     coefficients: tuple[Tensor, ...],
     channel_dim: int,
     act: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = dense(x, channel_dim)
-    grad = like(grad, x)
-    gated = grad if y is None else torch.empty_like(x)
-    shape = _Shape.of(x, channel_dim)
-    n, length, c, rows = shape
-    tile = reduction_tile(length, c, rows=rows)
-    per = positions_per_program(n, length, c, tile)
-    parts, blocks = triton.cdiv(length, per), triton.cdiv(c, tile.channels)
-    both = x.new_empty((2, n, parts, c), dtype=torch.float32)
-    sums_kernel[(n * parts * blocks,)](
-        grad, x, x if y is None else like(y, x), gated, *_plain(*coefficients), both[0], both[1],
-        length, c, per, parts, blocks, GATE=y is not None, ACT=act or "none", **shape.constants(tile),
-    )  # fmt: skip
-    dscale_NC, dshift_NC = both.view(2, n, c) if parts == 1 else both.sum(2)
-    return dscale_NC, dshift_NC, gated
+    *,
+    gate: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = _shape(x, channel_dim)
+    run, parts, merge = _sums_of(shape, x.dtype, act, gate)
+    dscale_NC, dshift_NC = _two(x, shape.samples, shape.channels)
+    tensors = (grad, x, y, gated, *_plain(*coefficients))
+    if merge is None:
+        run(*tensors, dscale_NC, dshift_NC)
+    else:
+        part_scale, part_shift = _two(x, shape.samples, parts, shape.channels)
+        run(*tensors, part_scale, part_shift)
+        merge(part_scale, part_shift, dscale_NC, dshift_NC)
+    return dscale_NC, dshift_NC
 
 
 def input_gradient(
@@ -162,24 +221,16 @@ def input_gradient(
     if not serves(x):
         return eager.input_gradient(grad, x, mean_NC, scale_NC, shift_NC, slope_NC, offset_NC, channel_dim, act)
     x = dense(x, channel_dim)
-    grad, dx = like(grad, x), torch.empty_like(x)
-    shape, tile, blocks = _streaming(x, channel_dim)
+    dx = torch.empty_like(x)
     constant = slope_NC is None or offset_NC is None
     rest = (mean_NC, mean_NC) if slope_NC is None or offset_NC is None else (slope_NC, offset_NC)
-    gradient_kernel[(shape.samples * blocks[0] * blocks[1],)](
-        grad, x, *_plain(mean_NC, scale_NC, shift_NC, *rest), dx, shape.length, shape.channels, *blocks,
-        CONSTANT=constant, ACT=act or "none", **shape.constants(tile),
-    )  # fmt: skip
+    run = _gradient_of(_shape(x, channel_dim), x.dtype, act, constant)
+    run(like(grad, x), x, *_plain(mean_NC, scale_NC, shift_NC, *rest), dx)
     return dx
 
 
-def _streaming(x: Tensor, channel_dim: int) -> tuple[_Shape, Tile, tuple[int, int]]:
-    """The shape, the tile, and the number of its blocks along L and C."""
-    shape = _Shape.of(x, channel_dim)
-    tile = streaming_tile(shape.length, shape.channels, rows=shape.rows)
-    blocks = (triton.cdiv(shape.length, tile.positions), triton.cdiv(shape.channels, tile.channels))
-    return shape, tile, blocks
-
-
 def _plain(*coefficients: Tensor) -> list[Tensor]:
-    return [coefficient.contiguous() for coefficient in coefficients]
+    """Coefficients as the kernels read them: float32 and contiguous."""
+    return [
+        c if c.dtype is torch.float32 and c.is_contiguous() else c.to(torch.float32).contiguous() for c in coefficients
+    ]

@@ -13,7 +13,7 @@ from exnorm.ops.triton.tiles import offsets, place
 
 @triton.jit
 def moments(
-    x_ptr, mean_ptr, var_ptr, samples, length, channels, per, blocks_l, blocks_c,
+    x_ptr, mean_ptr, var_ptr, length, channels, per, blocks_l, blocks_c,
     FINAL: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """mean, var: (N, C); or, of each of the `blocks_l` parts, its mean and sum of squares, (N, blocks_l, C)."""
