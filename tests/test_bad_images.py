@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CliRunner
-from data_cases import SMALL, WNIDS, class_of, config_of, make_imagenet, save
+from data_cases import SMALL, WNIDS, class_of, config_of, make_imagenet, odd_exif, save
 from engine_cases import assert_same_run, only_run, start, train, wait_for, workers
 from PIL import Image
 
@@ -149,6 +150,31 @@ def test_a_broken_validation_image_is_an_error_unless_it_is_excluded(tmp_path: P
     SeededImages(val, eval_transform(config), seed=0)[0, 0]
 
 
+def test_the_list_of_a_run_may_be_excluded_as_it_is(tmp_path: Path) -> None:
+    """Also after a spreadsheet has saved it, and with odd names; it leaves out the same images as their paths would."""
+    config = listed_imagenet(tmp_path / "in")
+    names = [f"{WNIDS[0]}_1.JPEG", 'a, "b".JPEG']
+    folder = tmp_path / "in" / "train" / WNIDS[0]
+    (folder / f"{WNIDS[0]}_4.JPEG").rename(folder / names[1])
+    (tmp_path / "in" / "train.txt").write_text(
+        (tmp_path / "in" / "train.txt").read_text().replace(f"{WNIDS[0]}_4.JPEG", names[1])
+    )
+    dataset = train_images(config, tmp_path / "bad.csv")
+    for name in names:
+        truncated(folder / name)
+    dataset[0, 1], dataset[0, 4]
+    (tmp_path / "paths.txt").write_text("".join(f"train/{WNIDS[0]}/{name}\n" for name in names))
+    saved = (tmp_path / "bad.csv").read_text().replace("\n", "\r\n")
+    (tmp_path / "saved.csv").write_text(saved, encoding="utf-8-sig", newline="")
+    found = []
+    for name in ("paths.txt", "bad.csv", "saved.csv"):
+        config.exclude = str(tmp_path / name)
+        train = data.load(config).train
+        assert (len(train), train.excluded) == (16, 2)
+        found.append((data.fingerprint(config), list(train.labels)))
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_broken_image_has_its_reason() -> None:
     """Of the system where it has one, else of the decoder."""
     with pytest.raises(BadImage) as missing:
@@ -275,6 +301,27 @@ def test_a_run_lists_its_broken_images_and_is_equal_after_a_kill(tmp_path: Path)
     again = train(arguments, tmp_path / "killed")
     assert_same_run(whole, again)
     assert listed(again) == listed(whole)
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_broken_images_and_their_list_leaves_them_out(tmp_path: Path, run_cli: CliRunner) -> None:
+    """What Pillow warns of is one line, however many loader processes see it."""
+    root = broken_root(tmp_path)
+    (root / "train" / WNIDS[1] / f"{WNIDS[1]}_0.JPEG").write_bytes(odd_exif())
+    arguments = ["train", "data=imagenet", f"data.root={root}", *SMALL, *TINY, "data.workers=2", "trainer.epochs=2"]
+    done = run_cli(*arguments, "data.max_bad_fraction=0.1")
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path)
+    listing = run.relative_to(tmp_path) / "bad_images.csv"
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"2 broken training images were replaced by others of the same label. {listing} lists them")
+    assert "Corrupt EXIF" not in done.stderr and done.stdout.count("Corrupt EXIF") == 1
+    assert re.search(r"^Pillow warned \d+ times, first: Corrupt EXIF", done.stdout, re.MULTILINE)
+    again = run_cli(*arguments, f"data.exclude={listing}")
+    assert again.returncode == 0, again.stderr
+    (record,) = [path for path in tmp_path.glob("runs/*/*/record.json") if path.parent != run]
+    numbers = json.loads(record.read_text())
+    assert (numbers["bad_images"], numbers["train_images"], numbers["excluded_images"]["train"]) == (0, 22, 2)
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from exnorm.engine import checkpoint, distributed, train
+    from exnorm.runs.counted_warnings import counted_warnings
     from exnorm.runs.folder import RunFolder, RunLocked
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -43,10 +44,11 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(folder_name)
     try:
         config = checkpoint.read_config(folder)
-        if request:
-            _evaluate(folder, config, json.loads(request[0]))
-        else:
-            _train(folder, config, lambda: received[0] if received else 0)
+        with counted_warnings(printed=os.environ.get("RANK", "0") == "0"):
+            if request:
+                _evaluate(folder, config, json.loads(request[0]))
+            else:
+                _train(folder, config, lambda: received[0] if received else 0)
     except train.Stopped as stopped:
         return 128 + stopped.signum
     except RunLocked as problem:
