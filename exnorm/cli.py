@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from exnorm.cli_bench import bench
+from exnorm.config.errors import BUG
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -62,10 +63,13 @@ def main() -> None:
         end_with_parent()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="exnorm", standalone_mode=False))
+    except typer.Abort:  # Ctrl-C
+        sys.exit(130)
     except Exception as exc:
-        if not explained(exc):
-            raise
-        sys.exit(2)
+        if explained(exc):
+            sys.exit(2)
+        exc.add_note(BUG)
+        raise
 
 
 def explained(exc: Exception) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from exnorm.config.errors import UserError, suggest
+from exnorm.config.errors import UserError, first_line, suggest
 from exnorm.config.groups import option_values
 from exnorm.norms import Norm
 from exnorm.surgery import convert
@@ -26,26 +26,46 @@ def build_model(model_config: Any, norm_config: Mapping[str, Any], *, num_classe
     """
     try:
         model = _backbone(model_config, num_classes)
-        target = hydra.utils.get_class(norm_config["_target_"])
         options = _chosen_options(norm_config)
-        return convert(model, target, replace=tuple(model_config.replace), **options)
-    except (TypeError, ValueError, RuntimeError) as problem:
+        return convert(model, _target(norm_config["_target_"]), replace=tuple(model_config.replace), **options)
+    except UserError as problem:
         raise UserError(f"model={model_config.name} norm={norm_config['name']}: {problem}") from problem
+
+
+def _target(name: str) -> Any:
+    """The class of a normalizer by its full name; an error inside its module keeps its traceback."""
+    try:
+        return hydra.utils.get_class(name)
+    except (ImportError, ValueError) as problem:
+        if isinstance(problem.__cause__, ModuleNotFoundError | None):
+            raise UserError(f"norm._target_={name} is no class that can be imported; give module.Class") from problem
+        raise
+
+
+def _backbone(config: Any, num_classes: int) -> nn.Module:
+    """The model of a library, whose refusal of a name or an option becomes a UserError."""
+    try:
+        return _of_library(config, num_classes)
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError, OSError) as problem:
+        raise UserError(first_line(problem)) from problem
 
 
 def _chosen_options(norm_config: Mapping[str, Any]) -> dict[str, Any]:
     """The options that differ from the yaml's: with the others each layer keeps what it had, such as its eps."""
     defaults = option_values("norm", norm_config["name"])
-    return {key: value for key, value in norm_config.items() if key not in defaults or value != defaults[key]}
+    given = {key: value for key, value in norm_config.items() if key not in ("name", "_target_")}
+    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
 
 
-def _backbone(config: Any, num_classes: int) -> nn.Module:
+def _of_library(config: Any, num_classes: int) -> nn.Module:
     options = dict(config.options)
     if config.name.startswith(TORCHVISION_PREFIX):
         return _torchvision(config, num_classes, options)
     architecture = config.architecture or config.name
     if not timm.is_model(architecture):
-        raise ValueError(f"unknown model; {suggest(architecture, timm.list_models())}")
+        raise UserError(f"unknown model; {suggest(architecture, timm.list_models())}")
     return timm.create_model(
         architecture,
         pretrained=config.pretrained,
@@ -57,7 +77,7 @@ def _backbone(config: Any, num_classes: int) -> nn.Module:
 
 def _torchvision(config: Any, num_classes: int, options: dict[str, Any]) -> nn.Module:
     if config.drop_rate:
-        raise ValueError("torchvision's ShuffleNet v2 has no dropout; leave model.drop_rate at 0")
+        raise UserError("torchvision's ShuffleNet v2 has no dropout; leave model.drop_rate at 0")
     if not config.pretrained:
         return torchvision.models.get_model(config.name, num_classes=num_classes, **options)
     model = torchvision.models.get_model(config.name, weights="DEFAULT", **options)

@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 SHOWN = 16  # words listed before the rest is only counted
+BUG = (
+    "exnorm: this is a bug, in exnorm or in code of yours that it runs. To report it, send the lines above "
+    "and what `exnorm doctor` prints."
+)
 
 
 class UserError(ValueError):

@@ -27,10 +27,13 @@ NOUNS = {
 
 
 def is_user_error(exc: BaseException) -> bool:
-    """Whether an exception is shown as one line: ours and ValueError by convention, Hydra's, OmegaConf's, of a file."""
+    """Whether an exception is shown as one line: ours, Hydra's, OmegaConf's, Typer's, and that of a file.
+
+    Any other one is a bug, of exnorm or of code that it runs, and keeps its traceback.
+    """
     if misused(exc) is not None or refused_file(exc) is not None:
         return True
-    return isinstance(exc, ValueError | HydraException | OmegaConfBaseException)
+    return isinstance(exc, UserError | HydraException | OmegaConfBaseException)
 
 
 def misused(exc: BaseException) -> str | None:

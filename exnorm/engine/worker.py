@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from exnorm.config.errors import BUG, UserError, first_line
 from exnorm.runs.children import available_cores, end_with_parent
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
@@ -52,9 +53,16 @@ def main(arguments: list[str]) -> int:
     except RunLocked as problem:
         _report(problem)
         return EXIT_LOCKED
-    except ValueError as problem:  # UserError, and what the norms refuse at the first forward
+    except UserError as problem:
         _report(problem)
         return EXIT_USER_ERROR
+    except torch.OutOfMemoryError as problem:
+        less = "more trainer.passes, a smaller batch or trainer.precision=bf16 take less"
+        _report(UserError(f"the memory of the GPU is full: {less} ({first_line(problem)})"))
+        return EXIT_USER_ERROR
+    except Exception as problem:
+        problem.add_note(BUG)
+        raise
     finally:
         distributed.leave()
     return 0
@@ -110,7 +118,7 @@ def _listen() -> list[int]:
     return received
 
 
-def _report(problem: ValueError) -> None:
+def _report(problem: UserError) -> None:
     error_file = os.environ.get(ERROR_FILE)
     if os.environ.get("EXNORM_TRACEBACK"):
         raise problem

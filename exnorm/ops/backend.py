@@ -5,6 +5,7 @@ from types import ModuleType
 
 import torch
 
+from exnorm.config.errors import UserError
 from exnorm.ops import compiled, eager, native
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "compiled": compiled}
@@ -24,7 +25,7 @@ def set_backend(name: str) -> str:
     """
     global _name
     if name not in ("auto", *BACKENDS):
-        raise ValueError(f"unknown back end {name!r}; allowed: auto, {', '.join(BACKENDS)} (ops.backend=auto)")
+        raise UserError(f"unknown back end {name!r}; allowed: auto, {', '.join(BACKENDS)} (ops.backend=auto)")
     if name == "auto":
         name = "compiled" if not torch.cuda.is_available() and _can_compile() else "eager"
     if name == "compiled" and not _can_compile():

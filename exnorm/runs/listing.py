@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from exnorm.config.errors import UserError
 from exnorm.runs.folder import RunFolder, read_json
 from exnorm.runs.metrics import MetricsLog
 
@@ -35,7 +36,7 @@ class RunSummary:
 def list_runs(root: Path | str) -> list[RunSummary]:
     """Return the runs below a folder, sorted by path; raise ValueError if there is no such folder."""
     if not Path(root).is_dir():
-        raise ValueError(f"no folder {root}: type exnorm runs FOLDER with the folder that your runs are in")
+        raise UserError(f"no folder {root}: type exnorm runs FOLDER with the folder that your runs are in")
     found = []
     for folder, subfolders, files in os.walk(root):
         if MARKS.intersection(files):

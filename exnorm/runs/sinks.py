@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from exnorm.config.errors import UserError
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.metrics import append_text, drop_torn_line, is_known, plain
 
@@ -178,7 +179,7 @@ def make_sinks(
     """
     mode = logger_config["wandb"]
     if mode not in ("off", "offline", "online"):
-        raise ValueError(f"logger.wandb={mode} is unknown: type off, offline or online")
+        raise UserError(f"logger.wandb={mode} is unknown: type off, offline or online")
     sinks: list[Sink] = []
     if logger_config["csv"]:
         sink = CsvSink(folder.csv_file)

@@ -220,7 +220,7 @@ def collect(study: Study, jobs: Sequence[Job], results: Path) -> tuple[list[str]
     for job in (job for job in jobs if job.cell is not None):
         try:
             rows = rows_of(study, job)
-        except ValueError as problem:
+        except UserError as problem:
             damaged[job.title] = str(problem)
             continue
         if rows["runs"]:

@@ -121,7 +121,7 @@ class Runner:
         for job in jobs:
             try:
                 self.run(job)
-            except (Failed, ValueError, OSError) as problem:
+            except (Failed, UserError, OSError) as problem:
                 problems[job.title] = str(problem)
                 if not job.trained():
                     return {job.title: str(problem) for job in jobs}
