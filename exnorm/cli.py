@@ -107,12 +107,15 @@ def train(context: typer.Context) -> None:
 
     from exnorm.config.backbones import register_requested
     from exnorm.config.groups import conf_dir, register_schemas
+    from exnorm.config.words import check_options, with_home
 
+    check_options(context.args)
+    words = [with_home(word) for word in context.args]
     register_schemas()
-    register_requested(context.args)
+    register_requested(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and main() writes the one line
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(train_task)
-    ordered = sorted(context.args, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants flags first
+    ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants flags first
     arguments, sys.argv = sys.argv, ["exnorm train", *ordered]
     try:
         run()

@@ -14,9 +14,9 @@ class UserError(ValueError):
     """A mistake of the user: what was wrong, what is allowed and what to type, in one line."""
 
 
-def nearest(word: str, allowed: Iterable[str], *, count: int = 1) -> list[str]:
+def nearest(word: str, allowed: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:
     """Return up to `count` of the allowed words that look like `word`, the nearest first."""
-    return difflib.get_close_matches(word, list(allowed), n=count)
+    return difflib.get_close_matches(word, list(allowed), n=count, cutoff=cutoff)
 
 
 def suggest(word: str, allowed: Iterable[str], *, count: int = 1) -> str:

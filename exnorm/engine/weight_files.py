@@ -16,9 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from exnorm.config.errors import UserError, first_line
 
-OLD_FORMAT_CLASSES: tuple[str, ...] = (
-    "argparse.Namespace",
-)  # torch cannot list those in a file from before its version 1.6
+OLD_FORMAT_CLASSES = ("argparse.Namespace",)  # torch lists no classes of a file from before its version 1.6
 
 
 class StandIn:
