@@ -61,6 +61,9 @@ def main() -> None:
         from exnorm.runs.children import end_with_parent
 
         end_with_parent()
+    from exnorm.runs.output import print_anything
+
+    print_anything()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="exnorm", standalone_mode=False))
     except typer.Abort:  # Ctrl-C
@@ -105,6 +108,7 @@ def train(context: typer.Context) -> None:
     """Train a model, resume it, or print its result if it is finished."""
     import hydra
 
+    from exnorm.cli_sweep import SWEEP
     from exnorm.config.backbones import register_requested
     from exnorm.config.groups import conf_dir, register_schemas
     from exnorm.config.words import check_options, with_home
@@ -119,6 +123,10 @@ def train(context: typer.Context) -> None:
     arguments, sys.argv = sys.argv, ["exnorm train", *ordered]
     try:
         run()
+    except Exception:
+        if not SWEEP.failed:
+            raise
+        sys.exit(SWEEP.exit_code())
     finally:
         sys.argv = arguments
 
@@ -126,19 +134,25 @@ def train(context: typer.Context) -> None:
 def train_task(config: "DictConfig") -> None:
     """Check what Hydra composed and launch the run; a module-level function, since launchers pickle it.
 
-    In a sweep an exception goes to Hydra, which finishes the other jobs and names the one that failed.
+    In a sweep an exception is shown and goes to Hydra, which finishes the other jobs.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from exnorm.cli_sweep import SWEEP
     from exnorm.config.compose import check_train
     from exnorm.engine.launch import run
 
+    in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    SWEEP.started += in_sweep
     try:
         check_train(config)
         run(config)
     except Exception as exc:
-        if HydraConfig.get().mode is RunMode.MULTIRUN or not explained(exc):
+        if in_sweep:
+            SWEEP.note_failure(exc)
+            raise
+        if not explained(exc):
             raise
         sys.exit(2)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from exnorm.config.errors import BUG, UserError, first_line
 from exnorm.runs.children import available_cores, end_with_parent
+from exnorm.runs.output import print_anything
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> int:
     """Run a worker; return its exit code."""
     if os.environ.get(CONTROLLED):
         end_with_parent()
+    print_anything()
     folder_name, *request = arguments
     received = _listen() if not request else []
     if request:  # an evaluation has nothing to save: it dies at once, without a traceback
