@@ -117,6 +117,7 @@ def train(context: typer.Context) -> None:
     words = [with_home(word) for word in context.args]
     register_schemas()
     register_requested(words)
+    SWEEP.note_words(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and main() writes the one line
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(train_task)
     ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants flags first

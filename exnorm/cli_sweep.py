@@ -7,8 +7,12 @@ processes of their own show the line there.
 import os
 import sys
 import traceback
+from collections.abc import Iterable
+from contextlib import suppress
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from exnorm.config.errors import BUG
 from exnorm.config.explain import explain, is_user_error
@@ -23,11 +27,21 @@ class Sweep:
         self.started = 0
         self.failed: list[str] = []
         self.bugs = 0
+        self.swept: set[str] = set()  # the keys with several values; a job is named by its values of them
+
+    def note_words(self, words: Iterable[str]) -> None:
+        """Learn from the words of the command line which keys have several values."""
+        parser = OverridesParser.create()
+        for word in words:
+            with suppress(HydraException):  # a flag, or what Hydra will refuse
+                if parser.parse_override(word).is_sweep_override():
+                    self.swept.add(word.partition("=")[0])
 
     def note_failure(self, exc: Exception) -> None:
         """Print why the job that just ended failed: a line, or the traceback of a bug."""
         job = HydraConfig.get().job
-        name = " ".join(HydraConfig.get().overrides.task)
+        words = list(HydraConfig.get().overrides.task)
+        name = " ".join([word for word in words if word.partition("=")[0] in self.swept] or words)
         self.failed.append(name)
         if is_user_error(exc) and not os.environ.get("EXNORM_TRACEBACK"):
             reason = explain(exc)

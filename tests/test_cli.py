@@ -113,7 +113,7 @@ def test_each_failing_job_of_a_sweep_has_its_line_and_the_end_says_which(tmp_pat
     done = exnorm(
         tmp_path, "train", "-m", "seed=13,1,14,2", "batch=8x2,8x4", "trainer.epochs=8", stderr=subprocess.STDOUT
     )
-    names = {seed: [f"seed={seed} batch={batch} trainer.epochs=8" for batch in ("8x2", "8x4")] for seed in (13, 14)}
+    names = {seed: [f"seed={seed} batch={batch}" for batch in ("8x2", "8x4")] for seed in (13, 14)}
     lines = done.stdout.splitlines()
     told = [line for line in lines if line.startswith(("RUN", "exnorm: error"))]
     assert [line.split()[0] for line in told] == [
