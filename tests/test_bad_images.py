@@ -124,6 +124,19 @@ def test_what_stands_in_is_good_itself_and_goes_round(tmp_path: Path) -> None:
         dataset[0, 17]
 
 
+def test_a_class_without_a_good_image_is_told_by_an_image_of_its_own(tmp_path: Path) -> None:
+    """And not by the first broken one of the set, which may be of any class."""
+    config = listed_imagenet(tmp_path / "in")
+    truncated(tmp_path / "in" / "train" / WNIDS[0] / f"{WNIDS[0]}_1.JPEG")
+    for number in range(6):
+        html(tmp_path / "in" / "train" / WNIDS[2] / f"{WNIDS[2]}_{number}.JPEG")
+    dataset = train_images(config, tmp_path / "bad.csv")
+    dataset[0, 1]
+    own = rf"label 2 are broken, such as train/{WNIDS[2]}/{WNIDS[2]}_3\.JPEG \(no known format"
+    with pytest.raises(UserError, match=own):
+        dataset[0, 15]
+
+
 def test_too_many_broken_images_are_an_error_that_names_one(tmp_path: Path) -> None:
     config = listed_imagenet(tmp_path / "in")
     for number in (1, 4):
@@ -247,6 +260,25 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
     for value, wanted in ((0, 0), (257 * 100, 100), (65535, 255)):
         Image.fromarray(np.full((5, 5), value, np.uint16)).save(tmp_path / "deep.png")
         assert centre(tmp_path / "deep.png") == (wanted,) * 3
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_floats_are_scaled_by_the_white_that_fits(tmp_path: Path, white: int) -> None:
+    """Pillow alone would make all of an image from 0 to 1 black."""
+    values = np.linspace(0, white, 25, dtype=np.float32).reshape(5, 5)
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    image = data.files.opened("float.tif", lambda: (tmp_path / "float.tif").open("rb"))
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image)[..., 0] - values * (255 / white)).max() <= 1
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 1e6), (0.0, float("nan"))])
+def test_floats_of_which_none_is_known_to_be_white_are_a_broken_image(
+    tmp_path: Path, values: tuple[float, float]
+) -> None:
+    Image.fromarray(np.array([values, values], np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(BadImage, match="floats from .* they may go from 0 to 1, to 255 or to 65535"):
+        data.files.opened("float.tif", lambda: (tmp_path / "float.tif").open("rb"))
 
 
 def test_the_rotation_in_exif_is_ignored(tmp_path: Path) -> None:

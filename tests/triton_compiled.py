@@ -16,16 +16,16 @@ from typing import Any
 
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default that Triton 3.9 warns about
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from exnorm.norms.fused import batch_norm, exemplar_norm, group_norm, scope, switch_norm  # noqa: E402
-from exnorm.ops.triton import sums as sums_kernels  # noqa: E402
-from exnorm.ops.triton.affine import affine  # noqa: E402
-from exnorm.ops.triton.gradient import gradient  # noqa: E402
-from exnorm.ops.triton.moments import merge, moments  # noqa: E402
-from exnorm.ops.triton.tiles import Tile, reduction_tile, streaming_tile  # noqa: E402
+from exnorm.norms.fused import batch_norm, exemplar_norm, group_norm, scope, switch_norm
+from exnorm.ops.triton import sums as sums_kernels
+from exnorm.ops.triton.affine import affine
+from exnorm.ops.triton.gradient import gradient
+from exnorm.ops.triton.moments import merge, moments
+from exnorm.ops.triton.tiles import Tile, reduction_tile, streaming_tile
 
 CUOBJDUMP = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
 BIG = ("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "gated_ptr", "dx_ptr")

@@ -47,6 +47,7 @@ class BadImages:
             return chosen, images.open_image(chosen)
         except BadImage as bad:
             self._note(chosen, bad)
+            example = bad
         alike = np.flatnonzero(np.asarray(images.labels) == images.labels[index])
         first = int(np.searchsorted(alike, index, side="right"))
         for other in [*alike[first:], *alike[:first]][:-1]:
@@ -57,8 +58,8 @@ class BadImages:
                 continue
             self.bad[index] = int(other)
             return int(other), image
-        label, (_, _, path, reason) = images.labels[index], self.rows()[0]
-        raise UserError(f"{self.data}: all {len(alike)} images of label {label} are broken, such as {path} ({reason})")
+        label, such = images.labels[index], f"{example.name} ({example.reason})"
+        raise UserError(f"{self.data}: all {len(alike)} images of label {label} are broken, such as {such}")
 
     def _note(self, index: int, bad: BadImage) -> None:
         head = [] if self.file.exists() else [BAD_IMAGES]  # two processes may both be the first: read once

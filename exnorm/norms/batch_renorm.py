@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exnorm.config.errors import UserError
 from exnorm.norms.base import fold
 from exnorm.norms.batch_norm import BatchNorm
 from exnorm.norms.statistics import Moments
@@ -41,7 +42,7 @@ class BatchRenorm(BatchNorm):
     def __init__(self, num_features: int, *, r_max: float = 3.0, d_max: float = 5.0, **options: Any) -> None:
         super().__init__(num_features, **options)
         if not r_max >= 1 or not d_max >= 0:
-            raise ValueError(f"BatchRenorm: r_max={r_max}, d_max={d_max}: allowed: 1 or more, and 0 or more")
+            raise UserError(f"BatchRenorm: r_max={r_max}, d_max={d_max}: allowed: 1 or more, and 0 or more")
         self.r_max, self.d_max = r_max, d_max
         self.register_buffer("progress", torch.zeros((), device=options.get("device")))
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from exnorm.config.errors import UserError
 from exnorm.ops.activations import ACTIVATIONS, through_relu
 from exnorm.ops.backend import implementation
 from exnorm.ops.layout import length
@@ -131,7 +132,7 @@ def affine(
     """
     _check_activation(act)
     if residual is not None and act not in (None, "relu"):
-        raise ValueError(f"activation {act!r} cannot be fused behind a residual; allowed: None, relu")
+        raise UserError(f"activation {act!r} cannot be fused behind a residual; allowed: None, relu")
     if isinstance(x, Streamed):
         carriers = (x.scale_carrier_NC, x.shift_carrier_NC)
         return _Affine.apply(x.x, mean_NC, scale_NC, shift_NC, *carriers, residual, channel_dim, act)
@@ -140,4 +141,4 @@ def affine(
 
 def _check_activation(act: str | None) -> None:
     if act is not None and act not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {act!r} to fuse; allowed: None, {', '.join(ACTIVATIONS)}")
+        raise UserError(f"unknown activation {act!r} to fuse; allowed: None, {', '.join(ACTIVATIONS)}")

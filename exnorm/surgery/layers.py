@@ -15,6 +15,7 @@ import torch
 from timm.models import metaformer
 from torch import Tensor, nn
 
+from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options, option_values
 from exnorm.norms import BatchScopeNorm, Norm
 from exnorm.surgery.meta import HOOKS
@@ -104,7 +105,7 @@ def norm_class(norm: str | type[Norm]) -> type[Norm]:
         return norm
     names = group_options("norm")
     if norm not in names:
-        raise ValueError(f"unknown norm {norm!r}; allowed: {', '.join(names)}")
+        raise UserError(f"unknown norm {norm!r}; allowed: {', '.join(names)}")
     target: str = option_values("norm", norm)["_target_"]
     module, _, name = target.rpartition(".")
     return getattr(importlib.import_module(module), name)
@@ -159,7 +160,7 @@ def convert(
     if not built:
         present = Counter(_KIND_OF[type(child)] for _, _, child in _normalization_layers(model))
         kinds = ", ".join(f"{kind} ({count})" for kind, count in present.items()) or "none"
-        raise ValueError(f"nothing to replace: no layer of kind {'/'.join(replace)}; this model's kinds: {kinds}")
+        raise UserError(f"nothing to replace: no layer of kind {'/'.join(replace)}; this model's kinds: {kinds}")
     return model
 
 
@@ -202,15 +203,15 @@ def _check_request(model: nn.Module, cls: type[Norm], replace: Sequence[str], op
     for name, module in model.named_modules():
         if type(module).__name__ in _WRAPPERS:
             where = f"the submodule {name!r}" if name else "the model"
-            raise ValueError(
+            raise UserError(
                 f"{where} is wrapped in {type(module).__name__}; convert the bare model first (model.module), then wrap"
             )
     if isinstance(replace, str) or not set(replace) <= set(KINDS):
-        raise ValueError(f"replace={replace!r} is not possible; allowed: a tuple of {', '.join(KINDS)}")
+        raise UserError(f"replace={replace!r} is not possible; allowed: a tuple of {', '.join(KINDS)}")
     allowed = constructor_options(cls)
     unknown = [name for name in options if name not in allowed]
     if unknown:
-        raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+        raise UserError(f"{cls.__name__} has no option {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
 
 
 def constructor_options(cls: type[Norm]) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def _num_features(layer: nn.Module) -> int:
                 return value
             if len(value) == 1:
                 return int(value[0])
-            raise ValueError(
+            raise UserError(
                 f"{type(layer).__name__} over the last {len(value)} dimensions has no channels to normalize"
             )
     assert isinstance(layer.weight, torch.Tensor)
