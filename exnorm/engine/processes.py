@@ -16,12 +16,13 @@ from typing import NoReturn
 
 from exnorm.config.errors import UserError
 from exnorm.engine.worker import CONTROLLED, ERROR_FILE, EXIT_LOCKED, EXIT_USER_ERROR
+from exnorm.runs.children import STOP_SIGNALS, heeded_signals, say_in_handler
 from exnorm.runs.folder import RunLocked
 
 POLL_S = 0.1
 GRACE_S = 30  # after one worker stopped, until the others are killed
 CRASH_GRACE_S = 1.0  # after one crashed
-EXIT_STOPPED = (130, 143)  # after SIGINT, SIGTERM
+EXIT_STOPPED = tuple(128 + signum for signum in STOP_SIGNALS)
 
 
 def run_workers(arguments: list[str], *, count: int, on_gpu: bool, resumable: bool) -> None:
@@ -103,21 +104,24 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
 
 @contextmanager
 def _forwarding(workers: list[subprocess.Popen[bytes]], resumable: bool) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to the workers; the second one kills them."""
+    """Pass stop signals on to the workers; the second Ctrl-C kills them.
+
+    Others are often sent twice: `timeout` signals its command and then its group, SLURM warns before it ends a job.
+    """
     received: list[int] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         for worker in workers:
             if worker.poll() is None:
-                worker.send_signal(signum if len(received) == 1 else signal.SIGKILL)
+                worker.send_signal(signal.SIGKILL if received.count(signal.SIGINT) > 1 else signum)
         if len(received) == 1 and resumable:
-            print(f"\nexnorm: {signal.Signals(signum).name}: saving a checkpoint", file=sys.stderr, flush=True)
+            say_in_handler(f"{signal.Signals(signum).name}: saving a checkpoint")
 
     if threading.current_thread() is not threading.main_thread():  # some launchers; signals are theirs then
         yield
         return
-    before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, forward) for signum in heeded_signals()}
     try:
         yield
     finally:

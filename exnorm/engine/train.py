@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import OmegaConf
@@ -140,7 +140,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                     learner.read_clock()
                     save(folder, learner)
                 if signum:
-                    raise Stopped(signum)
+                    stop(sinks, signum)
         check(learner, 0)
         bad_images.check()
         train_s = learner.read_clock() - before_s
@@ -160,7 +160,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         signum = check(learner, stop_signal())
         if signum and learner.epoch < trainer.epochs:
             save(folder, learner)
-            raise Stopped(signum)
+            stop(sinks, signum)
 
     # Record
     for sink in sinks:
@@ -181,6 +181,13 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             "ratio": mean_ratios(ratios) if results else last_ratios(folder),
         }
         write_json_atomic(folder.record_file, plain(record))
+
+
+def stop(sinks: Sequence[Sink], signum: int) -> NoReturn:
+    """End a run, whose checkpoint is written, because of a signal."""
+    for sink in sinks:
+        sink.close(128 + signum)
+    raise Stopped(signum)
 
 
 def validate(

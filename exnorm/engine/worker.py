@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from exnorm.runs.children import available_cores, end_with_parent
+from exnorm.runs.children import available_cores, end_with_parent, heeded_signals
+from exnorm.runs.output import outlive_output
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
@@ -25,6 +26,7 @@ EXIT_LOCKED = 3
 
 def main(arguments: list[str]) -> int:
     """Run a worker; return its exit code."""
+    outlive_output()
     if os.environ.get(CONTROLLED):
         end_with_parent()
     folder_name, *request = arguments
@@ -105,7 +107,7 @@ def _listen() -> list[int]:
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in heeded_signals():
         signal.signal(signum, note)
     return received
 

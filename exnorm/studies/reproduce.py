@@ -5,7 +5,6 @@ fails stops no other. The record is brought up to date after each run.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,13 @@ from typing import Any
 
 from exnorm.config.errors import UserError
 from exnorm.config.study import Study
-from exnorm.runs.children import END_WITH_PARENT, available_cores, importing_environment
+from exnorm.runs.children import (
+    END_WITH_PARENT,
+    available_cores,
+    heeded_signals,
+    importing_environment,
+    say_in_handler,
+)
 from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.runs.provenance import STUDY
 from exnorm.runs.records import read_records, record_file
@@ -30,7 +35,6 @@ from exnorm.studies.plan import Job, RunKey, by_run, trainings_of
 
 LOCK_PAUSE_S = 0.5
 ERROR = "exnorm: error: "
-STOPPING = b"exnorm: stopping: each run ends its step and writes a checkpoint\n"
 
 
 class Failed(Exception):
@@ -156,15 +160,17 @@ class Runner:
 
     @contextmanager
     def forwarding_signals(self) -> Iterator[None]:
-        """Within, SIGINT and SIGTERM end the runs, each with a checkpoint, and no other is started."""
+        """Within, a stop signal ends the runs, each with a checkpoint, and no other is started; two Ctrl-C kill."""
 
         def stop(signum: int, frame: FrameType | None) -> None:
+            again = signum == self.signum == signal.SIGINT
+            if not self.signum:
+                say_in_handler("stopping: each run ends its step and writes a checkpoint")
             self.signum = signum
-            os.write(2, STOPPING)  # print() may be under way
             for process in list(self._processes):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
-        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        before = {signum: signal.signal(signum, stop) for signum in heeded_signals()}
         try:
             yield
         finally:
