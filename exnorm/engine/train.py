@@ -68,7 +68,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
 
     # Model, optimizer, and where the last checkpoint left them
     learner = build_learner(config, plan, world, list(images.splits.classes))
-    state = checkpoint.load_latest(folder)
+    state = checkpoint.resume(folder, world)
     if state is not None:
         restore(learner, state)
 
