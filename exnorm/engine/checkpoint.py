@@ -7,8 +7,10 @@ is renamed to `step-<n>.pt.damaged` when the run resumes.
 """
 
 import errno
+import io
 import os
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -23,7 +25,7 @@ from exnorm.config.errors import UserError, first_line
 from exnorm.config.schema import TrainConfig
 from exnorm.engine.distributed import World
 from exnorm.models import build_model
-from exnorm.runs.folder import RunFolder, rename_synced
+from exnorm.runs.folder import DISK_FULL, RunFolder, names_file, removes_on_failure, rename_synced
 
 KEPT = 2
 BEST = "best.pt"
@@ -37,21 +39,53 @@ class Damaged(UserError):
 
 
 def save(folder: RunFolder, state: dict[str, Any]) -> Path:
-    """Write the state at `state["step"]` and drop all but the last two checkpoints; return the file."""
+    """Write the state at `state["step"]` and drop all but the last two checkpoints; return the file.
+
+    Raises:
+        UserError: the disk is full; nothing half-written stays.
+    """
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     path = step_file(folder, state["step"])
     part = path.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    rename_synced(part, path)
+    try:
+        with removes_on_failure(part):
+            with open(part, "wb") as stream:
+                torch.save(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            rename_synced(part, path)
+    except (OSError, RuntimeError) as problem:
+        cause = problem.__context__ if isinstance(problem, RuntimeError) else problem  # torch's own, about its archive
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            raise UserError(_no_room(folder, state)) from None
+        raise
     others = [other for other in _by_step(folder) if other != path]
     for old in others[: len(others) - KEPT + 1]:
         old.unlink()
     for leftover in folder.checkpoints.glob("*.part"):
         leftover.unlink()
     return path
+
+
+class _Counter(io.RawIOBase):
+    """A file that keeps the number of bytes alone."""
+
+    count = 0
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.count += size
+        return size
+
+
+def _no_room(folder: RunFolder, state: Mapping[str, Any]) -> str:
+    counter = _Counter()
+    torch.save(state, counter)
+    free = shutil.disk_usage(folder.checkpoints).free
+    return (
+        f"the disk is full: a checkpoint in {folder.checkpoints} needs {counter.count} bytes and {free} are free. Make "
+        f"room; then the same command {folder.continues()}"
+    )
 
 
 def step_file(folder: RunFolder, step: int) -> Path:
@@ -63,11 +97,12 @@ def keep(path: Path, kept: Path) -> None:
     """Give a checkpoint a second name under which it stays, without a second copy of it."""
     part = kept.with_suffix(f".{os.getpid()}.part")
     part.unlink(missing_ok=True)
-    try:
-        os.link(path, part)
-    except OSError:  # a file system without hard links
-        part.write_bytes(path.read_bytes())
-    rename_synced(part, kept)
+    with names_file(kept), removes_on_failure(part):
+        try:
+            os.link(path, part)
+        except OSError:  # a file system without hard links
+            part.write_bytes(path.read_bytes())
+        rename_synced(part, kept)
 
 
 def load_latest(folder: RunFolder) -> dict[str, Any] | None:

@@ -82,7 +82,8 @@ def run(config: DictConfig) -> None:
             if earlier.exists():
                 earlier.rename(folder.path)
         else:
-            write_text_atomic(folder.error_file, f"{problem}\n")
+            with suppress(OSError):  # the disk may be full, which is what the error says
+                write_text_atomic(folder.error_file, f"{problem}\n")
         raise
     shutil.rmtree(earlier, ignore_errors=True)
     print_result(folder)

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from exnorm.config.errors import UserError
 from exnorm.runs.children import available_cores, end_with_parent, heeded_signals
+from exnorm.runs.folder import DISK_FULL, RunFolder, RunLocked
 from exnorm.runs.output import outlive_output
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
@@ -37,7 +39,6 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from exnorm.engine import checkpoint, distributed, train
-    from exnorm.runs.folder import RunFolder, RunLocked
 
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
@@ -56,6 +57,13 @@ def main(arguments: list[str]) -> int:
         return EXIT_LOCKED
     except ValueError as problem:  # UserError, and what the norms refuse at the first forward
         _report(problem)
+        return EXIT_USER_ERROR
+    except OSError as problem:
+        if problem.errno not in DISK_FULL:
+            raise
+        _report(
+            UserError(f"{problem.filename}: the disk is full. Make room; then the same command {folder.continues()}")
+        )
         return EXIT_USER_ERROR
     finally:
         distributed.leave()
