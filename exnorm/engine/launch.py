@@ -75,7 +75,13 @@ def run(config: DictConfig) -> None:
     made = prepare(folder, values, hash8)
     try:
         gpu = on_gpu(config.trainer.device, "trainer.device")
-        run_workers([str(folder.path)], count=plan.devices, on_gpu=gpu, resumable=True)
+        run_workers(
+            [str(folder.path)],
+            count=plan.devices,
+            on_gpu=gpu,
+            resumes=folder,
+            deterministic=config.trainer.deterministic,
+        )
     except UserError as problem:
         if made and _is_worthless(folder, beside=earlier):
             _remove(folder)
@@ -110,7 +116,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
         [str(folder.path), json.dumps({**values, "id": evaluation_id(config, trained)})],
         count=_count_devices(config.devices, "devices", gpu) or 1,
         on_gpu=gpu,
-        resumable=False,
+        resumes=None,
     )
     sets = len(config.data.val or [config.data.name])
     print_evaluations(MetricsLog.read(folder.path / "evaluations.jsonl")[-sets:])

@@ -134,14 +134,14 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                 log({**summarize(world.sum_(batch_sums.clone()), "batch"), "lr": rate})
             save_now = trainer.checkpoint_every_steps and learner.step % trainer.checkpoint_every_steps == 0
             if learner.step % check_every == 0 or save_now:
-                signum = check(learner, stop_signal())
+                signum = check(folder, learner, stop_signal())
                 bad_images.check()
                 if save_now or signum:
                     learner.read_clock()
                     save(folder, learner)
                 if signum:
                     stop(sinks, signum)
-        check(learner, 0)
+        check(folder, learner, 0)
         bad_images.check()
         train_s = learner.read_clock() - before_s
 
@@ -157,7 +157,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         learner.sums.zero_()
         learner.epoch += 1
         keep_epoch(folder, learner, results["val/top1"], config)
-        signum = check(learner, stop_signal())
+        signum = check(folder, learner, stop_signal())
         if signum and learner.epoch < trainer.epochs:
             save(folder, learner)
             stop(sinks, signum)

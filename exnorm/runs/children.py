@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 END_WITH_PARENT = "EXNORM_END_WITH_PARENT"  # set for a command that is to end when its standard input closes
 
@@ -49,8 +50,17 @@ def available_cores() -> int:
 
 
 def importing_environment() -> dict[str, str]:
-    """The environment for a Python that is to import what this one can, through `sys.path` alone if need be."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """The environment for a Python that is to import what this one can, through `sys.path` alone if need be.
+
+    The current folder is left out unless PYTHONPATH names it or exnorm lies in it: a user's `timm/` or `dis.py` there
+    is not the module of that name.
+    """
+    here, package = os.getcwd(), str(Path(__file__).resolve().parents[2])
+    asked_for = {os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path}
+    wanted = [path for path in sys.path if path and (os.path.abspath(path) != here or here in asked_for)]
+    if package not in wanted:
+        wanted.append(package)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(wanted), "PYTHONSAFEPATH": "1"}
 
 
 def end_with_parent() -> None:
