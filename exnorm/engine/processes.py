@@ -1,7 +1,9 @@
 """Starting workers, passing signals on, and learning how they ended. Imports no torch."""
 
+import ctypes
+import functools
+import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +21,15 @@ from exnorm.engine.worker import CONTROLLED, ERROR_FILE, EXIT_LOCKED, EXIT_USER_
 from exnorm.runs.children import STOP_SIGNALS, heeded_signals, importing_environment, say_in_handler
 from exnorm.runs.folder import RunFolder, RunLocked
 
+FIND_GPUS = """
+import json, torch
+count, problem = torch.cuda.device_count(), ""
+try:
+    torch.cuda.init()
+except Exception as error:
+    count, problem = 0, str(error).strip().splitlines()[0]
+print(json.dumps([count, problem]))
+"""
 POLL_S = 0.1
 GRACE_S = 30  # after one worker stopped, until the others are killed
 CRASH_GRACE_S = 1.0  # after one crashed
@@ -59,14 +70,36 @@ def run_workers(
 
 
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs workers will see."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    """How many GPUs workers will see."""
+    return _find_gpus()[0]
+
+
+def missing_gpu() -> str:
+    """Why workers will see no GPU."""
+    return _find_gpus()[1]
+
+
+@functools.cache
+def _find_gpus() -> tuple[int, str]:
+    """The number of GPUs that torch can use, and what it says where there are none; nvidia-smi may be absent or lie."""
+    if sys.platform == "linux" and not os.path.exists("/dev/kfd"):  # of AMD
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:  # importing torch, which takes seconds, would find the same
+            return 0, "there is no NVIDIA driver, libcuda.so.1"
+    return ask_torch_for_gpus()
+
+
+def ask_torch_for_gpus() -> tuple[int, str]:
+    """What torch finds, in a process of its own: the controller imports no torch."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIND_GPUS], env=importing_environment(), capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return 0, (done.stderr.strip().splitlines() or ["python -c 'import torch' fails"])[-1]
+    count, problem = json.loads(lines[-1])
+    return count, problem
 
 
 def _start(

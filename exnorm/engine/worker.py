@@ -71,9 +71,15 @@ def main(arguments: list[str]) -> int:
 
 
 def device_type(wanted: str) -> str:
-    """`cuda` or `cpu`; auto takes a GPU if there is one."""
+    """`cuda` or `cpu`; auto takes a GPU if there is one.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
     import torch
 
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda is asked for, but torch finds no GPU; use the CPU with device=cpu")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return wanted

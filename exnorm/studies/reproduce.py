@@ -147,8 +147,12 @@ class Runner:
         self._train(folder, arguments, job)
         if job.cell is not None and job.cell.evaluate and job.evaluation() is None:
             self._exnorm(["eval", str(folder.path), *job.cell.evaluate], job)
+            if job.evaluation() is None:
+                raise Failed(_without_result("eval", folder))
         if job.cell is not None and job.by_class and not job.class_ratios_file().is_file():
             self._exnorm(["ratios", str(folder.path), "--by-class", *job.cell.evaluate], job)
+            if not job.class_ratios_file().is_file():
+                raise Failed(_without_result("ratios", folder))
         if job.cell is not None:
             add_to_record(self.study, job, self.results)
         with self._changing:
@@ -197,6 +201,9 @@ class Runner:
         except Failed:
             if self.signum or not (folder.is_locked() or folder.diverged_at()):
                 raise
+        else:
+            if folder.read_record() is None:
+                raise Failed(_without_result("train", folder))
 
     def _exnorm(self, arguments: list[str], job: Job) -> None:
         environment = importing_environment() | {
@@ -228,6 +235,13 @@ class Runner:
         if code:
             told = [line.partition(ERROR)[2] for line in lines if ERROR in line]
             raise Failed((told or [line for line in lines if line.strip()] or [f"exit code {code}"])[-1])
+
+
+def _without_result(verb: str, folder: RunFolder) -> str:
+    return (
+        f"exnorm {verb} ended without an error, but {folder.path} has no result: the data or the initial weights have "
+        "changed since this command began. Type it again; it then reads them anew"
+    )
 
 
 def _result(job: Job) -> str:
