@@ -16,8 +16,9 @@ from types import FrameType
 from typing import Any
 
 from exnorm.config.errors import UserError
+from exnorm.engine.shortage import shortage
 from exnorm.runs.children import available_cores, end_with_parent, heeded_signals
-from exnorm.runs.folder import DISK_FULL, RunFolder, RunLocked
+from exnorm.runs.folder import RunFolder, RunLocked
 from exnorm.runs.output import outlive_output
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
@@ -58,12 +59,11 @@ def main(arguments: list[str]) -> int:
     except ValueError as problem:  # UserError, and what the norms refuse at the first forward
         _report(problem)
         return EXIT_USER_ERROR
-    except OSError as problem:
-        if problem.errno not in DISK_FULL:
+    except (OSError, RuntimeError) as problem:
+        line = shortage(problem, folder)
+        if line is None:
             raise
-        _report(
-            UserError(f"{problem.filename}: the disk is full. Make room; then the same command {folder.continues()}")
-        )
+        _report(UserError(line))
         return EXIT_USER_ERROR
     finally:
         distributed.leave()

@@ -7,10 +7,12 @@ noisy_labels.csv  bad_images.csv  evaluations.jsonl  class_ratios-*.csv (where t
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ NAMED = ("model", "norm", "data")
 CONFIG_KEYS = {"trainer": dict, "batch": str, "seed": int, **dict.fromkeys(NAMED, dict)}  # that every run has
 LOCK_TRIES = 5  # somebody who lists the runs holds a shared lock for an instant
 LOCK_PAUSE_S = 0.05
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -116,7 +119,7 @@ class RunFolder:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:
@@ -132,7 +135,7 @@ class RunLock:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         for _ in range(LOCK_TRIES):
             try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(LOCK_PAUSE_S)
@@ -163,6 +166,22 @@ class RunLock:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def flock(handle: int, operation: int) -> None:
+    """Lock an open file as `fcntl.flock` does; on a network file system without locks warn once, and go on."""
+    try:
+        fcntl.flock(handle, operation)
+    except OSError as problem:
+        if problem.errno not in NO_LOCKS:
+            raise
+        _warn_without_locks()
+
+
+@functools.cache
+def _warn_without_locks() -> None:
+    line = "this file system has no locks (flock): do not start the same run or study twice at a time"
+    print(f"exnorm: warning: {line}", file=sys.stderr, flush=True)
 
 
 def lacking_in(config: Any) -> str:
@@ -249,10 +268,13 @@ def names_file(path: Path) -> Iterator[None]:
 
 
 def rename_synced(part: Path, path: Path) -> None:
-    """Rename a written and synced file into place and sync the folder."""
+    """Rename a written and synced file into place and sync the folder, where the file system can do that."""
     os.replace(part, path)
     handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(handle)
