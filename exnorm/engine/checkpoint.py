@@ -67,12 +67,12 @@ def save(folder: RunFolder, state: dict[str, Any]) -> Path:
     return path
 
 
-class _Counter(io.RawIOBase):
+class _Counter(io.BytesIO):
     """A file that keeps the number of bytes alone."""
 
     count = 0
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any, /) -> int:
         size = memoryview(data).nbytes
         self.count += size
         return size
