@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from exnorm import ops
-from exnorm.norms.coefficient_code import CoefficientCode, code_of, options_of
+from exnorm.norms.coefficient_code import CoefficientCode, code_of
+from exnorm.norms.compile_key import is_compilable, options_of, tensors_of
 from exnorm.ops import compiled
 
 
@@ -33,22 +34,26 @@ def runs_compiled(norm: Any, x: Tensor) -> bool:
 
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
     """The normalized input, with residual and activation; None where the coefficients cannot be compiled."""
-    learned = [t for t in norm._parameters.values() if t is not None]
-    buffers = {name: t for name, t in norm._buffers.items() if t is not None}
+    parameters, buffers = tensors_of(norm)
+    learned = list(parameters.values())
     tensors = [*learned, *buffers.values()]
-    if not all(t.is_contiguous() for t in tensors):
+    if not all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in tensors):
         return None
     gradient = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in learned))
     key = (
         *options_of(norm),
+        norm.num_features,  # by itself: a layer may have no tensor that shows it
         ops.statistics_dtype(x),
         x.device,
         gradient,
         *[(t.shape, t.dtype, t.device) for t in tensors],
     )
-    if key not in _codes:
-        _codes[key] = code_of(norm, x, gradient=gradient)
-    code = _codes[key]
+    try:
+        code = _codes[key]
+    except (KeyError, TypeError):  # new, or with an option that has no hash
+        if not is_compilable(norm):
+            return None
+        code = _codes[key] = code_of(norm, x, gradient=gradient)
     return None if code is None else _Layer.apply(x, residual, norm, act, code, buffers, *learned)  # type: ignore[no-any-return]
 
 

@@ -125,17 +125,25 @@ def affine(
     Args:
         x: what `moments` returned, or a plain tensor where the coefficients do not depend on its moments.
         mean_NC: the mean that `moments` returned; for a plain tensor any centre.
-        scale_NC, shift_NC: (N, C), in the moments' dtype; `shift` is the preactivation at the mean.
+        scale_NC, shift_NC: of the shape of the mean, or broadcastable to it; `shift` is the preactivation at the mean.
         residual: added before the activation, of the shape of `x`; None for nothing.
         act: None or a key of `ACTIVATIONS`, the same that `moments` was given; with a residual None or "relu".
     """
     _check_activation(act)
     if residual is not None and act not in (None, "relu"):
         raise ValueError(f"activation {act!r} cannot be fused behind a residual; allowed: None, relu")
+    scale_NC, shift_NC = fitted(scale_NC, mean_NC), fitted(shift_NC, mean_NC)
     if isinstance(x, Streamed):
         carriers = (x.scale_carrier_NC, x.shift_carrier_NC)
         return _Affine.apply(x.x, mean_NC, scale_NC, shift_NC, *carriers, residual, channel_dim, act)
     return _Affine.apply(x, mean_NC, scale_NC, shift_NC, None, None, residual, channel_dim, act)
+
+
+def fitted(coefficient: Tensor, mean_NC: Tensor) -> Tensor:
+    """A coefficient in the shape and dtype of the mean, as the passes read it."""
+    if coefficient.shape == mean_NC.shape and coefficient.dtype == mean_NC.dtype:
+        return coefficient
+    return coefficient.to(mean_NC.dtype).expand(mean_NC.shape)
 
 
 def _check_activation(act: str | None) -> None:
