@@ -151,12 +151,12 @@ def test_channels_and_dtypes_are_part_of_what_is_shared(graphs_for_libraries: di
 def test_random_layers_through_one_cache_equal_the_eager_ones(graphs_for_libraries: dict[str, Checked]) -> None:
     """Class, options, channels, dtypes and replicas at random; every input is what the code was made for."""
     rng = random.Random(0)
-    recipes = [random_recipe(rng) for _ in range(16)]
-    for turn in range(300):
+    recipes = [random_recipe(rng) for _ in range(8)]
+    for turn in range(200):
         norm = made_by(rng.choice(recipes), rng.choice((8, 16, 24, 32, 40, 48, 64)), turn)
         dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16])
         assert_equal_on_both(norm, dtype, rng.choice([1, 1, 1, 2]))
-    assert 20 < len(graphs_for_libraries) < 300, "nothing was shared, or nothing was compiled"
+    assert 20 < len(graphs_for_libraries) < 200, "nothing was shared, or nothing was compiled"
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_compiled_libraries_serve_only_the_layers_that_they_were_made_for(monkey
     for turn in range(200):
         cls, dtype, channels = rng.choice(
             [(LayerNorm, torch.float32, (24, 40)), (LayerNorm, torch.float32, (32, 48, 64))]
-            + [(Heir, torch.float32, (8, 24)), (Heir, torch.float32, (16, 32)), (Heir, torch.float64, (8, 40))]
+            + [(Heir, torch.float32, (8, 24)), (Heir, torch.float64, (8, 40))]
         )
         norm = cls(rng.choice(channels), affine=cls is Heir, dtype=dtype)
         randomize(norm, turn)

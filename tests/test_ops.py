@@ -131,7 +131,7 @@ def test_a_second_derivative_is_refused() -> None:
     """First order only: an error, no silent zero."""
     x = draw(2, 3, 4).requires_grad_()
     (first,) = torch.autograd.grad(composed(x, 1, None).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*set_backend\(.plain.\)"):
         first.sum().backward()
 
 

@@ -25,6 +25,7 @@ _NOT_PART_OF_THE_FORMULA = (
     "fused_act",
     "channel_dim",
     "momentum",
+    "frozen",
 )
 _SET_BY_THE_TRAINING = ("training", "deferred", "replicas", "group")
 _PLAIN = (

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from exnorm import ops
 from exnorm.norms.coefficient_code import CoefficientCode, code_of
 from exnorm.norms.compile_key import is_compilable, options_of, tensors_of
-from exnorm.ops import compiled
+from exnorm.ops import compiled, plain
 
 
 def runs_compiled(norm: Any, x: Tensor) -> bool:
@@ -28,6 +27,7 @@ def runs_compiled(norm: Any, x: Tensor) -> bool:
         and x.device.type in ("cpu", "cuda")
         and norm.scope()[1] is None
         and not torch.compiler.is_compiling()
+        and not plain.is_transformed()
         and not torch._C._len_torch_dispatch_stack()
     )
 
@@ -91,7 +91,7 @@ class _Layer(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @plain.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
         act = ctx.act

@@ -5,9 +5,9 @@ from types import ModuleType
 
 import torch
 
-from exnorm.ops import compiled, eager, native
+from exnorm.ops import compiled, eager, native, plain
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "compiled": compiled}
+BACKENDS: dict[str, ModuleType] = {"eager": eager, "compiled": compiled, "plain": plain}
 
 _name: str | None = None
 
