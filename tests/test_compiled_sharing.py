@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 
 from exnorm import ops
-from exnorm.norms import BatchNorm, InstanceNorm, LayerNorm, Moments, Norm, coefficient_code, compiled_layer
+from exnorm.norms import BatchNorm, InstanceNorm, LayerNorm, Moments, Norm, SwitchNorm, coefficient_code, compiled_layer
 from exnorm.norms.compile_key import MOST_OPTIONS
 from exnorm.ops import ahead, native, pieces
 from exnorm.surgery import norm_class
@@ -42,6 +42,7 @@ class Gained(LayerNorm):
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
         scale_NC, shift_NC = super().coefficients(moments)
+        assert isinstance(self.temperature, Tensor)
         return scale_NC * self.gain * self.temperature, shift_NC
 
 
@@ -75,7 +76,8 @@ class Checked:
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         values = {s.node.expr: size for s, size in zip(self.inputs[0].shape, tensors[0].shape, strict=True)}
         for given, assumed in zip(tensors[1:], self.inputs[1:], strict=True):
-            shape = [int(s.node.expr.subs(values)) if isinstance(s, torch.SymInt) else s for s in assumed.shape]
+            expressions: list[Any] = [s.node.expr if isinstance(s, torch.SymInt) else None for s in assumed.shape]
+            shape = [s if e is None else int(e.subs(values)) for s, e in zip(assumed.shape, expressions, strict=True)]
             assert (list(given.shape), given.dtype) == (shape, assumed.dtype) and given.is_contiguous()
         return self.graph(*tensors)
 
@@ -215,7 +217,7 @@ def test_a_scale_that_is_not_expanded_is_not_read_past_its_end(graphs_for_librar
 
 def test_a_momentum_schedule_compiles_nothing_anew(graphs_for_libraries: dict[str, Checked]) -> None:
     """Momentum is an input of the compiled code, and the running statistics follow it."""
-    norms = [norm_class("sn")(8, momentum=0.5) for _ in range(2)]
+    norms = [SwitchNorm(8, momentum=0.5) for _ in range(2)]
     made = set()
     for step in range(5):
         x = draw(4, 8, 3, 3, seed=step).float()

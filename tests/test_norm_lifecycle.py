@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from exnorm import ops
-from exnorm.norms import BatchNorm, GroupNorm, set_progress
+from exnorm.norms import BatchNorm, BatchScopeNorm, GroupNorm, set_progress
 from exnorm.ops import ACTIVATIONS
 from exnorm.surgery import norm_class
 
@@ -68,6 +68,7 @@ def test_tracking_that_is_switched_off_keeps_the_statistics(name: str, backend: 
     """Training normalizes by the batch and moves nothing; evaluation uses what there is, as torch's layer does."""
     ops.set_backend(backend)
     norm, stock, x = build(name), nn.BatchNorm2d(6, dtype=torch.float64), draw(*SHAPES[4])
+    assert isinstance(norm, BatchScopeNorm)
     before = state(norm)
     for layer in (norm, stock):
         layer.track_running_stats = False
@@ -123,7 +124,7 @@ def test_one_value_per_channel_is_refused_with_what_the_layer_has() -> None:
 
 def assert_transforms_agree(norm: nn.Module, x: Tensor) -> None:
     """What torch's transforms make of a layer is what ordinary means make of it."""
-    _, tangent = torch.func.jvp(norm, (x,), (x.cos(),))
+    tangent: Any = torch.func.jvp(norm, (x,), (x.cos(),))[1]
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, x.cos()))).tangent
     assert dual is not None

@@ -1,6 +1,7 @@
 """Converted models afterwards: refused and repeated conversions, freezing, calibrating, synchronizing, folding, FX."""
 
 import copy
+import functools
 import itertools
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_a_converted_model_can_be_converted_again(fuse: bool) -> None:
 def test_options_of_a_converted_layer_are_handed_on() -> None:
     """As those of torch's layers: eps, momentum, sync, tracking, layout, mode and what is fused."""
     first = convert(nn.Sequential(nn.SyncBatchNorm(6, eps=1e-3, momentum=0.2)), "bn")
-    (norm,) = convert(first, "sn")
+    norm = convert(first, "sn").get_submodule("0")
     assert isinstance(norm, SwitchNorm) and (norm.eps, norm.momentum, norm.sync) == (1e-3, 0.2, True)
     layer = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU())
     convert(layer, "ln", replace=("layer",))
@@ -214,8 +215,12 @@ def test_features_can_be_extracted_from_a_converted_model(build: Any, norm: str)
     extractor = create_feature_extractor(model, ["layer1", "layer2.0.bn1"])
     found = extractor(images())
     seen: dict[str, Tensor] = {}
+
+    def note(name: str, _: nn.Module, __: Any, y: Tensor) -> None:
+        seen[name] = y.clone()  # torchvision's ReLU overwrites it
+
     for name in found:
-        model.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: seen.update({name: y.clone()}))
+        model.get_submodule(name).register_forward_hook(functools.partial(note, name))
     model(images())
     assert_same(found, seen, rtol=1e-5, atol=1e-6)
 

@@ -160,7 +160,7 @@ class Norm(nn.Module):
         if self.scope()[1] is not None:
             sums_NC = x.to(ops.statistics_dtype(x)).sum(ops.spatial_dims(x, self.channel_dim))
             anchors += [c.sum() for c in self.coefficients(self._scoped(sums_NC, sums_NC, x))]
-        return x * sum(anchors).to(x.dtype) if anchors else x.clone()
+        return x * torch.stack([anchor.to(x.dtype) for anchor in anchors]).sum() if anchors else x.clone()
 
     def _normalize(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         if compiled_layer.runs_compiled(self, x):

@@ -47,7 +47,7 @@ def input_facts(graphs: Graphs) -> list[InputFacts]:
     groups = sizes.meta["val"].shape[1].node.expr
 
     def linear(size: Any) -> tuple[int, int]:
-        expression = size.node.expr if isinstance(size, torch.SymInt) else None
+        expression: Any = size.node.expr if isinstance(size, torch.SymInt) else None
         if expression is None:
             return int(size), 0
         at = [int(expression.subs(groups, value)) for value in (1, 2)]

@@ -43,7 +43,7 @@ _PLAIN = (
 MOST_OPTIONS = 4  # sets of options that one layer object may have before it runs eagerly
 
 
-def options_of(norm: Any) -> tuple[Hashable, ...]:
+def options_of(norm: Any) -> tuple[type, tuple[tuple[str, Hashable], ...], int]:
     """Class, options and mode of a layer as far as its coefficients may depend on them."""
     values = [(n, v) for n, v in norm.__dict__.items() if n[0] != "_" and n not in _NOT_PART_OF_THE_FORMULA]
     return type(norm), tuple(values), norm.scope()[0]

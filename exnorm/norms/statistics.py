@@ -102,7 +102,8 @@ def _over_group(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tens
     # In float64, in which it is exactly 1 where all counts are equal.
     weight = (counts * len(counts) / counts.sum()).to(mean.dtype).reshape(-1, *(1,) * mean.ndim)
     means, variances = gathered[:, :-1].unflatten(1, (2, *mean.shape)).unbind(1)
-    return *_total(means, variances, 0, weight), counts.sum()
+    mean_all, var_all = _total(means, variances, 0, weight)
+    return mean_all, var_all, counts.sum()
 
 
 def replica_to_sample(statistic_RC: Tensor, moments: Moments) -> Tensor:
