@@ -16,7 +16,17 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 
 from exnorm import ops
-from exnorm.norms import BatchNorm, InstanceNorm, LayerNorm, Moments, Norm, SwitchNorm, coefficient_code, compiled_layer
+from exnorm.norms import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    Moments,
+    Norm,
+    SwitchNorm,
+    coefficient_code,
+    compiled_layer,
+)
 from exnorm.norms.compile_key import MOST_OPTIONS
 from exnorm.ops import ahead, native, pieces
 from exnorm.surgery import norm_class
@@ -213,6 +223,22 @@ def test_a_scale_that_is_not_expanded_is_not_read_past_its_end(graphs_for_librar
     mean_NC, _, streamed = ops.moments(x)
     y = ops.affine(streamed, mean_NC, torch.full((1, 6), 2.0), torch.zeros(4, 1))
     torch.testing.assert_close(y, 2 * (x - x.mean((2, 3), keepdim=True)))
+
+
+@pytest.mark.parametrize("act", ["relu", "relu6", "gelu"])
+def test_an_activation_behind_a_residual_has_its_own_gradient(
+    act: str, graphs_for_libraries: dict[str, Checked]
+) -> None:
+    """Not ReLU's, where the compiled layer adds the residual."""
+    results = []
+    for backend in ("plain", "compiled"):
+        ops.set_backend(backend)
+        norm = GroupNorm(6, num_groups=3, act=act, dtype=torch.float64)
+        inputs = [(9 * draw(4, 6, 3, 3, seed=seed)).requires_grad_() for seed in (0, 1)]
+        y = norm(*inputs)
+        y.backward(draw(4, 6, 3, 3, seed=2))
+        results.append({"y": y.detach(), **{str(i): t.grad for i, t in enumerate(inputs) if t.grad is not None}})
+    assert_same(results[1], results[0], rtol=1e-6, atol=1e-8)
 
 
 def test_a_momentum_schedule_compiles_nothing_anew(graphs_for_libraries: dict[str, Checked]) -> None:

@@ -5,6 +5,7 @@ statistics. After `configure_scope` a forward only adds to a pending sum, and `c
 optimizer step, moves them by the plain mean over replicas, passes and processes of each replica's statistics.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -202,14 +203,60 @@ def take_pending(module: BatchScopeNorm) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def commit_running_stats(model: nn.Module) -> None:
-    """Move the running statistics once, by the mean over replicas, passes and processes. After each optimizer step."""
-    modules = [module for module in batch_scope_norms(model) if module.deferred and not module.frozen]
-    if not modules:
-        return
-    flat = torch.cat([statistic_C for module in modules for statistic_C in take_pending(module)])
+    """Move the running statistics once, by the mean over replicas, passes and processes. After each optimizer step.
+
+    A layer that did not run moves towards its own running statistics, that is, not at all. All layers move together:
+    on a GPU the number of launches does not grow with the number of layers (beyond torch's limit per foreach kernel).
+    """
+    kinds: dict[Any, list[BatchScopeNorm]] = {}
+    for module in batch_scope_norms(model):
+        if module.deferred and not module.frozen and module.running_mean is not None:
+            kinds.setdefault((module.running_mean.dtype, module.running_mean.device), []).append(module)
+    for modules in kinds.values():
+        _commit(modules)
+
+
+def _commit(modules: list[BatchScopeNorm]) -> None:
+    """`commit_running_stats` for layers of one dtype on one device."""
+    running = [_buffer(module, name) for name in ("running_mean", "running_var") for module in modules]
+    pending = [buffer for name in ("pending_mean", "pending_var") for buffer in (getattr(m, name) for m in modules)]
+    counts = [module.pending_count for module in modules]
+    tracked = [_buffer(module, "num_batches_tracked") for module in modules]
+    layer_of = _layer_of_channel(tuple(module.num_features for module in modules), running[0].device)
+    count = torch.stack(counts)[layer_of]
+    before = torch.cat(running)
+    statistics = torch.where(count > 0, torch.cat(pending) / count.clamp(min=1), before)
     if world_group() is not None:
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-    statistics = iter(flat.split([module.num_features for module in modules for _ in range(2)]))
-    for module in modules:
-        module.update_running_stats(next(statistics), next(statistics))
+        dist.all_reduce(statistics)
+        statistics /= dist.get_world_size()
+    torch._foreach_add_(tracked, 1)
+    weight = torch.stack([_weight(module, before) for module in modules])[layer_of]
+    after = before + weight * (statistics - before)
+    torch._foreach_copy_(running, after.split([buffer.numel() for buffer in running]))
+    torch._foreach_zero_([*pending, *counts])
+
+
+def _buffer(module: BatchScopeNorm, name: str) -> Tensor:
+    buffer = getattr(module, name)
+    assert buffer is not None
+    return buffer
+
+
+def _weight(module: BatchScopeNorm, like: Tensor) -> Tensor:
+    """How far the running statistics move towards the new ones; after `num_batches_tracked` has counted."""
+    if module.momentum is None:
+        return 1 / _buffer(module, "num_batches_tracked").to(like.dtype)
+    return _constant(module.momentum, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number on the device: copied there once, not in every step."""
+    return torch.tensor(value, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_of_channel(channels: tuple[int, ...], device: torch.device) -> Tensor:
+    """The index of the layer that each channel belongs to, for all means and then all variances."""
+    layers = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels))
+    return torch.cat((layers, layers)).to(device)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from exnorm import ops
 from exnorm.norms.coefficient_code import CoefficientCode, code_of
 from exnorm.norms.compile_key import is_compilable, options_of, tensors_of
-from exnorm.ops import compiled, plain
+from exnorm.ops import plain
 
 
 def runs_compiled(norm: Any, x: Tensor) -> bool:
     """Whether this call goes through the compiled layer: not where one scope spans processes, nor while tracing."""
     return (
-        ops.get_backend() == "compiled"
+        ops.get_backend() in ("compiled", "triton")
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type in ("cpu", "cuda")
         and norm.scope()[1] is None
@@ -32,8 +32,19 @@ def runs_compiled(norm: Any, x: Tensor) -> bool:
     )
 
 
+def normalize_fused(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
+    """The normalized input by kernels for the whole layer, which care for no autocast; None where there are none."""
+    if ops.get_backend() != "triton" or not runs_compiled(norm, x):
+        return None
+    from exnorm.norms.fused import layer  # imports Triton
+
+    return layer.normalize(norm, x, residual, act) if layer.serves(norm, x) else None
+
+
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
     """The normalized input, with residual and activation; None where the coefficients cannot be compiled."""
+    if ops.get_backend() == "triton" and x.device.type == "cpu":
+        return None
     parameters, buffers = tensors_of(norm)
     learned = list(parameters.values())
     tensors = [*learned, *buffers.values()]
@@ -72,11 +83,12 @@ class _Layer(torch.autograd.Function):
         buffers: dict[str, Tensor],
         *learned: Tensor,
     ) -> Tensor:
+        passes = ops.implementation()
         ctx.channel_dim, ctx.act, ctx.code = norm.channel_dim, act, code
         constant = norm.constant_moments(x)
         ctx.is_constant = constant is not None
         if constant is None:
-            mean_NC, var_NC = compiled.moments(x, norm.channel_dim)
+            mean_NC, var_NC = passes.moments(x, norm.channel_dim)
         else:
             mean_NC, var_NC = constant.mean_NC.contiguous(), constant.var_NC
         ctx.frame = _frame(x.shape[0], norm.num_features // code.multiple, ops.length(x, norm.channel_dim), x.device)
@@ -85,7 +97,7 @@ class _Layer(torch.autograd.Function):
         scale_NC, shift_NC, *read = code.coefficients(inputs)
         if not norm.training:
             read = [buffers[name] for name in code.read]
-        y = compiled.affine(x, mean_NC, scale_NC, shift_NC, residual, ctx.channel_dim, ctx.act)
+        y = passes.affine(x, mean_NC, scale_NC, shift_NC, residual, ctx.channel_dim, ctx.act)
         ctx.activated_sum = residual is not None and ctx.act is not None
         ctx.save_for_backward(y if ctx.activated_sum else None, x, mean_NC, var_NC, scale_NC, shift_NC, *learned, *read)
         return y
@@ -94,26 +106,29 @@ class _Layer(torch.autograd.Function):
     @plain.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
-        act = ctx.act
-        if ctx.activated_sum:
-            grad, act = ops.through_relu(grad, y), None
-        dresidual = grad if ctx.needs_input_grad[1] else None
+        act, passes = ctx.act, ops.implementation()
         if not any((ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])):
+            dresidual = ops.through_relu(grad, y) if ctx.activated_sum else grad
             return None, dresidual, *[None] * (len(ctx.needs_input_grad) - 2)
-        layout = (ctx.channel_dim, act)
-        sums = compiled.affine_sums(grad, x, mean_NC, scale_NC, shift_NC, *layout)
+        affine = (mean_NC, scale_NC, shift_NC)
+        if ctx.activated_sum:
+            *sums, grad = passes.gated_sums(grad, x, y, *affine, ctx.channel_dim)
+            act = None
+        else:
+            sums = passes.affine_sums(grad, x, *affine, ctx.channel_dim, act)
+        dresidual = grad if ctx.needs_input_grad[1] else None
         moments = (scale_NC, mean_NC, var_NC)
         slope_NC, offset_NC, *dlearned = ctx.code.gradient([*ctx.frame, *sums, *moments, *tensors])
         if ctx.is_constant:
             slope_NC = offset_NC = None
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = compiled.input_gradient(grad, x, mean_NC, scale_NC, shift_NC, slope_NC, offset_NC, *layout)
+            dx = passes.input_gradient(grad, x, *affine, slope_NC, offset_NC, ctx.channel_dim, act)
         return dx, dresidual, None, None, None, None, *dlearned
 
 
 @functools.lru_cache(maxsize=1024)
 def _frame(samples: int, groups: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A tensor that has the graph's sizes for its own, and the number of positions."""
-    sizes = torch.empty(1, device=device).expand(samples, groups)
+    sizes = torch.empty(samples, groups, device=device)  # inductor checks its strides
     return sizes, torch.tensor(float(length), dtype=torch.float64, device=device)

@@ -9,7 +9,7 @@ normalizers are mixed. See `exnorm.ops.streaming` for the gradient.
 """
 
 from exnorm.ops.activations import ACTIVATIONS, through_relu
-from exnorm.ops.backend import BACKENDS, get_backend, set_backend
+from exnorm.ops.backend import BACKENDS, get_backend, implementation, set_backend
 from exnorm.ops.layout import expand_coefficients, length, spatial_dims, statistics_dtype
 from exnorm.ops.streaming import affine, moments, needs_plain_autograd
 
@@ -19,6 +19,7 @@ __all__ = [
     "affine",
     "expand_coefficients",
     "get_backend",
+    "implementation",
     "length",
     "moments",
     "needs_plain_autograd",

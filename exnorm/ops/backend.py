@@ -1,52 +1,85 @@
 """Which implementation of the streaming primitives runs: one setting for the process (`ops.backend`)."""
 
+import importlib
+import os
 import warnings
 from types import ModuleType
 
 import torch
 
-from exnorm.ops import compiled, eager, native, plain
+from exnorm.ops import eager, native
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "compiled": compiled, "plain": plain}
+BACKENDS = ("eager", "compiled", "triton", "plain")
 
 _name: str | None = None
+_module: ModuleType = eager
 
 
 def set_backend(name: str) -> str:
     """Choose the back end of every normalizer in this process and return the name of what was chosen.
 
-    `auto` is `compiled` on a machine without a GPU that has a C++ compiler, else `eager`: what `compiled` gains is
-    measured on CPUs only. It compiles for up to a minute where a kind of layer is new to the machine; so where nobody
-    chooses, as in a notebook, the back end is `eager`.
+    `auto` is the fastest one here: `triton` on an NVIDIA GPU, `compiled` on a machine without a GPU that has a C++
+    compiler, else `eager`. A back end that cannot run here is replaced by `eager`, with a warning. `compiled` compiles
+    for up to a minute where a kind of layer is new to the machine; so where nobody chooses, as in a notebook, the back
+    end is `eager`.
 
     Raises:
         ValueError: an unknown name.
     """
-    global _name
+    global _name, _module
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"unknown back end {name!r}; allowed: auto, {', '.join(BACKENDS)} (ops.backend=auto)")
     if name == "auto":
-        name = "compiled" if not torch.cuda.is_available() and _can_compile() else "eager"
-    if name == "compiled" and not _can_compile():
-        warnings.warn("no compiler found (g++ for the CPU, Triton for a GPU): the eager back end runs", stacklevel=2)
+        name = ("triton" if _has_triton() else "eager") if torch.cuda.is_available() else "compiled"
+        name = name if _can_run(name) else "eager"
+    if not _can_run(name):
+        warnings.warn(f"the {name} back end needs {_NEEDS[name]}: the eager back end runs", stacklevel=2)
         name = "eager"
-    _name = name
-    return _name
+    _name, _module = name, importlib.import_module(f"exnorm.ops.{name}")
+    return name
 
 
-def _can_compile() -> bool:
-    if torch.cuda.is_available():
-        from torch.utils._triton import has_triton
+_NEEDS = {
+    "compiled": "a compiler (g++ or clang++ for the CPU, Triton for a GPU)",
+    "triton": "an NVIDIA GPU and Triton",
+}
 
-        return has_triton()
-    return native.find_compiler() is not None
+
+def _can_run(name: str) -> bool:
+    if name == "compiled":
+        return _has_triton() if torch.cuda.is_available() else native.find_compiler() is not None
+    if name == "triton":
+        return _has_triton() or os.environ.get("TRITON_INTERPRET") == "1"
+    return True
+
+
+def _has_triton() -> bool:
+    """Whether Triton's kernels run on the GPU of this machine."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    from torch.utils._triton import has_triton
+
+    return has_triton()
 
 
 def get_backend() -> str:
-    """The name of the back end in use."""
-    return _name or "eager"
+    """The name of the back end in use: what was set, else `triton` on an NVIDIA GPU, else `eager`."""
+    if _name is None:
+        set_backend("triton" if _has_triton() else "eager")
+    assert _name is not None
+    return _name
+
+
+def running() -> ModuleType:
+    """The module that holds the primitives of the back end in use."""
+    get_backend()
+    return _module
 
 
 def implementation() -> ModuleType:
-    """The module that holds the primitives of the back end in use; torch.compile traces the eager ones."""
-    return eager if torch.compiler.is_compiling() else BACKENDS[get_backend()]
+    """`running()`, or what torch.compile shall see of it: operators; of the eager back end its formulas."""
+    if not torch.compiler.is_compiling() or get_backend() == "eager":
+        return running()
+    from exnorm.ops import library  # registers the operators
+
+    return library

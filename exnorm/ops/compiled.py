@@ -13,22 +13,9 @@ import torch
 from torch import Tensor
 
 from exnorm.ops import eager, native
-from exnorm.ops.layout import statistics_dtype
+from exnorm.ops.activations import through_relu
+from exnorm.ops.layout import dense, like, statistics_dtype
 from exnorm.ops.pieces import Piece
-
-
-def _dense(x: Tensor, channel_dim: int) -> Tensor:
-    """A tensor that is contiguous or, with its channels second, channels last in memory: `x` itself or a copy."""
-    if x.is_contiguous() or (channel_dim == 1 and x.ndim > 2 and x.movedim(1, -1).is_contiguous()):
-        return x
-    return x.contiguous()
-
-
-def _like(other: Tensor, x: Tensor) -> Tensor:
-    """A tensor of the shape of `x`, which is dense, in its layout and dtype."""
-    if other.dtype == x.dtype and other.stride() == x.stride():
-        return other
-    return torch.empty_like(x).copy_(other)
 
 
 def _flatten(x: Tensor, channel_dim: int) -> tuple[Tensor, int]:
@@ -67,7 +54,7 @@ def _writing_piece(primitive: Callable[..., Tensor], channel_dim: int, act: str 
 
 def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     """See `exnorm.ops.eager.moments`."""
-    x = _dense(x, channel_dim)
+    x = dense(x, channel_dim)
     if not native.runs(x, None):
         flat, dim = _flatten(x, channel_dim)
         return _piece(eager.moments, dim)(flat)
@@ -87,11 +74,11 @@ def affine(
     act: str | None,
 ) -> Tensor:
     """See `exnorm.ops.eager.affine`."""
-    x = _dense(x, channel_dim)
+    x = dense(x, channel_dim)
     y = torch.empty_like(x)
     coefficients = (mean_NC, scale_NC, shift_NC)
     if residual is not None:
-        residual = _like(residual, x)
+        residual = like(residual, x)
     if native.runs(x, act):
         native.call(native.AFFINE, x, channel_dim, act, coefficients, y, other=residual)
     else:
@@ -111,8 +98,8 @@ def affine_sums(
     act: str | None,
 ) -> tuple[Tensor, Tensor]:
     """See `exnorm.ops.eager.affine_sums`."""
-    x = _dense(x, channel_dim)
-    grad = _like(grad, x)
+    x = dense(x, channel_dim)
+    grad = like(grad, x)
     if not native.runs(x, act):
         flat, dim = _flatten(x, channel_dim)
         flat_grad, _ = _flatten(grad, channel_dim)
@@ -120,6 +107,14 @@ def affine_sums(
     dscale_NC, dshift_NC = (torch.empty(mean_NC.shape, dtype=mean_NC.dtype) for _ in range(2))
     native.call(native.SUMS, x, channel_dim, act, (mean_NC, scale_NC, shift_NC), dscale_NC, dshift_NC, other=grad)
     return dscale_NC, dshift_NC
+
+
+def gated_sums(
+    grad: Tensor, x: Tensor, y: Tensor, mean_NC: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `exnorm.ops.eager.gated_sums`."""
+    gated = through_relu(grad, y)
+    return *affine_sums(gated, x, mean_NC, scale_NC, shift_NC, channel_dim, None), gated
 
 
 def input_gradient(
@@ -134,8 +129,8 @@ def input_gradient(
     act: str | None,
 ) -> Tensor:
     """See `exnorm.ops.eager.input_gradient`."""
-    x = _dense(x, channel_dim)
-    grad, dx = _like(grad, x), torch.empty_like(x)
+    x = dense(x, channel_dim)
+    grad, dx = like(grad, x), torch.empty_like(x)
     if slope_NC is None or offset_NC is None:
         slope_NC = offset_NC = torch.zeros_like(mean_NC, memory_format=torch.contiguous_format)
     coefficients = (mean_NC, scale_NC, shift_NC, slope_NC, offset_NC)

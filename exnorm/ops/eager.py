@@ -8,7 +8,7 @@ far larger than the deviation costs no digits.
 import torch
 from torch import Tensor, addcmul
 
-from exnorm.ops.activations import ACTIVATIONS
+from exnorm.ops.activations import ACTIVATIONS, through_relu
 from exnorm.ops.layout import cast, expand_coefficients, spatial_dims, statistics_dtype
 
 
@@ -78,6 +78,14 @@ def affine_sums(
     if not dims:
         return product, grad
     return product.sum(dims), grad.sum(dims)
+
+
+def gated_sums(
+    grad: Tensor, x: Tensor, y: Tensor, mean_NC: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`affine_sums` behind a residual and a ReLU whose output is `y`, and the gradient in front of the ReLU."""
+    gated = through_relu(grad, y)
+    return *affine_sums(gated, x, mean_NC, scale_NC, shift_NC, channel_dim, None), gated
 
 
 def input_gradient(

@@ -35,3 +35,24 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in a dtype; no call where it has it, which torch 2.11 would compile to a zero gradient."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def dense(x: Tensor, channel_dim: int) -> Tensor:
+    """A tensor that is contiguous or, with its channels second, channels last in memory: `x` itself or a copy."""
+    if x.is_contiguous():
+        return x
+    if channel_dim == 1 and x.ndim > 2:
+        last = _CHANNELS_LAST.get(x.ndim)  # a third of the time of a view
+        if x.is_contiguous(memory_format=last) if last is not None else x.movedim(1, -1).is_contiguous():
+            return x
+    return x.contiguous()
+
+
+def like(other: Tensor, x: Tensor) -> Tensor:
+    """A tensor of the shape of `x`, which is dense, in its layout and dtype."""
+    if other.dtype == x.dtype and other.stride() == x.stride():
+        return other
+    return torch.empty_like(x).copy_(other)

@@ -39,7 +39,7 @@ class Classification:
             loss,
             ranked[:, 0].sum(),
             ranked.any(1).sum(),
-            labels.new_tensor(len(labels)),
+            labels.new_full((), len(labels)),  # no copy from the host, for which a GPU would wait
             noisy.sum(),
             (ranked[:, 0] & noisy).sum(),
             (noisy & (logits.argmax(1) == clean)).sum(),

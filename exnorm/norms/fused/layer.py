@@ -1,0 +1,87 @@
+"""A whole layer on the Triton back end: the streaming passes, and fused kernels for the coefficients between them.
+
+    forward    m, v = moments(x)        a, b = coefficients(m, v)           y = act(a * (x - m) + b + r)
+    backward   da, db = sums(g, x)      2 dv / L, dm / L, parameters        dx
+
+Saved for backward are x and (N, C) tensors; and y where a ReLU follows a residual r (see `exnorm.ops.streaming`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exnorm import ops
+from exnorm.norms.batch_norm import BatchNorm
+from exnorm.norms.exemplar_norm import ExemplarNorm
+from exnorm.norms.fused import batch_norm, exemplar_norm, group_norm, switch_norm
+from exnorm.norms.group_norm import GroupNorm
+from exnorm.norms.instance_norm import InstanceNorm
+from exnorm.norms.layer_norm import LayerNorm
+from exnorm.norms.switch_norm import SwitchNorm
+from exnorm.ops import plain
+from exnorm.ops import triton as passes
+
+# By exact type: a subclass may have another formula.
+KERNELS: dict[type[nn.Module], Any] = {
+    BatchNorm: batch_norm,
+    GroupNorm: group_norm,
+    LayerNorm: group_norm,
+    InstanceNorm: group_norm,
+    SwitchNorm: switch_norm,
+    ExemplarNorm: exemplar_norm,
+}
+
+
+def serves(norm: Any, x: Tensor) -> bool:
+    """Whether there are kernels for this layer, with its options and in its mode, and for this input."""
+    kernels = KERNELS.get(type(norm))
+    if kernels is None or not passes.serves(x) or not kernels.serves(norm):
+        return False
+    # Attributes that are tensors: weights made in each forward (pruning, replicas of DataParallel).
+    if any(isinstance(value, Tensor) for value in vars(norm).values()):
+        return False
+    device = x.device
+    tensors = [*norm._parameters.values(), norm._buffers.get("running_mean")]
+    return all(t is None or (t.dtype is torch.float32 and t.is_contiguous() and t.device == device) for t in tensors)
+
+
+def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+    """The normalized input, with residual and activation."""
+    coefficients = KERNELS[type(norm)].coefficients(norm, x.shape[0], ops.length(x, norm.channel_dim))
+    learned = [t for t in norm._parameters.values() if t is not None]
+    return _Layer.apply(x, residual, norm, act, coefficients, *learned)  # type: ignore[no-any-return]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, norm: Any, act: str | None, coefficients: Any, *learned: Tensor
+    ) -> Tensor:
+        ctx.channel_dim, ctx.act, ctx.coefficients, ctx.eps = norm.channel_dim, act, coefficients, norm.eps
+        ctx.learned = len(learned)
+        mean_NC, var_NC = passes.moments(x, ctx.channel_dim)
+        scale_NC, shift_NC, *saved = coefficients.forward(norm, mean_NC, var_NC, learned)
+        y = passes.affine(x, mean_NC, scale_NC, shift_NC, residual, ctx.channel_dim, act)
+        ctx.activated_sum = residual is not None and act is not None
+        ctx.save_for_backward(
+            y if ctx.activated_sum else None, x, mean_NC, var_NC, scale_NC, shift_NC, *learned, *saved
+        )
+        return y
+
+    @staticmethod
+    @plain.first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
+        learned, saved = tensors[: ctx.learned], tensors[ctx.learned :]
+        affine, act = (mean_NC, scale_NC, shift_NC), ctx.act
+        if ctx.activated_sum:
+            *sums, grad = passes.gated_sums(grad, x, y, *affine, ctx.channel_dim)
+            act = None
+        else:
+            sums = passes.affine_sums(grad, x, *affine, ctx.channel_dim, act)
+        slope_NC, offset_NC, *dlearned = ctx.coefficients.backward(ctx.eps, sums, (mean_NC, var_NC), learned, saved)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = passes.input_gradient(grad, x, *affine, slope_NC, offset_NC, ctx.channel_dim, act)
+        return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, *dlearned

@@ -1,0 +1,51 @@
+"""Launching a kernel in a few microseconds of the host.
+
+At each launch Triton looks at every argument (its type, whether it divides by 16, whether it is 1) to find the compiled
+kernel that fits: about 1 microsecond each, and a layer has 200 arguments. Here all numbers of a launch are fixed, so
+only the addresses have to be looked at.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+class Launch:
+    """A kernel with its grid and all of its arguments but tensors and floats.
+
+    Args:
+        kernel: its parameters are pointers, then floats, then integers, then constants, in this order.
+        programs: the size of the grid, which has one axis.
+        integers: the values of the integers.
+        constants: the constants by name, and `num_warps`. Those of the signature come in its order.
+    """
+
+    def __init__(self, kernel: Any, programs: int, integers: tuple[int, ...], **constants: Any) -> None:
+        self.kernel, self.grid = kernel, (programs, 1, 1)
+        self.integers, self.constants = integers, constants
+        self._rest = (*integers, *(constants[name] for name in kernel.arg_names if name in constants))
+        self._run: dict[int, Callable[..., None]] = {}  # by device
+
+    def __call__(self, *tensors: Tensor, floats: tuple[float, ...] = ()) -> None:
+        """Run the kernel on the current stream of the tensors' device."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        device = tensors[0].get_device()
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(*tensors, floats=floats)
+        aligned = not functools.reduce(operator.or_, addresses) & 15
+        run = self._run.get(device)
+        if run is not None and aligned:
+            run(*addresses, *floats, *self._rest)
+            return None
+        compiled = self.kernel[self.grid](*tensors, *floats, *self.integers, **self.constants)
+        if aligned and not INTERPRETED:
+            self._run[device] = compiled[self.grid]
+        return None
