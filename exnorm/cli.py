@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from exnorm.cli_bench import bench
+from exnorm.config.errors import BUG
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,12 +61,18 @@ def main() -> None:
         from exnorm.runs.children import end_with_parent
 
         end_with_parent()
+    from exnorm.runs.output import print_anything
+
+    print_anything()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="exnorm", standalone_mode=False))
+    except typer.Abort:  # Ctrl-C
+        sys.exit(130)
     except Exception as exc:
-        if not explained(exc):
-            raise
-        sys.exit(2)
+        if explained(exc):
+            sys.exit(2)
+        exc.add_note(BUG)
+        raise
 
 
 def explained(exc: Exception) -> bool:
@@ -101,17 +108,26 @@ def train(context: typer.Context) -> None:
     """Train a model, resume it, or print its result if it is finished."""
     import hydra
 
+    from exnorm.cli_sweep import SWEEP
     from exnorm.config.backbones import register_requested
     from exnorm.config.groups import conf_dir, register_schemas
+    from exnorm.config.words import check_options, with_home
 
+    check_options(context.args)
+    words = [with_home(word) for word in context.args]
     register_schemas()
-    register_requested(context.args)
+    register_requested(words)
+    SWEEP.note_words(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and main() writes the one line
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(train_task)
-    ordered = sorted(context.args, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants flags first
+    ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants flags first
     arguments, sys.argv = sys.argv, ["exnorm train", *ordered]
     try:
         run()
+    except Exception:
+        if not SWEEP.failed:
+            raise
+        sys.exit(SWEEP.exit_code())
     finally:
         sys.argv = arguments
 
@@ -119,19 +135,25 @@ def train(context: typer.Context) -> None:
 def train_task(config: "DictConfig") -> None:
     """Check what Hydra composed and launch the run; a module-level function, since launchers pickle it.
 
-    In a sweep an exception goes to Hydra, which finishes the other jobs and names the one that failed.
+    In a sweep an exception is shown and goes to Hydra, which finishes the other jobs.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from exnorm.cli_sweep import SWEEP
     from exnorm.config.compose import check_train
     from exnorm.engine.launch import run
 
+    in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    SWEEP.started += in_sweep
     try:
         check_train(config)
         run(config)
     except Exception as exc:
-        if HydraConfig.get().mode is RunMode.MULTIRUN or not explained(exc):
+        if in_sweep:
+            SWEEP.note_failure(exc)
+            raise
+        if not explained(exc):
             raise
         sys.exit(2)
 

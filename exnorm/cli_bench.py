@@ -11,7 +11,9 @@ bench = typer.Typer(help="Measure speed and memory; tables are appended to resul
 def bench_norms(
     norm: Annotated[list[str] | None, typer.Option(help="A normalizer; all without.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="As 16x64x112x112; six of ResNet-50's without.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="eager or compiled; both without.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="eager, compiled or triton [default: eager and compiled].")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Times each is run, in turn.")] = 11,
 ) -> None:
     """One layer with its ReLU, forward and backward, against torch's BN: time, ratio, bytes saved."""
@@ -39,7 +41,7 @@ def bench_train(
     norm: Annotated[str, typer.Option(help="A normalizer.")] = "en",
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 16,
     image_size: Annotated[int, typer.Option(min=8, help="Pixels.")] = 224,
-    backend: Annotated[str, typer.Option(help="eager or compiled.")] = "compiled",
+    backend: Annotated[str, typer.Option(help="eager, compiled, triton or auto.")] = "compiled",
     rounds: Annotated[int, typer.Option(min=2, help="Steps of each, in turn.")] = 7,
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
 ) -> None:

@@ -10,11 +10,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from exnorm.config.errors import UserError, suggest
+from exnorm.config.errors import UserError, first_line, suggest
 from exnorm.config.groups import option_values
 from exnorm.norms import Norm
 from exnorm.surgery import convert
 
+# Under what a file keeps a state dict: timm's and torchvision's averaged weights, ours, theirs and Lightning's.
+STATE_DICTS = ("state_dict_ema", "model_ema", "model", "state_dict")
+COMPILED = "_orig_mod."  # torch.compile's part of a name
 TORCHVISION_PREFIX = "shufflenet_v2_"  # timm has none
 
 
@@ -26,26 +29,46 @@ def build_model(model_config: Any, norm_config: Mapping[str, Any], *, num_classe
     """
     try:
         model = _backbone(model_config, num_classes)
-        target = hydra.utils.get_class(norm_config["_target_"])
         options = _chosen_options(norm_config)
-        return convert(model, target, replace=tuple(model_config.replace), **options)
-    except (TypeError, ValueError, RuntimeError) as problem:
+        return convert(model, _target(norm_config["_target_"]), replace=tuple(model_config.replace), **options)
+    except UserError as problem:
         raise UserError(f"model={model_config.name} norm={norm_config['name']}: {problem}") from problem
+
+
+def _target(name: str) -> Any:
+    """The class of a normalizer by its full name; an error inside its module keeps its traceback."""
+    try:
+        return hydra.utils.get_class(name)
+    except (ImportError, ValueError) as problem:
+        if isinstance(problem.__cause__, ModuleNotFoundError | None):
+            raise UserError(f"norm._target_={name} is no class that can be imported; give module.Class") from problem
+        raise
+
+
+def _backbone(config: Any, num_classes: int) -> nn.Module:
+    """The model of a library, whose refusal of a name or an option becomes a UserError."""
+    try:
+        return _of_library(config, num_classes)
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError, OSError) as problem:
+        raise UserError(first_line(problem)) from problem
 
 
 def _chosen_options(norm_config: Mapping[str, Any]) -> dict[str, Any]:
     """The options that differ from the yaml's: with the others each layer keeps what it had, such as its eps."""
     defaults = option_values("norm", norm_config["name"])
-    return {key: value for key, value in norm_config.items() if key not in defaults or value != defaults[key]}
+    given = {key: value for key, value in norm_config.items() if key not in ("name", "_target_")}
+    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
 
 
-def _backbone(config: Any, num_classes: int) -> nn.Module:
+def _of_library(config: Any, num_classes: int) -> nn.Module:
     options = dict(config.options)
     if config.name.startswith(TORCHVISION_PREFIX):
         return _torchvision(config, num_classes, options)
     architecture = config.architecture or config.name
     if not timm.is_model(architecture):
-        raise ValueError(f"unknown model; {suggest(architecture, timm.list_models())}")
+        raise UserError(f"unknown model; {suggest(architecture, timm.list_models())}")
     return timm.create_model(
         architecture,
         pretrained=config.pretrained,
@@ -57,7 +80,7 @@ def _backbone(config: Any, num_classes: int) -> nn.Module:
 
 def _torchvision(config: Any, num_classes: int, options: dict[str, Any]) -> nn.Module:
     if config.drop_rate:
-        raise ValueError("torchvision's ShuffleNet v2 has no dropout; leave model.drop_rate at 0")
+        raise UserError("torchvision's ShuffleNet v2 has no dropout; leave model.drop_rate at 0")
     if not config.pretrained:
         return torchvision.models.get_model(config.name, num_classes=num_classes, **options)
     model = torchvision.models.get_model(config.name, weights="DEFAULT", **options)
@@ -77,7 +100,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str |
         UserError: the weights are of another architecture.
     """
     own, norms = model.state_dict(), _norm_names(model)
-    given = {key.removeprefix("module."): value for key, value in state.items()}  # as DataParallel saves them
+    given, taken = _state_for(own, state)
     for key, value in own.items():
         other = given.get(key)
         if other is not None and value.ndim == 2 and other.ndim == 1 and value.shape[1] == other.shape[0]:
@@ -101,8 +124,29 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str |
     if wrong:
         raise UserError(f"{source} holds the weights of another architecture: {wrong[0]} ({len(wrong)} in all) differs")
     model.load_state_dict({k: v for k, v in given.items() if k in own and k not in head}, strict=False)
-    notes = [f"classifier {key} has another shape and starts anew" for key in sorted(head)]
+    notes = taken + [f"classifier {key} has another shape and starts anew" for key in sorted(head)]
     return notes + ([f"{len(missing)} parameters and buffers of the norms start anew"] if missing else [])
+
+
+def _state_for(own: Mapping[str, Tensor], content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in what a file holds, under a model's own names, and a line for each choice that was made.
+
+    Of several state dicts that of averaged weights is taken, as timm does. The names may have what DataParallel
+    (`module.`), `torch.compile` (`_orig_mod.`) or a trainer's class (`model.` in Lightning) puts before them.
+    """
+    there = [key for key in STATE_DICTS if isinstance(content.get(key), Mapping) and content[key]]
+    state = content[there[0]] if there else content
+    notes = [f"took {there[0]}; the file has {' and '.join(there[1:])}, too"] if len(there) > 1 else []
+    given = {key.replace(COMPILED, ""): value for key, value in state.items() if isinstance(value, Tensor)}
+    end = f".{next(iter(own))}"
+    prefixes = dict.fromkeys(["", *(key[: 1 - len(end)] for key in given if key.endswith(end))])
+    prefix = max(prefixes, key=lambda start: sum(start + key in given for key in own))
+    inside = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+    if prefix:
+        others = sorted(key for key in given if not key.startswith(prefix))
+        left = f"; {len(others)} others, such as {others[0]}, are left" if others else ""
+        notes.append(f"took the weights whose names begin with {prefix}{left}")
+    return inside, notes
 
 
 def load_ratios(model: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> None:
@@ -118,7 +162,7 @@ def load_ratios(model: nn.Module, state: Mapping[str, Tensor], *, source: str | 
         for key, parameter in module.named_parameters(recurse=False)
         if key not in ("weight", "bias")
     }
-    given = {key.removeprefix("module."): value for key, value in state.items()}
+    given, _ = _state_for(model.state_dict(), state)
     wrong = [key for key, parameter in own.items() if key not in given or given[key].shape != parameter.shape]
     if wrong or not own:
         which = f"{source} has no {wrong[0]} like this model's" if wrong else "the layers of this model mix nothing"

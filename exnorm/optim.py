@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from exnorm.config.errors import UserError, suggest
+from exnorm.config.schema import OptimConfig
 from exnorm.norms import Norm
 
+LIKE_SGD = ("momentum", "nesterov", "nesterovw", "lars", "nlars", "larc", "nlarc")  # SGD's rate fits them
 SCHEDULES = ("step", "cosine")
 ROUNDING = 1e-6  # of a step: 0.6 x 100 epochs is not exactly 60 in binary
 
@@ -40,6 +42,7 @@ def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch
     names = [str(name) for name in timm.optim.list_optimizers()]
     if config.name not in names:
         raise UserError(f"optim.name={config.name} is unknown; {suggest(config.name, names)} sgd is the papers'")
+    _refuse_rate_of_sgd(config)
     return timm.optim.create_optimizer_v2(
         parameters,
         opt=config.name,
@@ -47,6 +50,16 @@ def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch
         weight_decay=config.weight_decay,
         momentum=config.momentum,
     )
+
+
+def _refuse_rate_of_sgd(config: Any) -> None:
+    """With SGD's rate, Adam and its like make the ratios of EN one-hot within an epoch."""
+    like_sgd = "sgd" in config.name or config.name in LIKE_SGD
+    if not like_sgd and config.lr is None and config.lr_per_256 == OptimConfig.lr_per_256:
+        raise UserError(
+            f"optim.name={config.name} would get the learning rate of SGD, {config.lr_per_256:g} for a batch of 256, "
+            "which is too high for it: give one, such as optim.lr=0.0005, or type optim=adamw, which has its own"
+        )
 
 
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ BATCHES = (256, 32, 8)
 PARTS = {
     "facts": 40,
     "warm": 150,
-    "tests": 150,
+    "tests": 180,
     "speed stock": 60,
     **{f"speed {norm}": 60 for norm in NORMS},
     "whole stock": 90,
@@ -215,7 +215,7 @@ class Visit:
 
     def tests(self) -> None:
         """The tests that need a GPU, several at a time: most of their time is compilation."""
-        arguments = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+        arguments = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:benchmark", "tests/test_gpu.py"]
         if importlib.util.find_spec("xdist") is not None:
             arguments += ["-n", str(min(12, os.cpu_count() or 1))]
         done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)

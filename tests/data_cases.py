@@ -1,6 +1,7 @@
 """Miniatures of ImageNet, WebVision and CIFAR in the layouts in which they come; an image's colour is its class."""
 
 import pickle
+import struct
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -137,3 +138,13 @@ def class_of(images: Images, index: int) -> str:
 def labelled_right(images: Images, classes: list[str] | tuple[str, ...]) -> bool:
     """Whether the label of each image is its own class."""
     return all(classes[images.labels[index]] == class_of(images, index) for index in range(len(images)))
+
+
+def odd_exif() -> bytes:
+    """A good JPEG whose EXIF block is cut off, which Pillow warns of each time."""
+    stream = BytesIO()
+    Image.new("RGB", (20, 18), (200, 30, 90)).save(stream, "JPEG")
+    jpeg = stream.getvalue()
+    after = 4 + struct.unpack(">H", jpeg[4:6])[0]  # Pillow looks into EXIF only where the JFIF block is not there
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 40) + b"\x12\x01\x03\0"
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[after:]

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CliRunner
-from data_cases import SMALL, WNIDS, class_of, config_of, make_imagenet, save
+from data_cases import SMALL, WNIDS, class_of, config_of, make_imagenet, odd_exif, save
 from engine_cases import assert_same_run, only_run, start, train, wait_for, workers
 from PIL import Image
 
@@ -123,6 +124,19 @@ def test_what_stands_in_is_good_itself_and_goes_round(tmp_path: Path) -> None:
         dataset[0, 17]
 
 
+def test_a_class_without_a_good_image_is_told_by_an_image_of_its_own(tmp_path: Path) -> None:
+    """And not by the first broken one of the set, which may be of any class."""
+    config = listed_imagenet(tmp_path / "in")
+    truncated(tmp_path / "in" / "train" / WNIDS[0] / f"{WNIDS[0]}_1.JPEG")
+    for number in range(6):
+        html(tmp_path / "in" / "train" / WNIDS[2] / f"{WNIDS[2]}_{number}.JPEG")
+    dataset = train_images(config, tmp_path / "bad.csv")
+    dataset[0, 1]
+    own = rf"label 2 are broken, such as train/{WNIDS[2]}/{WNIDS[2]}_3\.JPEG \(no known format"
+    with pytest.raises(UserError, match=own):
+        dataset[0, 15]
+
+
 def test_too_many_broken_images_are_an_error_that_names_one(tmp_path: Path) -> None:
     config = listed_imagenet(tmp_path / "in")
     for number in (1, 4):
@@ -147,6 +161,31 @@ def test_a_broken_validation_image_is_an_error_unless_it_is_excluded(tmp_path: P
     val = data.load(config).val
     assert len(val) == 11
     SeededImages(val, eval_transform(config), seed=0)[0, 0]
+
+
+def test_the_list_of_a_run_may_be_excluded_as_it_is(tmp_path: Path) -> None:
+    """Also after a spreadsheet has saved it, and with odd names; it leaves out the same images as their paths would."""
+    config = listed_imagenet(tmp_path / "in")
+    names = [f"{WNIDS[0]}_1.JPEG", 'a, "b".JPEG']
+    folder = tmp_path / "in" / "train" / WNIDS[0]
+    (folder / f"{WNIDS[0]}_4.JPEG").rename(folder / names[1])
+    (tmp_path / "in" / "train.txt").write_text(
+        (tmp_path / "in" / "train.txt").read_text().replace(f"{WNIDS[0]}_4.JPEG", names[1])
+    )
+    dataset = train_images(config, tmp_path / "bad.csv")
+    for name in names:
+        truncated(folder / name)
+    dataset[0, 1], dataset[0, 4]
+    (tmp_path / "paths.txt").write_text("".join(f"train/{WNIDS[0]}/{name}\n" for name in names))
+    saved = (tmp_path / "bad.csv").read_text().replace("\n", "\r\n")
+    (tmp_path / "saved.csv").write_text(saved, encoding="utf-8-sig", newline="")
+    found = []
+    for name in ("paths.txt", "bad.csv", "saved.csv"):
+        config.exclude = str(tmp_path / name)
+        train = data.load(config).train
+        assert (len(train), train.excluded) == (16, 2)
+        found.append((data.fingerprint(config), list(train.labels)))
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_broken_image_has_its_reason() -> None:
@@ -223,6 +262,25 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
         assert centre(tmp_path / "deep.png") == (wanted,) * 3
 
 
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_floats_are_scaled_by_the_white_that_fits(tmp_path: Path, white: int) -> None:
+    """Pillow alone would make all of an image from 0 to 1 black."""
+    values = np.linspace(0, white, 25, dtype=np.float32).reshape(5, 5)
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    image = data.files.opened("float.tif", lambda: (tmp_path / "float.tif").open("rb"))
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image)[..., 0] - values * (255 / white)).max() <= 1
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 1e6), (0.0, float("nan"))])
+def test_floats_of_which_none_is_known_to_be_white_are_a_broken_image(
+    tmp_path: Path, values: tuple[float, float]
+) -> None:
+    Image.fromarray(np.array([values, values], np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(BadImage, match="floats from .* they may go from 0 to 1, to 255 or to 65535"):
+        data.files.opened("float.tif", lambda: (tmp_path / "float.tif").open("rb"))
+
+
 def test_the_rotation_in_exif_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -275,6 +333,27 @@ def test_a_run_lists_its_broken_images_and_is_equal_after_a_kill(tmp_path: Path)
     again = train(arguments, tmp_path / "killed")
     assert_same_run(whole, again)
     assert listed(again) == listed(whole)
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_broken_images_and_their_list_leaves_them_out(tmp_path: Path, run_cli: CliRunner) -> None:
+    """What Pillow warns of is one line, however many loader processes see it."""
+    root = broken_root(tmp_path)
+    (root / "train" / WNIDS[1] / f"{WNIDS[1]}_0.JPEG").write_bytes(odd_exif())
+    arguments = ["train", "data=imagenet", f"data.root={root}", *SMALL, *TINY, "data.workers=2", "trainer.epochs=2"]
+    done = run_cli(*arguments, "data.max_bad_fraction=0.1")
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path)
+    listing = run.relative_to(tmp_path) / "bad_images.csv"
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"2 broken training images were replaced by others of the same label. {listing} lists them")
+    assert "Corrupt EXIF" not in done.stderr and done.stdout.count("Corrupt EXIF") == 1
+    assert re.search(r"^Pillow warned \d+ times, first: Corrupt EXIF", done.stdout, re.MULTILINE)
+    again = run_cli(*arguments, f"data.exclude={listing}")
+    assert again.returncode == 0, again.stderr
+    (record,) = [path for path in tmp_path.glob("runs/*/*/record.json") if path.parent != run]
+    numbers = json.loads(record.read_text())
+    assert (numbers["bad_images"], numbers["train_images"], numbers["excluded_images"]["train"]) == (0, 22, 2)
 
 
 @pytest.mark.slow

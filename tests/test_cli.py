@@ -6,18 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import CliRunner
 
 from exnorm.config.compose import compose_train, group_options
+from exnorm.runs.records import COLUMNS, change_records
 
 NORMS = ", ".join(group_options("norm"))
 
 # `exnorm.engine.launch` is replaced: these tests are about what reaches it.
 COMMAND = """
 import sys, types
+from exnorm.config.errors import UserError
 launch = types.ModuleType("exnorm.engine.launch")
 def run(config):
     if config.seed == 13:
-        raise ValueError("seed 13 is bad luck: type another")
+        raise UserError("seed 13 is bad luck: type another")
     if config.seed == 14:
         raise RuntimeError("a bug")
     print("RUN", config.norm.name, config.model.name, config.batch, config.seed, config.trainer.epochs)
@@ -33,7 +36,7 @@ finally:
 TIMM_CACHE = "regnety_008\nresnet18\nvgg11_bn\n"
 
 
-def exnorm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def exnorm(folder: Path, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, with a cached list of timm's models."""
     from importlib.metadata import version
 
@@ -48,7 +51,8 @@ def exnorm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-W", "error", "-c", COMMAND, *arguments],
         cwd=work,
         env=env,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         check=False,
     )
@@ -102,6 +106,30 @@ def test_a_failing_job_does_not_stop_the_others_of_its_sweep(tmp_path: Path) -> 
     assert done.returncode == 2 and done.stdout == "RUN en resnet50 1x32 1 8\n"
     assert "seed=13" in done.stderr and "exnorm: error: seed 13 is bad luck" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_each_failing_job_of_a_sweep_has_its_line_and_the_end_says_which(tmp_path: Path) -> None:
+    """The line comes when the job fails, before the next one runs; a bug has its traceback."""
+    done = exnorm(
+        tmp_path, "train", "-m", "seed=13,1,14,2", "batch=8x2,8x4", "trainer.epochs=8", stderr=subprocess.STDOUT
+    )
+    names = {seed: [f"seed={seed} batch={batch}" for batch in ("8x2", "8x4")] for seed in (13, 14)}
+    lines = done.stdout.splitlines()
+    told = [line for line in lines if line.startswith(("RUN", "exnorm: error"))]
+    assert [line.split()[0] for line in told] == [
+        "exnorm:",
+        "exnorm:",
+        "RUN",
+        "RUN",
+        "exnorm:",
+        "exnorm:",
+        "RUN",
+        "RUN",
+    ]
+    assert told[1] == f"exnorm: error: seed 13 is bad luck: type another (job 1: {names[13][1]})"
+    assert lines.count("RuntimeError: a bug") == 2 and told[5].endswith(f"(job 5: {names[14][1]})")
+    assert lines[-1] == f"exnorm: 4 of 8 jobs failed: {'; '.join(names[13] + names[14])}"
+    assert done.returncode == 1
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
@@ -163,6 +191,21 @@ def test_runs_lists_a_folder(tmp_path: Path) -> None:
     assert any(line.split()[:2] == [name, "interrupted"] for line in done.stdout.splitlines()), done.stderr
     (tmp_path / "work" / "empty").mkdir()
     assert "no runs yet" in exnorm(tmp_path, "runs", "empty").stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_every_command_prints_in_any_encoding(tmp_path: Path, encoding: str, run_cli: CliRunner) -> None:
+    """A table has ± and –, an error the name of a file, which may be no UTF-8 either."""
+    usual = dict.fromkeys(COLUMNS["runs"], "1") | {"scale": "mini", "metric": "top1", "cell": "pi=1"}
+    rows = [usual | {"seed": str(seed), "value": str(80 + seed)} for seed in (0, 1)]
+    change_records(tmp_path / "results", "en-pi", lambda before: {**before, "runs": rows})
+    env = {"PYTHONIOENCODING": encoding}
+    shown = run_cli("table", "en-pi", env=env)
+    plus_minus = "+-" if encoding == "ascii" else "\xb1"
+    assert shown.returncode == 0 and f"80.50 {plus_minus} 0.71 (2)" in shown.stdout, shown.stderr
+    name = os.fsdecode("Bücher-鳥-".encode() + b"\xe9")
+    done = run_cli("runs", name, env=env)
+    assert done.returncode == 2 and done.stderr.startswith("exnorm: error: no folder B")
 
 
 def test_the_package_offers_its_functions_without_importing_torch() -> None:

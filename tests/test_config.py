@@ -145,8 +145,8 @@ def test_the_list_of_timm_is_read_in_another_process_and_once(tmp_path: Path, mo
 def test_a_cache_that_cannot_be_written_only_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "exnorm").write_text("a file where the folder should be")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "full").write_text("a file where the folder should be")
+    monkeypatch.setattr(backbones, "cache_folder", lambda: tmp_path / "full")
     monkeypatch.setattr(backbones, "LIST_MODELS", "print('a')")
     monkeypatch.setattr(backbones.metadata, "version", lambda name: "9.9")
     assert backbones.timm_names() == ["a"]

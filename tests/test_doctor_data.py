@@ -59,6 +59,37 @@ def test_broken_images_are_named_and_fail(tmp_path: Path, capsys: pytest.Capture
     assert code == 1 and "FAIL: broken validation images" in text and f"broken: {victim.relative_to(root)}" in text
 
 
+def test_all_broken_files_are_in_a_list_that_the_next_command_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those found later are added to those left out already; the reason stands above each."""
+    root = make_imagenet(tmp_path / "in", train=16)
+    broken = [root / "train" / WNIDS[0] / f"{WNIDS[0]}_{number}.JPEG" for number in range(7)]
+    broken.append(sorted((root / "val" / WNIDS[1]).iterdir())[0])
+    for file in broken:
+        file.write_text("<html>")
+    arguments, listing = ("data=imagenet", f"data.root={root}"), tmp_path / "imagenet-broken.txt"
+    code, text = look(capsys, tmp_path / "sheet.png", *arguments)
+    assert code == 1 and f"broken images: all 8 are listed in {listing}; data.exclude={listing} leaves" in text
+    assert text.count("  broken: ") == 6 and "  and 2 more" in text
+    lines = listing.read_text().splitlines()
+    assert lines[::2] == ["# no known format of an image"] * 8
+    assert lines[1::2] == [str(file.relative_to(root)) for file in broken]
+    code, text = look(capsys, tmp_path / "sheet.png", *arguments, f"data.exclude={listing}")
+    assert code == 0 and "broken:" not in text and "7 excluded" in text and "1 excluded" in text
+    late = root / "train" / WNIDS[2] / f"{WNIDS[2]}_3.JPEG"
+    late.write_text("<html>")
+    assert look(capsys, tmp_path / "sheet.png", *arguments, f"data.exclude={listing}")[0] == 1
+    code, text = look(capsys, tmp_path / "sheet.png", *arguments, f"data.exclude={listing}")
+    assert code == 0 and "8 excluded" in text
+
+
+def test_a_look_at_a_part_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_imagenet(tmp_path / "in", train=16)
+    assert run(["data=imagenet", f"data.root={root}", *SMALL], 10, tmp_path / "sheet.png") == 0
+    assert "train: 10 of 10 opened images are good (of 48; --images 0 opens all)" in capsys.readouterr().out
+
+
 def test_labels_that_disagree_with_webvisions_queries_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,12 @@
 """`exnorm report`: pages that stand alone, seen in a real browser."""
 
+import base64
+import functools
+import json
+import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,8 @@ from engine_cases import make_image_folder, tiny, train
 
 from exnorm.config.study import load_study
 from exnorm.report.html_report import run_page, study_page
+from exnorm.report.run_figures import curves
+from exnorm.report.study_table import StudyTable, as_html
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.records import change_records
 
@@ -31,6 +38,20 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
+@pytest.fixture(scope="module")
+def study_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The page of a study at scale mini, by its name, from this checkout's records; written once."""
+    folder = tmp_path_factory.mktemp("studies")
+
+    @functools.cache
+    def write(name: str) -> Path:
+        path = folder / f"{name}.html"
+        path.write_text(study_page(load_study(name, "mini"), ROOT / "results", folder), encoding="utf-8")
+        return path
+
+    return write
+
+
 def look(browser: Any, path: Path, size: tuple[int, int]) -> tuple[Any, list[str]]:
     """The page in a window of a size, and what it complained about or asked the network for."""
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})
@@ -42,13 +63,31 @@ def look(browser: Any, path: Path, size: tuple[int, int]) -> tuple[Any, list[str
     return page, trouble
 
 
+def unsigned(page: Any) -> list[str]:
+    """What is cut off at an edge of the window or of a box of its own without a sign of it, by its first words."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return page.evaluate("""() => [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility())
+        .filter((e) => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
+        .filter((e) => getComputedStyle(e).overflowX !== "visible")
+        .filter((e) => !e.parentElement.matches(".scrolls.right"))
+        .map((e) => `${e.tagName} ${e.textContent.trim().slice(0, 30)}`)""")
+
+
+def smallest_letters(page: Any, image: Any) -> float:
+    """The height in px that the smallest text of a figure has in the window."""
+    source = base64.b64decode(image.get_attribute("src").partition(",")[2]).decode()
+    points = min(float(size) for size in re.findall(r"font(?:-size)?: (?:\w+ )*([\d.]+)px", source))
+    whole = float(re.search(r'viewBox="0 0 ([\d.]+)', source)[1])  # type: ignore[index]
+    return points * image.evaluate("image => image.clientWidth") / whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [PHONE, DESKTOP])
-def test_the_page_of_a_study_in_a_browser(browser: Any, size: tuple[int, int], tmp_path: Path) -> None:
+def test_the_page_of_a_study_in_a_browser(
+    browser: Any, size: tuple[int, int], study_file: Callable[[str], Path]
+) -> None:
     """No errors, no network, nothing wider than the window; filter, sorting, figures and links work."""
-    path = tmp_path / "study.html"
-    path.write_text(study_page(load_study("sn-table2", "mini"), ROOT / "results", tmp_path), encoding="utf-8")
-    page, trouble = look(browser, path, size)
+    page, trouble = look(browser, study_file("sn-table2"), size)
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     rows = page.locator("#cells tbody tr:visible")
     assert rows.count() == 36
@@ -72,11 +111,45 @@ def test_the_page_of_a_study_in_a_browser(browser: Any, size: tuple[int, int], t
     assert figures.count() == 1 and figures.first.get_attribute("data-name") == "curves"
     assert figures.locator("img").evaluate("image => image.naturalWidth") > 100
 
+    assert unsigned(page) == []
     page.locator("#cells tbody a").first.click()
     opened = page.locator("#runs > details[open]")
     opened.first.wait_for()  # the page opens it when it hears of the new address
-    assert opened.count() == 1 and "exnorm train" in opened.inner_text()
+    assert opened.count() == 1 and "exnorm train" in opened.inner_text() and unsigned(page) == []
     assert trouble == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sn-table2", "en-imagenet", "en-transfer"])
+def test_verdicts_are_seen_without_scrolling_and_what_is_cut_off_says_so(
+    browser: Any, name: str, study_file: Callable[[str], Path]
+) -> None:
+    """Also on a phone; there the rest of the table is reached by scrolling, until the sign goes."""
+    for size in (DESKTOP, PHONE):
+        page, trouble = look(browser, study_file(name), size)
+        table = page.locator("#verdicts table")
+        place = table.locator("th").all_inner_texts().index("verdict")
+        edges = table.locator(f"td:nth-child({place + 1})").evaluate_all(
+            "cells => cells.filter(cell => cell.textContent).map(cell => cell.getBoundingClientRect().right)"
+        )
+        assert edges and max(edges) <= size[0]
+        assert unsigned(page) == [] and trouble == []
+    assert page.locator("#verdicts .scrolls.right").count() == 1
+    page.locator("#verdicts .scroller").evaluate("box => box.scrollTo(box.scrollWidth, 0)")
+    page.locator("#verdicts .scrolls.left:not(.right)").wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [PHONE, DESKTOP])
+def test_the_figures_of_a_study_can_be_read_in_any_window(
+    browser: Any, size: tuple[int, int], study_file: Callable[[str], Path]
+) -> None:
+    page, _ = look(browser, study_file("en-transfer"), size)
+    names = page.locator("#chosen option").all_inner_texts()
+    for name in names:
+        page.select_option("#chosen", name)
+        assert smallest_letters(page, page.locator("figure[data-name]:visible img")) >= 7.9, name
+    assert len(names) > 5
 
 
 @pytest.mark.slow
@@ -86,11 +159,62 @@ def test_the_page_of_a_run_in_a_browser(browser: Any, tmp_path: Path, run_cli: C
     done = run_cli("report", str(run))
     assert done.returncode == 0 and done.stdout.strip() == str(run / "report.html")
     page, trouble = look(browser, run / "report.html", PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0] and unsigned(page) == []
+    assert page.locator(".panels img").count() == 3
     assert page.locator("figure[data-name]").count() == 2
+    for name in page.locator("#chosen option").all_inner_texts():
+        page.select_option("#chosen", name)
+        image = page.locator("figure[data-name]:visible img")
+        assert smallest_letters(page, image) >= 9 and image.evaluate("image => image.clientWidth") <= PHONE[0]
     page.get_by_text("provenance").click()
     assert "config_hash" in page.locator("details[open]").inner_text()
     (run / "record.json").unlink()
     assert "It has not finished." in run_page(RunFolder(run)) and trouble == []
+
+
+def run_with(path: Path, rows: list[dict[str, Any]]) -> RunFolder:
+    """The files of a run that the page of a run reads."""
+    named = {key: {"name": "m"} for key in ("model", "norm", "data")}
+    path.mkdir()
+    (path / "config.yaml").write_text(json.dumps({**named, "batch": "1x8", "seed": 0, "trainer": {}}))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return RunFolder(path)
+
+
+def ended(epoch: int, top1: float, **more: Any) -> dict[str, Any]:
+    """The row at the end of an epoch of ten steps."""
+    numbers = {"train/loss": 1.0 / epoch, "val/loss": 2.0 / epoch, "train/top1": 60.0 + epoch, "lr": 0.1}
+    return {"step": 10 * epoch, "epoch": epoch, **numbers, "val/top1": top1, **more}
+
+
+def test_the_curves_of_a_run_are_its_metrics_and_name_the_first_best_epoch(tmp_path: Path) -> None:
+    """The rate also inside of epochs; each validation set has a line; a loss that is not finite is a gap."""
+    inside = {"step": 15, "epoch": 2, "batch/loss": 1.0, "lr": 0.05}
+    last = ended(3, 50.0, **{"val/b/top1": 12.0, "val/loss": None})
+    log = [ended(1, 40.0), inside, ended(2, 50.0), last]
+    figures = dict(curves(log))
+    (loss,), (top1,), (rate,) = (figures[name]().axes for name in ("loss", "top-1 %", "learning rate"))
+    drawn = [{line.get_label(): list(line.get_ydata()) for line in panel.get_lines()} for panel in (loss, top1)]
+    assert drawn[0]["training"] == [1.0, 1 / 2, 1 / 3]
+    assert drawn[0]["validation"][:2] == [2.0, 1.0] and math.isnan(drawn[0]["validation"][2])
+    assert drawn[1]["validation"] == [40.0, 50.0, 50.0] and drawn[1]["b"][2] == 12.0
+    best, line = rate.get_lines()
+    assert list(best.get_xdata()) == [2, 2] and best.get_label() == "best epoch, 2"
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 1.5, 2, 3], [0.1, 0.05, 0.1, 0.1])
+    text = run_page(run_with(tmp_path / "run", log))
+    assert "Best epoch: 2, with a validation top-1 of 50.00 %. Last epoch: 3, with 50.00 %." in text
+
+
+def test_a_run_before_its_first_validation_has_a_page(tmp_path: Path) -> None:
+    assert "No epoch has ended yet." in run_page(run_with(tmp_path / "run", [{"step": 5, "epoch": 1, "lr": 0.1}]))
+
+
+def test_what_a_study_is_called_cannot_become_a_part_of_its_table(tmp_path: Path) -> None:
+    """The caption of a table in HTML is text, as its cells are."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("axes: {norm: [bn, en], <i>a</i>: {b: [batch=8x32]}}\ncolumns: <i>a</i>\n")
+    table = StudyTable(load_study(str(file), "mini"), [])
+    assert table.caption().endswith("<i>a</i>") and "<i>a" not in as_html(table)
 
 
 def test_what_a_record_holds_cannot_become_a_part_of_the_page(tmp_path: Path) -> None:

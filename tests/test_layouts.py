@@ -269,6 +269,29 @@ def test_folders_in_a_tar_that_are_named_by_numbers_are_names(tmp_path: Path) ->
     assert splits.classes == ["1", "10", "2"] and labelled_right(splits.val, WNIDS)
 
 
+def test_two_links_to_one_folder_are_no_loop(tmp_path: Path) -> None:
+    """Beside it, and from within a folder that is itself reached through a link."""
+    root, pool = make_imagenet(tmp_path / "in", train=1), tmp_path / "pool"
+    save(pool / "more" / "x.png", WNIDS[0])
+    (pool / "also").symlink_to("more")
+    for name in ("one", "two"):
+        (root / "train" / WNIDS[0] / name).symlink_to(pool, target_is_directory=True)
+    found = index.of_folders(root / "train")
+    names = sorted(name.removeprefix(f"{WNIDS[0]}/") for name in found.names if name.endswith(".png"))
+    assert names == [f"{link}/{inner}/x.png" for link in ("one", "two") for inner in ("also", "more")]
+
+
+@pytest.mark.parametrize("target", ["in/train", "in/train/{}", "pool", "pool/more"])
+def test_a_loop_behind_a_link_is_found(tmp_path: Path, target: str) -> None:
+    """It ends at the system's limit of 40 links, so that each image would be there 40 times."""
+    root, pool = make_imagenet(tmp_path / "in", train=1), tmp_path / "pool"
+    save(pool / "more" / "x.png", WNIDS[0])
+    (root / "train" / WNIDS[0] / "link").symlink_to(pool, target_is_directory=True)
+    (pool / "more" / "back").symlink_to(tmp_path / target.format(WNIDS[0]), target_is_directory=True)
+    with pytest.raises(UserError, match="back.* is a link to a folder that it lies in; remove it"):
+        index.of_folders(root / "train")
+
+
 def test_folders_that_are_no_classes_are_named(tmp_path: Path) -> None:
     root = make_imagenet(tmp_path / "in")
     (root / "train" / WNIDS[0] / "again").symlink_to(root / "train", target_is_directory=True)

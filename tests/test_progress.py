@@ -1,8 +1,12 @@
 """What a person sees of a run: a bar on a terminal, a line a minute where there is none, and a whole table."""
 
+import contextlib
+import fcntl
 import os
 import pty
+import struct
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +50,16 @@ def test_a_log_file_gets_a_line_a_minute(
     assert not out and not log.exists()
 
 
+def read_all(terminal: int) -> str:
+    """What was written to a terminal whose other side is closed; it comes in parts."""
+    parts = []
+    with contextlib.suppress(OSError):  # the end
+        while part := os.read(terminal, 10_000):
+            parts.append(part)
+    os.close(terminal)
+    return b"".join(parts).decode()
+
+
 def test_a_terminal_gets_a_bar_that_makes_room_for_lines(
     after_steps: Callable[..., Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,14 +68,29 @@ def test_a_terminal_gets_a_bar_that_makes_room_for_lines(
     with os.fdopen(side, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         after_steps(2, of=4).say("a line")
-        shown = os.read(main, 10_000).decode()
-    os.close(main)
+    shown = read_all(main)
     clear = "\r\033[K"
     assert shown.startswith(clear) and shown.endswith(clear)
     assert shown.split(clear)[1:-1] == [
         "[######..................] epoch 1/2, step 1/4: train loss 2.000",
         "[############............] epoch 1/2, step 2/4: train loss 2.000, 40 s left",
     ]
+
+
+@pytest.mark.parametrize("columns", [20, 60, 75])
+def test_a_bar_is_never_wider_than_its_terminal(
+    after_steps: Callable[..., Progress], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """What is wrapped stays on the screen, a line for each half second."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(side, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        after_steps(3, of=4000)
+    shown = read_all(main)
+    bars = shown.split("\r\033[K")[1:]
+    assert len(bars) == 3 and max(map(len, bars)) < columns
+    assert all("epoch 1/2, step" in bar for bar in bars)
 
 
 def test_a_table_in_a_pipe_is_as_wide_as_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,14 +70,14 @@ def test_the_bars_of_a_layer_are_its_ratios_in_the_colours_of_the_normalizers() 
     figure = stacked(shares(sn_rows()), "title")
     assert isinstance(figure, Figure)
     mean, var, divergence = figure.axes
-    assert [text.get_text() for text in divergence.get_xticklabels()] == ["bn1", "layer1.0.bn1"]
+    assert [text.get_text() for text in mean.get_yticklabels()] == ["bn1", "layer1.0.bn1"]
     kl = per_layer(shares(sn_rows()))["symmetric KL", ""]
-    assert [bar.get_height() for bar in divergence.patches] == pytest.approx(list(kl))
+    assert [bar.get_width() for bar in divergence.patches] == pytest.approx(list(kl))
     for panel, place in ((mean, 0), (var, 1)):
         bars = [container.patches[0] for container in panel.containers]
-        assert [bar.get_height() for bar in bars] == pytest.approx([ratios[place] for ratios in SN.values()])
-        tops = [bar.get_y() + bar.get_height() for bar in bars]
-        assert tops[-1] == pytest.approx(1) and tops == sorted(tops)
+        assert [bar.get_width() for bar in bars] == pytest.approx([ratios[place] for ratios in SN.values()])
+        ends = [bar.get_x() + bar.get_width() for bar in bars]
+        assert ends[-1] == pytest.approx(1) and ends == sorted(ends)
         assert [bar.get_facecolor() for bar in bars] == [
             container.patches[0].get_facecolor() for container in mean.containers
         ]

@@ -338,3 +338,22 @@ def test_provenance_names_no_machine_and_is_json() -> None:
     text = json.dumps(found)
     assert found["versions"]["hydra-core"] and found["command"] == ["exnorm", "train"]
     assert len(socket.gethostname()) < 4 or socket.gethostname() not in text
+
+
+def test_the_list_of_runs_says_why_one_failed_or_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    make_run(tmp_path / "a").error_file.write_text("the loss is not finite [at] step 3\n")
+    make_run(tmp_path / "b").metrics_file.write_text("{}\n")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.yaml").write_text("a: [")
+    make_run(tmp_path / "d")
+    failed, torn, damaged, interrupted = list_runs(tmp_path)
+    assert (failed.state, failed.reason) == ("failed", "the loss is not finite [at] step 3")
+    assert torn.state == damaged.state == "unreadable"
+    assert "metrics.jsonl, line 1 is damaged" in torn.reason and "config.yaml is damaged" in damaged.reason
+    assert (interrupted.state, interrupted.reason) == ("interrupted", "")
+    print_runs(list_runs(tmp_path))
+    shown = capsys.readouterr().out
+    assert all(run.reason in shown for run in (failed, torn, damaged))

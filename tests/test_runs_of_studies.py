@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import CliRunner
+from data_cases import SMALL, WNIDS, make_imagenet
 
 from exnorm.config.study import load_study
 from exnorm.runs.records import COLUMNS, change_records
@@ -136,3 +137,22 @@ def test_results_of_settings_that_changed_are_found(tmp_path: Path, run_cli: Cli
     assert "pi=7, seed 1: en-pi has no such cell any more" in last
     done = run_cli("results", str(tmp_path), "--check")
     assert done.returncode == 1 and first in done.stdout
+
+
+@pytest.mark.slow
+def test_excluded_images_reach_the_footnotes_of_a_study(tmp_path: Path, run_cli: CliRunner) -> None:
+    """An accuracy on fewer images is another number, whether the run measured it or an evaluation of the run."""
+    root = make_imagenet(tmp_path / "in")
+    first = {split: sorted((root / split / WNIDS[0]).iterdir())[:count] for split, count in (("train", 2), ("val", 1))}
+    excluded = tmp_path / "bad.txt"
+    excluded.write_text("".join(f"{file.relative_to(root)}\n" for files in first.values() for file in files))
+    fast = ["model=resnet18", "model.name=test_resnet", "logger=off", "ops.backend=eager", "norm=bn", "batch=1x4"]
+    settings = ["data=imagenet", f"data.root={root}", f"data.exclude={excluded}", "trainer.epochs=1", *SMALL, *fast]
+    axes = "axes: {rule: {own: [], average: ['eval:inference=batch_average', 'eval:calibration_batches=2']}}"
+    study = tmp_path / "mine.yaml"
+    study.write_text(f"# A study of mine\nset: {settings}\n{axes}\nseeds: 1\nmetrics: [top1]\n", encoding="utf-8")
+    done = run_cli("reproduce", study)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in run_cli("table", study).stdout.splitlines() if "Facts" in line]
+    assert len(lines) == 2
+    assert all("excluded_train_images=2 excluded_val_images=1" in line for line in lines), lines

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from exnorm.runs import sinks
 from exnorm.runs.folder import RunFolder
+from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.sinks import CsvSink, WandbSink, make_sinks
 
 
@@ -20,12 +22,24 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+def csv_of(folder: RunFolder) -> Callable[[dict[str, Any], int], None]:
+    """What logs a row as the trainer does: into metrics.jsonl, then into a CSV file that has just been opened."""
+    log, [sink] = MetricsLog(folder.metrics_file), make_sinks(folder, {"csv": True, "wandb": "off", "project": "p"})
+
+    def write(row: dict[str, Any], step: int) -> None:
+        log.append({"step": step, **row})
+        sink.log(row, step)
+
+    return write
+
+
 def test_a_new_metric_is_a_new_column(tmp_path: Path) -> None:
-    sink = CsvSink(tmp_path / "m.csv")
-    sink.log({"loss": 1.0}, 1)
-    sink.log({"top1": 2.0, "note": "a,b"}, 2)
-    CsvSink(tmp_path / "m.csv").log({"loss": float("nan")}, 3)
-    assert read_csv(sink.path) == [
+    folder = RunFolder(tmp_path)
+    log = csv_of(folder)
+    log({"loss": 1.0}, 1)
+    log({"top1": 2.0, "note": "a,b"}, 2)
+    csv_of(folder)({"loss": float("nan")}, 3)
+    assert read_csv(folder.csv_file) == [
         {"step": "1", "loss": "1.0", "top1": "", "note": ""},
         {"step": "2", "loss": "", "top1": "2.0", "note": "a,b"},
         {"step": "3", "loss": "", "top1": "", "note": ""},
@@ -34,14 +48,14 @@ def test_a_new_metric_is_a_new_column(tmp_path: Path) -> None:
 
 def test_csv_is_cut_back_on_resume_and_drops_a_torn_line(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    sink = CsvSink(folder.csv_file)
+    log = csv_of(folder)
     for step in (1, 2, 3):
-        sink.log({"epoch": 1, "loss": step / 2}, step)
-    sink.log({"epoch": 1, "val/top1": 50.0}, 2)
+        log({"epoch": 1, "loss": step / 2}, step)
+    log({"epoch": 1, "val/top1": 50.0}, 2)
     with open(folder.csv_file, "a") as stream:
         stream.write("4,2")
-    [resumed] = make_sinks(folder, {"csv": True, "wandb": "off", "project": "p"}, step=2, epochs=0)
-    resumed.log({"loss": 9.0}, 3)
+    MetricsLog(folder.metrics_file).cut_back(2, 0)
+    csv_of(folder)({"loss": 9.0}, 3)
     assert [(row["step"], row["loss"]) for row in read_csv(folder.csv_file)] == [
         ("1", "0.5"),
         ("2", "1.0"),
@@ -49,8 +63,48 @@ def test_csv_is_cut_back_on_resume_and_drops_a_torn_line(tmp_path: Path) -> None
     ]
 
 
+SAVED_AGAIN = {
+    "semicolons": b"step;epoch;loss\r\n1;1;0,5\r\n2;1;1,0\r\n",
+    "UTF-16": "step\tepoch\tloss\n1\t1\t0.5\n".encode("utf-16"),
+    "byte order mark": b"\xef\xbb\xbfstep,epoch,loss\n1,1,0.5\n2,1,1.0\n",
+    "Latin-1": "step,epoch,loss,größe\n1,1,0.5,\n".encode("latin-1"),
+    "steps as floats": b"step,epoch,loss\n1.0,1.0,0.5\n2.0,1.0,1.0\n",
+    "empty": b"",
+    "a column too few": b"step,loss\n1,0.5,1\n",
+}
+
+
+@pytest.mark.parametrize("how", SAVED_AGAIN)
+def test_a_csv_that_somebody_saved_again_stops_no_run_and_is_made_anew(tmp_path: Path, how: str) -> None:
+    """While the run goes on and where it is resumed; metrics.jsonl has the metrics."""
+    folder = RunFolder(tmp_path)
+    log = csv_of(folder)
+    log({"epoch": 1, "loss": 0.5}, 1)
+    folder.csv_file.write_bytes(SAVED_AGAIN[how])
+    log({"epoch": 1, "val/top1": 50.0}, 2)  # a new column
+    folder.csv_file.write_bytes(SAVED_AGAIN[how])
+    csv_of(folder)({"epoch": 2, "loss": 2.0}, 3)
+    rows = read_csv(folder.csv_file)
+    assert [(row["step"], row["loss"], row["val/top1"]) for row in rows] == [
+        ("1", "0.5", ""),
+        ("2", "", "50.0"),
+        ("3", "2.0", ""),
+    ]
+
+
+def test_a_csv_that_cannot_be_written_is_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path)
+    log = csv_of(folder)
+    folder.csv_file.mkdir()
+    for step in (1, 2, 3):
+        log({"loss": 1.0}, step)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "metrics.csv cannot be written" in line and len(MetricsLog.read(folder.metrics_file)) == 3
+
+
 def test_a_table_is_a_file_of_its_own(tmp_path: Path) -> None:
-    CsvSink(tmp_path / "m.csv").table("ratio/all", ["layer", "in"], [["bn1", 0.5]], step=7)
+    folder = RunFolder(tmp_path)
+    CsvSink(folder.csv_file, truth=folder.metrics_file).table("ratio/all", ["layer", "in"], [["bn1", 0.5]], step=7)
     assert read_csv(tmp_path / "tables" / "ratio_all.csv") == [{"step": "7", "layer": "bn1", "in": "0.5"}]
 
 
@@ -102,7 +156,9 @@ def test_a_failing_wandb_is_one_warning_and_the_run_goes_on(
 ) -> None:
     fake_wandb(monkeypatch, broken=broken)
     made = make_sinks(RunFolder(tmp_path), {"csv": True, "wandb": "offline", "project": "p"})
+    log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in (1, 2):
+        log.append({"step": step, "loss": 1.0})
         for sink in made:
             sink.log({"loss": 1.0}, step)
     for sink in made:

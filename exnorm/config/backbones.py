@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+from exnorm.config.cache import cache_folder
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options, register_model_names, unknown_option
 
@@ -19,7 +20,7 @@ def timm_names() -> list[str]:
         version = metadata.version("timm")
     except metadata.PackageNotFoundError:
         raise UserError("timm is not installed: type pip install timm, or take a model of conf/model") from None
-    cache = cache_dir() / f"timm-{version}.txt"
+    cache = cache_folder() / f"timm-{version}.txt"
     if cache.is_file():
         return cache.read_text(encoding="utf-8").split()
     done = subprocess.run([sys.executable, "-c", LIST_MODELS], capture_output=True, text=True, check=False)
@@ -31,17 +32,10 @@ def timm_names() -> list[str]:
     return names
 
 
-def cache_dir() -> Path:
-    """Return the folder for what can be computed again: $XDG_CACHE_HOME/exnorm or ~/.cache/exnorm."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "exnorm"
-
-
 def write_cache(path: Path, text: str) -> None:
-    """Write a cache file in one step; a folder that cannot be written is no reason to stop."""
+    """Write a cache file in one step; a disk that is full is no reason to stop."""
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as problem:

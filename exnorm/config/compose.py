@@ -21,6 +21,7 @@ from exnorm.config.groups import (
 )
 from exnorm.config.norm import check_norm_types, split_norm
 from exnorm.config.schema import TrainConfig
+from exnorm.config.words import with_home
 
 __all__ = [
     "calibration_data",
@@ -105,7 +106,7 @@ def composed(config_name: str, overrides: list[str]) -> DictConfig:
     register_schemas()
     try:
         with initialize_config_dir(str(conf_dir()), job_name=config_name, version_base="1.3"):
-            return compose(config_name, overrides)
+            return compose(config_name, [with_home(word) for word in overrides])
     except Exception as exc:
         if not is_user_error(exc):
             raise

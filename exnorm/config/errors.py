@@ -4,15 +4,19 @@ import difflib
 from collections.abc import Iterable
 
 SHOWN = 16  # words listed before the rest is only counted
+BUG = (
+    "exnorm: this is a bug, in exnorm or in code of yours that it runs. To report it, send the lines above "
+    "and what `exnorm doctor` prints."
+)
 
 
 class UserError(ValueError):
     """A mistake of the user: what was wrong, what is allowed and what to type, in one line."""
 
 
-def nearest(word: str, allowed: Iterable[str], *, count: int = 1) -> list[str]:
+def nearest(word: str, allowed: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:
     """Return up to `count` of the allowed words that look like `word`, the nearest first."""
-    return difflib.get_close_matches(word, list(allowed), n=count)
+    return difflib.get_close_matches(word, list(allowed), n=count, cutoff=cutoff)
 
 
 def suggest(word: str, allowed: Iterable[str], *, count: int = 1) -> str:

@@ -6,17 +6,26 @@ The patterns are those of Hydra 1.3's messages; a message that matches none is s
 import functools
 import os
 import re
+import traceback
 from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from exnorm.config.errors import UserError, first_line, nearest, suggest
+from exnorm.config.errors import UserError, first_line, nearest, shorten
 from exnorm.config.groups import OF_STUDIES, group_options, groups, option_values, unknown_option
 from exnorm.config.norm import written
 from exnorm.config.schema import EvalConfig, TrainConfig
+from exnorm.config.words import quoted
 
+# The keys that name a file or a folder.
+PATHS = frozenset(
+    [f"data.{name}" for name in ("root", "roots", "train_list", "val_list", "source", "exclude")]
+    + ["model.init_from", "model.init_ratios_from", "runs", "checkpoint"]
+)
+FOLLOWED = {"data.epochs": "trainer.epochs", "data.schedule": "optim.schedule"}  # the latter are what a user sets
+SIMILAR = 0.66  # of two words' letters that agree, for one to be a misspelling of the other
 NOUNS = {
     r"converted to Integer": "an integer",
     r"converted to Float": "a number",
@@ -27,10 +36,19 @@ NOUNS = {
 
 
 def is_user_error(exc: BaseException) -> bool:
-    """Whether an exception is shown as one line: ours and ValueError by convention, Hydra's, OmegaConf's, of a file."""
-    if misused(exc) is not None or refused_file(exc) is not None:
+    """Whether an exception is shown as one line: ours, Hydra's, OmegaConf's, Typer's, and that of a file.
+
+    Any other one is a bug, of exnorm or of code that it runs, and keeps its traceback.
+    """
+    if misused(exc) is not None or refused_file(exc) is not None or _is_hydras_own(exc):
         return True
-    return isinstance(exc, ValueError | HydraException | OmegaConfBaseException)
+    return isinstance(exc, UserError | HydraException | OmegaConfBaseException)
+
+
+def _is_hydras_own(exc: BaseException) -> bool:
+    """Whether Hydra itself raised a ValueError, as it does for some overrides."""
+    frames = list(traceback.walk_tb(exc.__traceback__))
+    return isinstance(exc, ValueError) and bool(frames) and frames[-1][0].f_globals["__name__"].startswith("hydra.")
 
 
 def misused(exc: BaseException) -> str | None:
@@ -56,7 +74,7 @@ def explain(exc: BaseException, config_name: str = "train") -> str:
     if (line := misused(exc) or refused_file(exc)) is not None:
         return line
     if isinstance(exc, OverrideParseException):
-        return f"cannot read '{exc.override}': write KEY=VALUE, such as batch=8x32 or 'data.scale=[0.2,1]'"
+        return unreadable(exc.override)
     if found := re.search(r"Could not find '([^']*)/([^'/]*)'", text):
         return missing_option(found[1], found[2], text)
     if found := re.search(r"Could not override '([^'=]*)", text):
@@ -64,14 +82,29 @@ def explain(exc: BaseException, config_name: str = "train") -> str:
     if found := re.search(r"Error merging override (.*)", text):
         return wrong_type(found[1], str(exc.__cause__), config_name)
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
-        key, _, value = found[1].partition("=")
-        a_list = (
-            f", or for a list type '{key}=[{value}]'" if isinstance(known_values(config_name).get(key), list) else ""
-        )
-        return f"{found[1]}: several values; add -m to run one after the other{a_list}"
+        return several_values(found[1], config_name)
     if "Config group override must be a string" in text:
         return "a group takes the name of one of its options, such as norm=en, not a number, null or nothing"
+    if (found := re.search(r"Interpolation key '(\w+)' not found", text)) and found[1] in os.environ:
+        return f"{first_line(exc)}; for the variable {found[1]} of the environment write ${{oc.env:{found[1]}}}"
     return first_line(exc)
+
+
+def unreadable(override: str) -> str:
+    """Explain a word that Hydra's grammar does not have: how it is quoted, where it is a value with such characters."""
+    key, equals, value = override.partition("=")
+    if equals and value and (key in PATHS or value[0] not in "([{") and re.fullmatch(r"[\w.+]+", key):
+        return f"cannot read '{override}': a value with such characters stands in quotes: type {quoted(key, value)}"
+    return f"cannot read '{override}': write KEY=VALUE, such as batch=8x32 or 'data.scale=[0.2,1]'"
+
+
+def several_values(override: str, config_name: str) -> str:
+    """Explain a comma outside of a sweep: several runs, or else a list or a path with a comma."""
+    key, _, value = override.partition("=")
+    line = f"{override}: several values; add -m to run one after the other"
+    if isinstance(known_values(config_name).get(key), list):
+        return f"{line}, or for a list type '{key}=[{value}]'"
+    return f"{line}, or for one value with a comma type {quoted(key, value)}" if key in PATHS else line
 
 
 def missing_option(group: str, name: str, text: str) -> str:
@@ -90,13 +123,42 @@ def unknown_key(key: str, config_name: str = "train") -> str:
     having = [name for name in group_options("norm") if option in option_values("norm", name)]
     if group == "norm" and having and config_name == "train":
         return f"unknown key '{key}' for this norm: {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
-    known = list(known_values(config_name))
-    same = [other for other in known if other.split(".")[-1] == key]
-    if same:
-        return f"unknown key '{key}': did you mean " + " or ".join(f"'{other}'" for other in same) + "?"
-    tops = sorted({other.split(".")[0] for other in known} | set(groups() if config_name == "train" else ()))
-    near = nearest(key, [other for other in known if other.startswith(f"{group}.")] or known + tops)
-    return f"unknown key '{key}': {suggest(near[0] if near else key, near or tops)}"
+    similar = meant_keys(key, config_name)
+    if similar:
+        return f"unknown key '{key}': did you mean " + " or ".join(f"'{other}'" for other in similar) + "?"
+    own = [other.removeprefix(f"{group}.") for other in known_values(config_name) if other.startswith(f"{group}.")]
+    if own:
+        return f"unknown key '{key}': {group} has {', '.join(own)}"
+    return f"unknown key '{key}': allowed: {shorten(top_keys(config_name))}"
+
+
+def top_keys(config_name: str) -> list[str]:
+    """Return the first words of all keys, the groups among them."""
+    firsts = {key.split(".")[0] for key in known_values(config_name)}
+    return sorted(firsts | set(groups() if config_name == "train" else ()))
+
+
+def meant_keys(key: str, config_name: str = "train") -> list[str]:
+    """Return the keys that a word may mean: the last word of a key says what it is.
+
+    A key of the same group comes first, then those with the same last word elsewhere, then those with a similar one.
+    """
+    group, _, word = key.rpartition(".")
+    if not group and word in top_keys(config_name):
+        return [word]
+    known = known_values(config_name)
+    last_words = {other: other.rpartition(".")[2] for other in known if FOLLOWED.get(other) not in known}
+    own = [other for other in last_words if group and other.rpartition(".")[0] == group]
+    near = nearest(word, [last_words[other] for other in own], cutoff=SIMILAR)
+    if near:
+        return [f"{group}.{near[0]}"]
+    same = [other for other, last in last_words.items() if last == word]
+    if same or own:
+        return same
+    if not group and (tops := nearest(word, top_keys(config_name), cutoff=SIMILAR)):
+        return tops
+    like = nearest(word, set(last_words.values()), cutoff=SIMILAR)
+    return [other for other, last in last_words.items() if last in like]
 
 
 def wrong_type(override: str, reason: str, config_name: str) -> str:

@@ -51,7 +51,8 @@ def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
     if len(listed) > SHOWN:
         return f"unknown {group} '{name}': {suggest(name, listed, count=3)}"
     hint = f"{suggest(name, listed)} " if nearest(name, listed) else ""
-    return f"unknown {group} '{name}': {hint}allowed: {shorten(listed)}"
+    further = f"; another optimizer of timm is optim.name={name} optim.lr=RATE" if group == "optim" else ""
+    return f"unknown {group} '{name}': {hint}allowed: {shorten(listed)}{further}"
 
 
 def option_values(group: str, name: str) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class LoggerConfig:
 class OpsConfig:
     """The back end of the streaming primitives."""
 
-    backend: str = "auto"  # auto (compiled on a CPU, eager on a GPU) | eager | compiled
+    backend: str = "auto"  # auto (compiled on a CPU, triton on an NVIDIA GPU) | eager | compiled | triton
 
 
 @dataclass

@@ -12,12 +12,12 @@ from PIL import Image
 
 from exnorm.config.errors import UserError
 from exnorm.data.files import BadImage
+from exnorm.data.places import BAD_IMAGES
 from exnorm.data.splits import Images
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.metrics import append_text
 from exnorm.runs.sinks import csv_text
 
-COLUMNS = ("data", "index", "path", "reason")
 Row = tuple[str, ...]
 
 
@@ -47,6 +47,7 @@ class BadImages:
             return chosen, images.open_image(chosen)
         except BadImage as bad:
             self._note(chosen, bad)
+            example = bad
         alike = np.flatnonzero(np.asarray(images.labels) == images.labels[index])
         first = int(np.searchsorted(alike, index, side="right"))
         for other in [*alike[first:], *alike[:first]][:-1]:
@@ -57,11 +58,11 @@ class BadImages:
                 continue
             self.bad[index] = int(other)
             return int(other), image
-        label, (_, _, path, reason) = images.labels[index], self.rows()[0]
-        raise UserError(f"{self.data}: all {len(alike)} images of label {label} are broken, such as {path} ({reason})")
+        label, such = images.labels[index], f"{example.name} ({example.reason})"
+        raise UserError(f"{self.data}: all {len(alike)} images of label {label} are broken, such as {such}")
 
     def _note(self, index: int, bad: BadImage) -> None:
-        head = [] if self.file.exists() else [COLUMNS]  # two processes may both be the first: read once
+        head = [] if self.file.exists() else [BAD_IMAGES]  # two processes may both be the first: read once
         append_text(self.file, csv_text([*head, (self.data, index, bad.name, bad.reason)]))
 
     def check(self) -> None:
@@ -91,19 +92,19 @@ class BadImages:
         """Forget the broken images of an earlier attempt that can be read now; for one process, before the others."""
         if self.file.exists():
             rows = [row for row in self._all_rows() if row[0] != self.data or _is_broken(images, int(row[1]))]
-            write_text_atomic(self.file, csv_text([COLUMNS, *rows]))
+            write_text_atomic(self.file, csv_text([BAD_IMAGES, *rows]))
 
     def tidy(self) -> None:
         """Write the file anew: each image once, by index; for one process, at the end."""
         if self.file.exists():
-            write_text_atomic(self.file, csv_text([COLUMNS, *self._all_rows()]))
+            write_text_atomic(self.file, csv_text([BAD_IMAGES, *self._all_rows()]))
 
     def _all_rows(self) -> list[Row]:
         if not self.file.exists():
             return []
         with self.file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
-            rows = {tuple(row[:2]): tuple(row) for row in csv.reader(lines) if len(row) == len(COLUMNS)}
-        rows.pop(COLUMNS[:2], None)
+            rows = {tuple(row[:2]): tuple(row) for row in csv.reader(lines) if len(row) == len(BAD_IMAGES)}
+        rows.pop(BAD_IMAGES[:2], None)
         return sorted(rows.values(), key=lambda row: (row[0], int(row[1])))
 
 

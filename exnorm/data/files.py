@@ -1,5 +1,5 @@
 """Opening the file of an image as RGB, as torchvision's `pil_loader` does: EXIF rotation is ignored, an animation is
-its first frame, transparency is dropped. What Pillow would clip is scaled: 16 bits to 8.
+its first frame, transparency is dropped. What Pillow would clip is scaled: 16 bits to 8, and floats from 0 to 1.
 """
 
 import errno
@@ -74,6 +74,22 @@ def rgb(file: BinaryIO) -> Image.Image:
         if image.mode.startswith("I"):  # 16 bits; Pillow names them by their byte order
             pixels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
             return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode == "F" and (scale := _scale_of(np.asarray(image))) != 1:
+            return Image.fromarray((np.asarray(image) * scale + 0.5).astype(np.uint8)).convert("RGB")
         if image.mode == "P" and "transparency" in image.info:
             return image.convert("RGBA").convert("RGB")  # Pillow warns of the direct way
         return image.convert("RGB")
+
+
+def _scale_of(values: np.ndarray) -> float:
+    """What makes bytes of floats. White is 1, 255 or 65,535, the lowest of them that no value exceeds.
+
+    Raises:
+        ValueError: values of which none is known to be white.
+    """
+    lowest, highest = float(values.min()), float(values.max())
+    if 1 < highest <= 255:
+        return 1
+    if lowest >= 0 and highest <= 65535:
+        return 255 / (1 if highest <= 1 else 65535)
+    raise ValueError(f"floats from {lowest:g} to {highest:g}; they may go from 0 to 1, to 255 or to 65535")

@@ -171,24 +171,31 @@ def _joined(parts: list[Packed]) -> Packed:
     return Packed(np.concatenate([part.block for part in parts]), np.concatenate(ends))
 
 
-def _images_below(base: bytes, folder: bytes, watched: list[bytes]) -> Iterator[tuple[bytes, int]]:
-    """(path relative to base, bytes) of the images in a folder and its folders; -1 bytes for a dangling link."""
-    watched.append(os.path.join(base, folder))
-    with os.scandir(watched[-1]) as entries:
+def _images_below(
+    base: bytes, folder: bytes, watched: list[bytes], above: tuple[bytes, ...] = ()
+) -> Iterator[tuple[bytes, int]]:
+    """(path relative to base, bytes) of the images in a folder and its folders; -1 bytes for a dangling link.
+
+    Args:
+        above: the real paths of the folders on the way here: a loop leads back to one of them, a second link to the
+            same folder does not.
+
+    Raises:
+        UserError: a folder that lies in itself, through a link.
+    """
+    path, way = os.path.join(base, folder), above or (os.path.realpath(base),)
+    here = os.path.realpath(path)
+    if here in way:
+        raise UserError(f"{os.fsdecode(path)} is a link to a folder that it lies in; remove it")
+    watched.append(path)
+    with os.scandir(path) as entries:
         found = list(entries)
     for entry in found:
-        path = os.path.join(folder, entry.name)
+        name = os.path.join(folder, entry.name)
         if _is_folder(entry):
-            if entry.is_symlink() and _lies_in(watched[-1], entry.path):
-                raise UserError(f"{os.fsdecode(entry.path)} is a link to a folder that it lies in; remove it")
-            yield from _images_below(base, path, watched)
+            yield from _images_below(base, name, watched, (*way, here))
         elif is_image(entry.name):
-            yield path, _size(entry.path)
-
-
-def _lies_in(folder: bytes, other: bytes) -> bool:
-    target = os.path.realpath(other)
-    return os.path.commonpath([os.path.realpath(folder), target]) == target
+            yield name, _size(entry.path)
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

@@ -1,6 +1,8 @@
 """Where the files of a data set lie, and which of them are left out."""
 
 import codecs
+import csv
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ import numpy as np
 
 from exnorm.config.errors import UserError
 from exnorm.data.entries import Entries
+
+BAD_IMAGES = ("data", "index", "path", "reason")  # the columns of a run's bad_images.csv
 
 
 def root_of(config: Any, *, layout: str, name: str | None = None) -> Path:
@@ -73,19 +77,33 @@ def _paths(entries: Entries, root: Path) -> Iterator[bytes]:
 
 
 def excluded_lines(config: Any, root: Path) -> set[bytes]:
-    """The lines of the file that `data.exclude` names: a path on each, from the root or absolute; both forms of each.
+    """The paths in the file that `data.exclude` names, from the root and absolute; both forms of each.
 
-    Empty lines and those that begin with # say nothing.
+    Raises:
+        UserError: there is no such file.
+    """
+    base = os.fsencode(os.path.abspath(root))
+    paths = [os.path.normpath(os.path.join(base, line)) for line in listed_paths(config)]
+    return {*paths, *(os.path.relpath(path, base) for path in paths)}
+
+
+def listed_paths(config: Any) -> list[bytes]:
+    """The paths in the file that `data.exclude` names, as they are written there, from the root or absolute.
+
+    The file has a path on each line, where empty lines and lines that begin with # do not count, or it is the
+    `bad_images.csv` of a run.
 
     Raises:
         UserError: there is no such file.
     """
     if config.exclude is None:
-        return set()
+        return []
     file = Path(config.exclude).expanduser()
     if not file.is_file():
         raise UserError(f"data.exclude={config.exclude}: there is no such file; it holds a path on each line")
-    lines = (line.strip() for line in file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines())
-    base = os.fsencode(os.path.abspath(root))
-    paths = [os.path.normpath(os.path.join(base, line)) for line in lines if line and not line.startswith(b"#")]
-    return {*paths, *(os.path.relpath(path, base) for path in paths)}
+    text = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    table = csv.DictReader(io.StringIO(os.fsdecode(text), newline=""))
+    if table.fieldnames and list(table.fieldnames) == list(BAD_IMAGES):
+        return [os.fsencode(row["path"]) for row in table if row["path"]]
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith(b"#")]

@@ -77,9 +77,16 @@ def synsets(root: Path) -> list[str]:
 
 
 def query_labels(root: Path) -> dict[str, int]:
-    """The label of each query: the map counts classes from 1, labels count from 0."""
-    lines = _info(root, QUERY_MAP).read_text(encoding="utf-8").splitlines()
+    """The label of each query: the map counts classes from 1, labels count from 0.
+
+    Raises:
+        UserError: a line that is not two numbers.
+    """
+    lines = _info(root, QUERY_MAP).read_text(encoding="utf-8", errors="replace").splitlines()
     pairs = [line.split() for line in lines if line.strip()]
+    odd = next((pair for pair in pairs if len(pair) != 2 or not all(word.isdecimal() for word in pair)), None)
+    if odd is not None:
+        raise UserError(f"{root}/info/{QUERY_MAP}: expected lines of a query and its class, found '{' '.join(odd)}'")
     return {f"q{int(query):04}": int(label) - 1 for query, label in pairs}
 
 

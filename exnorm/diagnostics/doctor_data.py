@@ -4,11 +4,12 @@ Counts per split and class, classes that do not match, broken files, sizes, the 
 beside the constants in use, the loader's speed, and a sheet of augmented training images with their labels.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,10 +21,11 @@ from exnorm.data import fingerprint, load, noise, validation_sets, webvision
 from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
-from exnorm.data.places import root_of
+from exnorm.data.places import listed_paths, root_of
 from exnorm.data.splits import Images, Splits
 from exnorm.data.transforms import eval_transform, train_transform
-from exnorm.runs.folder import check_out
+from exnorm.runs.counted_warnings import counted_warnings
+from exnorm.runs.folder import check_out, write_text_atomic
 
 SHOWN = 5
 BATCH = 32
@@ -34,34 +36,55 @@ ROWS, COLUMNS, TILE, CAPTION = 6, 8, 128, 18  # of the sheet; px
 def run(overrides: Sequence[str], count: int, sheet: Path | None) -> int:
     """Print what was found; return 0 if a training can start, else 1.
 
+    The broken images are listed in `<name>-broken.txt` beside the sheet, a file for `data.exclude`.
+
     Args:
         count: how many images of each split are opened, evenly spread; 0 for all.
         sheet: the PNG file; without it, `<name>-sheet.png` in the current folder.
     """
+    with counted_warnings():
+        return _examine(overrides, count, sheet)
+
+
+def _examine(overrides: Sequence[str], count: int, sheet: Path | None) -> int:
     config = compose_train(list(overrides)).data
     path = sheet or Path(f"{config.name}-sheet.png")
     check_out(path, ".png")
     fingerprint(config)
     splits = load(config)
-    sets = validation_sets(config, splits)
+    named = {f"val ({name})": images for name, images in validation_sets(config, splits).items()}
     print(_counts("train", splits.train, splits.classes))
-    for name, images in sets.items():
-        print(_counts(f"val ({name})", images, splits.classes))
+    for name, images in named.items():
+        print(_counts(name, images, splits.classes))
     for line in _labels(config, splits):
         print(line)
-    bad = _look(config, "train", splits.train, count)
-    bad_val = [_look(config, f"val ({name})", images, count) for name, images in sets.items()]
+    looks = {"train": _look(config, "train", splits.train, count)}
+    looks |= {name: _look(config, name, images, count) for name, images in named.items()}
+    share = len(looks["train"].bad) / max(1, looks["train"].opened)
+    bad_val = [problem for name in named for problem in looks[name].bad]
+    broken = path.with_name(f"{config.name}-broken.txt")
     with tempfile.TemporaryDirectory() as folder:
         replaced = BadImages(Path(folder) / "bad.csv", data=config.name, images=len(splits.train), max_fraction=1)
         dataset = SeededImages(splits.train, train_transform(config), seed=0, bad_images=replaced)
         print(_speed(config, dataset, count))
         draw_sheet(dataset, splits.classes).save(path, optimize=True)
     print(f"sheet: {ROWS * COLUMNS} augmented training images with their labels in {path}")
-    if any(bad_val):
-        print("FAIL: broken validation images; mend them, or name them in a file: data.exclude=FILE")
-    if bad > config.max_bad_fraction:
-        print(f"FAIL: {100 * bad:.2f} % of the training images are broken, and data.max_bad_fraction allows less")
-    return int(any(bad_val) or bad > config.max_bad_fraction)
+    if looks["train"].bad or bad_val:
+        _list_broken(config, broken, [*looks["train"].bad, *bad_val])
+    if bad_val:
+        print(f"FAIL: broken validation images; mend them, or leave them out: data.exclude={broken}")
+    if share > config.max_bad_fraction:
+        print(f"FAIL: {100 * share:.2f} % of the training images are broken, and data.max_bad_fraction allows less")
+    return int(bool(bad_val) or share > config.max_bad_fraction)
+
+
+def _list_broken(config: Any, file: Path, problems: Sequence[BadImage]) -> None:
+    """Write what `data.exclude` has left out so far and the broken images, each below its reason."""
+    before = [os.fsdecode(path) for path in listed_paths(config)]
+    lines = [line for problem in problems for line in (f"# {problem.reason}", problem.name)]
+    write_text_atomic(file, "\n".join([*before, *lines]) + "\n")
+    kept = f", below the {len(before)} of data.exclude={config.exclude}" if before else ""
+    print(f"broken images: all {len(problems)} are listed in {file}{kept}; data.exclude={file} leaves them out")
 
 
 def _counts(split: str, images: Images, classes: Sequence[str]) -> str:
@@ -94,8 +117,15 @@ def _labels(config: Any, splits: Splits) -> Iterator[str]:
         yield f"queries: {odd} of {len(part)} labels differ from that of their query's folder"
 
 
-def _look(config: Any, split: str, images: Images, count: int) -> float:
-    """Open images of a split, say what they are like, and return the share of broken ones."""
+class Look(NamedTuple):
+    """How many images of a split were opened, and the broken ones among them."""
+
+    opened: int
+    bad: list[BadImage]
+
+
+def _look(config: Any, split: str, images: Images, count: int) -> Look:
+    """Open images of a split, say what they are like, and return the broken ones."""
     chosen = np.linspace(0, len(images) - 1, min(count or len(images), len(images))).round().astype(int)
     transform = eval_transform(config)
     bad, sizes, sums = [], [], np.zeros((3, 2))
@@ -109,9 +139,12 @@ def _look(config: Any, split: str, images: Images, count: int) -> float:
         pixels = np.asarray(transform.crop(image)).reshape(3, -1) / 255
         sums += np.stack([pixels.mean(1), np.square(pixels).mean(1)], 1)
     good = len(chosen) - len(bad)
-    print(f"{split}: {good} of {len(chosen)} opened images are good")
+    rest = f" (of {len(images)}; --images 0 opens all)" if len(chosen) < len(images) else ""
+    print(f"{split}: {good} of {len(chosen)} opened images are good{rest}")
     for problem in bad[:SHOWN]:
         print(f"  broken: {problem.name} ({problem.reason})")
+    if len(bad) > SHOWN:
+        print(f"  and {len(bad) - SHOWN} more")
     if good:
         sides = np.array(sizes)
         low, middle, high = sides.min(0), np.median(sides, 0), sides.max(0)
@@ -123,7 +156,7 @@ def _look(config: Any, split: str, images: Images, count: int) -> float:
             f"  mean {_numbers(mean)} (in use {_numbers(config.mean)}), std {_numbers(std)} (in use "
             f"{_numbers(config.std)})" + ("; far from each other" if off else "")
         )
-    return len(bad) / len(chosen) if len(chosen) else 0.0
+    return Look(len(chosen), bad)
 
 
 def _size(side: np.ndarray) -> str:

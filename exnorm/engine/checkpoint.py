@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from exnorm.config.errors import UserError, first_line
 from exnorm.config.schema import TrainConfig
+from exnorm.engine.weight_files import read_file
 from exnorm.models import build_model
 from exnorm.runs.folder import RunFolder, rename_synced
 
@@ -133,27 +134,14 @@ def build_trained(config: Any, state: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def read_weights(source: str | Path) -> dict[str, Tensor]:
-    """The weights in a run folder or a file (a checkpoint of ours, a plain state dict of any torch, or safetensors).
+def read_weights(source: str | Path) -> dict[str, Any]:
+    """The weights of a run folder, or what a file of weights holds (`exnorm.engine.weight_files`).
 
     Raises:
-        UserError: a file that holds no tensors, or more than torch loads with `weights_only=True`.
+        UserError: no usable checkpoint, or a file without weights.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        return find(RunFolder(path), "last")["model"]
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # noqa: BLE001 - whatever a strange file makes the readers raise
-        raise UserError(f"{path} cannot be read as weights ({first_line(problem)})") from None
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds no weights but a {type(state).__name__}")
-    found = (state[key] for key in ("model", "state_dict") if isinstance(state.get(key), Mapping))
-    return dict(next(found, state))
+    return find(RunFolder(path), "last")["model"] if path.is_dir() else read_file(path)
 
 
 def _by_step(folder: RunFolder) -> list[Path]:

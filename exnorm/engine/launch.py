@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from exnorm.config.errors import UserError
 from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
 from exnorm.engine.processes import run_workers, visible_gpus
-from exnorm.engine.summary import print_evaluations, print_result
+from exnorm.engine.summary import print_evaluations, print_result, print_shorter
 from exnorm.runs.folder import (
     RunFolder,
     RunLocked,
@@ -73,6 +74,8 @@ def run(config: DictConfig) -> None:
         print_result(folder)
         return
     made = prepare(folder, values, hash8)
+    if made:
+        print_shorter(folder, values, partial(identity, config))
     try:
         gpu = on_gpu(config.trainer.device, "trainer.device")
         run_workers([str(folder.path)], count=plan.devices, on_gpu=gpu, resumable=True)

@@ -1,6 +1,7 @@
 """What a person sees of a run: a bar or a line a minute, a line per epoch, and the lines of `log.txt`."""
 
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -48,7 +49,11 @@ class Progress:
         line = f"epoch {epoch + 1}/{self.epochs}, step {step}/{self.steps}: train loss {loss / count:.3f}{left}"
         if self.on_terminal:
             filled = 24 * step // self.steps
-            print(f"\r\033[K[{'#' * filled}{'.' * (24 - filled)}] {line}", end="", file=sys.stderr, flush=True)
+            # A line that is wrapped would not be taken back as a whole; a terminal that knows no width says 0.
+            columns = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            bar = f"[{'#' * filled}{'.' * (24 - filled)}] "
+            shown = (bar + line if len(bar + line) <= columns else line)[:columns]
+            print(f"\r\033[K{shown}", end="", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
 

@@ -1,17 +1,23 @@
 """The small table at the end of a run or an evaluation. Imports no torch."""
 
+import shlex
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
 
 from exnorm.runs.folder import RunFolder
+from exnorm.runs.identity import run_dir
 from exnorm.runs.table import print_table
 
 NORMALIZERS = ("in", "ln", "bn")
 
 
 def print_result(folder: RunFolder) -> None:
-    """A finished run: accuracy, loss, time, mean ratios, the folder, and the same command on ImageNet."""
+    """A finished run: accuracy, loss, time, mean ratios, the folder, and what a user may type next.
+
+    The last line says how many training images were replaced, if any were.
+    """
     record, config = folder.read_record(), folder.read_config()
     if record is None:
         return
@@ -32,6 +38,41 @@ def print_result(folder: RunFolder) -> None:
     if config["data"]["name"] == "digits":
         norm, model = config["norm"]["name"], config["model"]["name"]
         print(f"the same on ImageNet: exnorm train model={model} norm={norm} batch=8x32 data=imagenet data.root=DIR")
+    offline = [path for path in sorted(folder.wandb_dir.glob("offline-run-*")) if not any(path.glob("*.synced"))]
+    if offline:
+        print(f"to upload it to W&B: {shlex.join(['wandb', 'sync', *map(str, offline)])}")
+    if replaced := record.get("bad_images"):
+        file = folder.bad_images_file
+        print(
+            f"{replaced} broken training image{'s were' if replaced > 1 else ' was'} replaced by others of the same "
+            f"label. {file} lists them; a run with data.exclude={file} leaves them out."
+        )
+
+
+def print_shorter(folder: RunFolder, config: dict[str, Any], identity: Callable[[dict[str, Any]], str]) -> None:
+    """Say which run with fewer epochs and otherwise the same settings has finished, and how to start from its weights.
+
+    Args:
+        folder, config: the new run and its resolved configuration.
+        identity: the hash of a resolved configuration and its data.
+    """
+    alike = folder.path.parent.glob(run_dir(config, hash8="*").name)
+    lengths = {_finished_epochs(RunFolder(path)) for path in alike}
+    for epochs in sorted((number for number in lengths if 0 < number < config["trainer"]["epochs"]), reverse=True):
+        shorter = {**config, "trainer": {**config["trainer"], "epochs": epochs}}
+        path = run_dir(shorter, hash8=identity(shorter))
+        if _finished_epochs(RunFolder(path)):
+            print(
+                f"{path} has finished the same training with trainer.epochs={epochs}. This run starts from the "
+                "beginning, because the learning rate follows the number of epochs. To start from the weights of that "
+                f"run instead, add model.init_from={path}"
+            )
+            return
+
+
+def _finished_epochs(folder: RunFolder) -> int:
+    """The epochs of a finished run; 0 of any other folder."""
+    return (folder.read_record() or {}).get("epochs", 0)
 
 
 def print_evaluations(rows: list[dict[str, Any]]) -> None:

@@ -96,7 +96,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         metrics = MetricsLog(folder.metrics_file)
         metrics.cut_back(learner.step, learner.epoch)
         values: Any = OmegaConf.to_container(config)
-        sinks = make_sinks(folder, config.logger, step=learner.step, epochs=learner.epoch, run_config=values)
+        sinks = make_sinks(folder, config.logger, run_config=values)
         if state is not None and learner.step == learner.epoch * epoch_steps:
             keep_marked(folder, learner, checkpoint.step_file(folder, learner.step), config)
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from exnorm.config.errors import BUG, UserError, first_line
 from exnorm.runs.children import available_cores, end_with_parent
+from exnorm.runs.output import print_anything
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
@@ -27,6 +29,7 @@ def main(arguments: list[str]) -> int:
     """Run a worker; return its exit code."""
     if os.environ.get(CONTROLLED):
         end_with_parent()
+    print_anything()
     folder_name, *request = arguments
     received = _listen() if not request else []
     if request:  # an evaluation has nothing to save: it dies at once, without a traceback
@@ -35,6 +38,7 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from exnorm.engine import checkpoint, distributed, train
+    from exnorm.runs.counted_warnings import counted_warnings
     from exnorm.runs.folder import RunFolder, RunLocked
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -43,18 +47,26 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(folder_name)
     try:
         config = checkpoint.read_config(folder)
-        if request:
-            _evaluate(folder, config, json.loads(request[0]))
-        else:
-            _train(folder, config, lambda: received[0] if received else 0)
+        with counted_warnings(printed=os.environ.get("RANK", "0") == "0"):
+            if request:
+                _evaluate(folder, config, json.loads(request[0]))
+            else:
+                _train(folder, config, lambda: received[0] if received else 0)
     except train.Stopped as stopped:
         return 128 + stopped.signum
     except RunLocked as problem:
         _report(problem)
         return EXIT_LOCKED
-    except ValueError as problem:  # UserError, and what the norms refuse at the first forward
+    except UserError as problem:
         _report(problem)
         return EXIT_USER_ERROR
+    except torch.OutOfMemoryError as problem:
+        less = "more trainer.passes, a smaller batch or trainer.precision=bf16 take less"
+        _report(UserError(f"the memory of the GPU is full: {less} ({first_line(problem)})"))
+        return EXIT_USER_ERROR
+    except Exception as problem:
+        problem.add_note(BUG)
+        raise
     finally:
         distributed.leave()
     return 0
@@ -110,7 +122,7 @@ def _listen() -> list[int]:
     return received
 
 
-def _report(problem: ValueError) -> None:
+def _report(problem: UserError) -> None:
     error_file = os.environ.get(ERROR_FILE)
     if os.environ.get("EXNORM_TRACEBACK"):
         raise problem

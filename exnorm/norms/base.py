@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from exnorm import ops
+from exnorm.config.errors import UserError
 from exnorm.norms import compiled_layer
 from exnorm.norms.statistics import Moments
 
@@ -201,9 +202,9 @@ class Norm(nn.Module):
             ValueError: see the class; what was given and what is allowed.
         """
         if not 2 <= x.ndim <= 5:
-            raise ValueError(f"{type(self).__name__} takes 2 to 5 dimensions, (N, C, *spatial), not {tuple(x.shape)}")
+            raise UserError(f"{type(self).__name__} takes 2 to 5 dimensions, (N, C, *spatial), not {tuple(x.shape)}")
         if x.shape[self.channel_dim] != self.num_features:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}({self.num_features}) got {x.shape[self.channel_dim]} channels in dimension "
                 f"{self.channel_dim} of {tuple(x.shape)}; channel_dim=1 is (N, C, *spatial), -1 is (N, *spatial, C)"
             )
@@ -265,7 +266,7 @@ def check_options(owner: str, **options: Any) -> None:
     for name, value in options.items():
         accepts, allowed = rules[name]
         if not accepts(value):
-            raise ValueError(f"{owner}: {name}={value!r} is not possible; allowed: {allowed}")
+            raise UserError(f"{owner}: {name}={value!r} is not possible; allowed: {allowed}")
 
 
 def largest_divisor(number: int, limit: int, option: str) -> int:
@@ -275,5 +276,5 @@ def largest_divisor(number: int, limit: int, option: str) -> int:
         ValueError: a limit that is no positive integer, under the name `option`.
     """
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise ValueError(f"{option}={limit!r} is not possible; allowed: an integer from 1 up")
+        raise UserError(f"{option}={limit!r} is not possible; allowed: an integer from 1 up")
     return next(divisor for divisor in range(min(limit, number), 0, -1) if number % divisor == 0)

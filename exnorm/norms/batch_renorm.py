@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exnorm.config.errors import UserError
 from exnorm.norms.base import fold
 from exnorm.norms.batch_norm import BatchNorm
 from exnorm.norms.statistics import Moments
@@ -43,7 +44,7 @@ class BatchRenorm(BatchNorm):
     ) -> None:
         super().__init__(num_features, device=device, **options)
         if not r_max >= 1 or not d_max >= 0:
-            raise ValueError(f"BatchRenorm: r_max={r_max}, d_max={d_max}: allowed: 1 or more, and 0 or more")
+            raise UserError(f"BatchRenorm: r_max={r_max}, d_max={d_max}: allowed: 1 or more, and 0 or more")
         self.r_max, self.d_max = r_max, d_max
         self.register_buffer("progress", torch.zeros((), device=device))
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from exnorm.config.errors import UserError
 from exnorm.norms.base import Norm, check_options
 from exnorm.norms.statistics import (
     Moments,
@@ -129,10 +130,10 @@ class BatchScopeNorm(Norm):
             return
         samples, (replicas, group) = x.shape[0], self.scope()
         if samples % replicas:
-            raise ValueError(f"{samples} samples do not split into {replicas} replicas; give a multiple of it")
+            raise UserError(f"{samples} samples do not split into {replicas} replicas; give a multiple of it")
         if self.training and samples == replicas and x[0].numel() == self.num_features and group is None:
             others = ", or normalizers=[in,ln]" if hasattr(self, "normalizers") else ""
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} in training needs more than 1 value per channel in BN's scope, which is "
                 f"1 sample of 1 position here; use a larger batch or image, or sync=True with several processes{others}"
             )

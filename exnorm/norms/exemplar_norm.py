@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exnorm.config.errors import UserError
 from exnorm.norms.base import largest_divisor
 from exnorm.norms.batch_scope import BatchScopeNorm
 from exnorm.norms.mixture import (
@@ -86,11 +87,11 @@ class ExemplarNorm(BatchScopeNorm):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(num_features, track_running_stats=track, **factory, **options)
         if hidden_act not in HIDDEN_ACTIVATIONS:
-            raise ValueError(
+            raise UserError(
                 f"ExemplarNorm: hidden_act={hidden_act!r} is not possible; allowed: {', '.join(HIDDEN_ACTIVATIONS)}"
             )
         if not isinstance(pi, int) or isinstance(pi, bool) or pi < 1:
-            raise ValueError(f"ExemplarNorm: pi={pi!r} is not possible; allowed: an integer from 1 up (the paper: 50)")
+            raise UserError(f"ExemplarNorm: pi={pi!r} is not possible; allowed: an integer from 1 up (the paper: 50)")
         self.reduction = largest_divisor(num_features, reduction, "ExemplarNorm: reduction")
         self.pi, self.hidden_act, self.initial = pi, hidden_act, initial
         count = len(self.normalizers)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from exnorm.config.errors import UserError
 from exnorm.norms.base import Norm, fold, largest_divisor
 from exnorm.norms.statistics import Moments, group_statistics
 
@@ -39,7 +40,7 @@ class GroupNorm(Norm):
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
         if x[0].numel() == self.num_groups:
-            raise ValueError(
+            raise UserError(
                 f"GroupNorm needs more than 1 value per group: {self.num_features} channels in {self.num_groups} "
                 "groups of 1 position leave nothing; use fewer groups (norm.num_groups) or larger images"
             )

@@ -9,6 +9,7 @@ Equals `torch.nn.InstanceNorm2d(C, affine=True)`, which has no affine map by def
 
 from torch import Tensor
 
+from exnorm.config.errors import UserError
 from exnorm.norms.base import Norm, fold
 from exnorm.norms.statistics import Moments, instance_statistics
 
@@ -25,7 +26,7 @@ class InstanceNorm(Norm):
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
         if x[0].numel() == self.num_features:
-            raise ValueError(
+            raise UserError(
                 "InstanceNorm needs more than 1 position per sample and channel: of one value nothing is left; "
                 "use larger images (data.image_size=64 or more for ResNets) or a norm with another scope (norm=sn, en)"
             )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from exnorm.config.errors import UserError
 from exnorm.norms.batch_scope import BatchScopeNorm
 from exnorm.norms.statistics import (
     Moments,
@@ -28,12 +29,12 @@ def check_normalizers(owner: str, normalizers: Sequence[str], initial: str | Non
     """
     names = tuple(normalizers)
     if not names or len(set(names)) != len(names) or not set(names) <= set(NORMALIZERS):
-        raise ValueError(
+        raise UserError(
             f"{owner}: normalizers={list(names)} is not possible; allowed: some of {', '.join(NORMALIZERS)}, each once "
             "(norm.normalizers=[in,ln,bn])"
         )
     if initial is not None and initial not in names:
-        raise ValueError(
+        raise UserError(
             f"{owner}: initial={initial!r} is not among normalizers={list(names)}; or null for equal ratios"
         )
     return names

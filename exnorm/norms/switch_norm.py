@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exnorm.config.errors import UserError
 from exnorm.norms.base import fold, largest_divisor
 from exnorm.norms.batch_scope import BatchScopeNorm
 from exnorm.norms.mixture import (
@@ -137,7 +138,7 @@ class SwitchNorm(BatchScopeNorm):
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
         if self.unbiased and x[0].numel() == self.num_features:
-            raise ValueError(
+            raise UserError(
                 "SwitchNorm: unbiased=True needs more than 1 position per sample and channel (the published code gives "
                 "NaN there); use norm.unbiased=false or larger images"
             )

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from exnorm.config.errors import UserError
 from exnorm.ops import eager, native
 
 BACKENDS = ("eager", "compiled", "triton", "plain")
@@ -28,7 +29,7 @@ def set_backend(name: str) -> str:
     """
     global _name, _module
     if name not in ("auto", *BACKENDS):
-        raise ValueError(f"unknown back end {name!r}; allowed: auto, {', '.join(BACKENDS)} (ops.backend=auto)")
+        raise UserError(f"unknown back end {name!r}; allowed: auto, {', '.join(BACKENDS)} (ops.backend=auto)")
     if name == "auto":
         name = ("triton" if _has_triton() else "eager") if torch.cuda.is_available() else "compiled"
         name = name if _can_run(name) else "eager"

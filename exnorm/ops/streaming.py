@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from exnorm.config.errors import UserError
 from exnorm.ops import plain
 from exnorm.ops.activations import ACTIVATIONS, through_relu
 from exnorm.ops.backend import get_backend, implementation
@@ -133,7 +134,7 @@ def affine(
     """
     _check_activation(act)
     if residual is not None and act not in (None, "relu"):
-        raise ValueError(f"activation {act!r} cannot be fused behind a residual; allowed: None, relu")
+        raise UserError(f"activation {act!r} cannot be fused behind a residual; allowed: None, relu")
     if needs_plain_autograd():
         source = x.x if isinstance(x, Streamed) else x
         return plain.affine(source, mean_NC, scale_NC, shift_NC, residual, channel_dim, act)
@@ -158,4 +159,4 @@ def fitted(coefficient: Tensor, mean_NC: Tensor) -> Tensor:
 
 def _check_activation(act: str | None) -> None:
     if act is not None and act not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {act!r} to fuse; allowed: None, {', '.join(ACTIVATIONS)}")
+        raise UserError(f"unknown activation {act!r} to fuse; allowed: None, {', '.join(ACTIVATIONS)}")

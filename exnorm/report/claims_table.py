@@ -18,7 +18,8 @@ from exnorm.runs.records import Row, read_records
 from exnorm.runs.sinks import csv_text
 from exnorm.runs.table import print_table
 
-HEADS = ("claim", "comparison", "metric", "seeds", "mean difference", "95 % interval", "p (Holm)", "verdict")
+HEADS = ("claim", "verdict", "comparison", "metric", "seeds", "mean difference", "95 % interval", "p (Holm)")
+VERDICT = HEADS.index("verdict")
 WEAK = f"fewer than {ENOUGH_SEEDS} seeds, of which one decides nothing and two only what is far from chance"
 
 
@@ -58,9 +59,9 @@ def grid_of(judged: Judged) -> Grid:
         for comparison in comparisons:
             rows.append([Entry(text) for text in _texts(comparison)])
         if len(comparisons) > 1:
-            rows.append([Entry(claim), *[Entry("")] * (len(HEADS) - 2), Entry(labelled(comparisons), True)])
+            rows.append([Entry(claim), Entry(labelled(comparisons), True), *[Entry("")] * (len(HEADS) - 2)])
         else:
-            rows[-1][-1] = Entry(labelled(comparisons), True)
+            rows[-1][VERDICT] = Entry(labelled(comparisons), True)
     return Grid(HEADS, rows)
 
 
@@ -99,13 +100,13 @@ def _texts(comparison: Comparison) -> list[str]:
     middle, interval, p = comparison.mean, comparison.interval, comparison.p_holm
     return [
         comparison.claim,
+        comparison.verdict,
         comparison.text,
         comparison.metric,
         str(comparison.n),
         "–" if middle is None else f"{middle:+.2f}",
         "–" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
         "–" if p is None else f"{p:.3g}",
-        comparison.verdict,
     ]
 
 

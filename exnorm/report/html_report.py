@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import group_options
@@ -23,6 +25,7 @@ from exnorm.report.measured import measured
 from exnorm.report.published import claims_of
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.report.results import duration
+from exnorm.report.run_figures import best_epoch, curves, validated
 from exnorm.report.study_figures import STYLE, figures_of
 from exnorm.report.study_table import StudyTable, answers_to, heading, table_of
 from exnorm.runs.folder import RunFolder, check_out, write_text_atomic
@@ -32,7 +35,10 @@ from exnorm.runs.records import Row, read_records
 
 PAGE = Path(__file__).with_name("page.html")
 WIDTH, HEIGHT = 220, 70  # px of a small curve
+PIXELS, POINTS = 96, 72  # in an inch
+SMALLEST = 8  # px of a letter that can be read
 Curve = list[tuple[float, float]]  # epoch and top-1
+Drawn = tuple[str, Callable[[], Figure]]  # the name of a figure, and what draws it
 KEPT = ("seed", "value", "hours", "device", "torch", "commit", "config_hash", "run")
 
 
@@ -58,7 +64,7 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
     Raises:
         UserError: nothing was measured at this scale.
     """
-    table, curves = table_of(study, results), curves_of(study, results)
+    table, by_cell = table_of(study, results), curves_of(study, results)
     parts = [
         f"<h1>{_text(study.title)}</h1>",
         f"<p class='quiet'>Study {_text(study.id)}, scale <strong>{_text(study.scale)}</strong>. "
@@ -71,7 +77,7 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
         *_verdicts(judged_study(study, table.rows)),
         *_figures([(figure.name, partial(figure.draw, figure.data)) for figure in figures_of(study, results)]),
         "<h2>The runs</h2><div id='runs'>",
-        *(_runs_of(study, cell, table.rows, curves.get(cell.name, {}), runs) for cell in study.cells),
+        *(_runs_of(study, cell, table.rows, by_cell.get(cell.name, {}), runs) for cell in study.cells),
         "</div>",
     ]
     return _page(study.title, parts)
@@ -84,21 +90,21 @@ def run_page(folder: RunFolder) -> str:
         ValueError: the folder is none of a run.
     """
     config, record = folder.read_config(), folder.read_record() or {}
-    log = [row for row in MetricsLog.read(folder.metrics_file) if "val/top1" in row]
-    curve = [(float(row["epoch"]), float(row["val/top1"])) for row in log]
+    log = MetricsLog.read(folder.metrics_file)
     numbers = [(key, value) for key, value in record.items() if isinstance(value, int | float | str)]
-    ratios, drawn = shares(log), list[tuple[str, Callable[[], Figure]]]()
+    ratios, drawn = shares(validated(log)), list[Drawn]()
     if not ratios.empty:
         drawn = [("ratios", partial(stacked, ratios, "")), ("ratios over epochs", partial(dynamics, ratios, ""))]
     state = "" if record else " It has not finished."
+    result = Grid(("what", "value"), [[Entry(key), Entry(_number(value))] for key, value in numbers])
     parts = [
         f"<h1>{_text(folder.path.name)}</h1>",
         f"<p class='quiet'>{_text(config['model']['name'])}, {_text(config['norm']['name'])}, batch "
         f"{_text(config['batch'])}, data {_text(config['data']['name'])}, seed {config['seed']}.{state}</p>",
         "<h2>Result</h2>",
-        _wide(to_html(Grid(("what", "value"), [[Entry(key), Entry(_number(value))] for key, value in numbers]))),
-        "<h2>Validation top-1 over the epochs</h2>",
-        _curves({config["seed"]: curve}) if curve else "<p>No epoch has ended yet.</p>",
+        f"<div id='result'>{_wide(to_html(result))}</div>",
+        "<h2>Curves</h2>",
+        *_run_curves(log),
         *_figures(drawn),
         "<h2>Where it comes from</h2>",
         *_origin(folder),
@@ -120,8 +126,9 @@ def _number(value: float | str) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _wide(table: str) -> str:
-    return f"<div class='wide'>{table}</div>"
+def _wide(content: str) -> str:
+    """A table or figure that scrolls sideways in a narrow window, where the page then says that it does."""
+    return f"<div class='wide'><div class='scroller'>{content}</div></div>"
 
 
 def _slug(cell: Cell) -> str:
@@ -151,27 +158,49 @@ def _verdicts(judged: Judged) -> list[str]:
         return []
     known = claims_of(judged.study)
     said = "".join(f"<li><strong>{_text(c)}</strong>: {_text(known[c].claim)}</li>" for c in judged.comparisons)
-    return ["<h2>Verdicts</h2>", _wide(to_html(grid_of(judged))), f"<ul class='notes'>{said}</ul>"]
+    table = f"<div id='verdicts'>{_wide(to_html(grid_of(judged)))}</div>"
+    return ["<h2>Verdicts</h2>", table, f"<ul class='notes'>{said}</ul>"]
 
 
-def _figures(figures: Sequence[tuple[str, Callable[[], Figure]]]) -> list[str]:
+def _run_curves(log: Sequence[dict[str, Any]]) -> list[str]:
+    """Loss, accuracy and learning rate of a run, and which epoch was the best."""
+    best = best_epoch(log)
+    if best is None:
+        return ["<p>No epoch has ended yet.</p>"]
+    last = validated(log)[-1]
+    said = (
+        f"Best epoch: {best.epoch}, with a validation top-1 of {best.top1:.2f} %. "
+        f"Last epoch: {last['epoch']}, with {last['val/top1']:.2f} %."
+    )
+    shown = "".join(f"<figure>{_wide(_image(name, draw))}</figure>" for name, draw in curves(log))
+    return [f"<p>{said}</p>", f"<div class='panels'>{shown}</div>"]
+
+
+def _figures(figures: Sequence[Drawn]) -> list[str]:
     """The figures, by their names and what draws them, one at a time, and the control that chooses."""
     if not figures:
         return []
     names = "".join(f"<option>{_text(name)}</option>" for name, _ in figures)
     shown = [
-        f"<figure data-name='{_text(name)}'{' hidden' if index else ''}>"
-        f"<img alt='{_text(name)}' src='data:image/svg+xml;base64,{_svg(draw)}'></figure>"
+        f"<figure data-name='{_text(name)}'{' hidden' if index else ''}>{_wide(_image(name, draw))}</figure>"
         for index, (name, draw) in enumerate(figures)
     ]
     return ["<h2>Figures</h2>", f"<label>Figure <select id='chosen'>{names}</select></label>", *shown]
 
 
-def _svg(draw: Callable[[], Figure]) -> str:
+def _image(name: str, draw: Callable[[], Figure]) -> str:
+    """A figure that shrinks with the window as long as its smallest letters can be read."""
     stream = io.BytesIO()
     with rc_context(STYLE):
-        draw().savefig(stream, format="svg", metadata={"Date": None})
-    return base64.b64encode(stream.getvalue()).decode()
+        figure = draw()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    sizes = [float(text.get_fontsize()) for text in figure.findobj(Text) if isinstance(text, Text) and text.get_text()]
+    readable = min(1.0, SMALLEST / (min(sizes) / POINTS * PIXELS))
+    encoded = base64.b64encode(stream.getvalue()).decode()
+    return (
+        f"<img alt='{_text(name)}' style='min-width: {readable * figure.get_figwidth() * PIXELS:.0f}px' "
+        f"src='data:image/svg+xml;base64,{encoded}'>"
+    )
 
 
 def curves_of(study: Study, results: Path) -> dict[str, dict[int, Curve]]:
@@ -184,7 +213,7 @@ def curves_of(study: Study, results: Path) -> dict[str, dict[int, Curve]]:
     return found
 
 
-def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], curves: Mapping[int, Curve], runs: Path) -> str:
+def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], by_seed: Mapping[int, Curve], runs: Path) -> str:
     """The runs of one cell: command, result of each seed, curves, configuration and provenance."""
     metric = study.metrics[0]
     own = [r for r in rows if (r["scale"], r["cell"], r["metric"]) == (study.scale, cell.name, metric)]
@@ -198,7 +227,7 @@ def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], curves: Mapping[int,
     parts = [
         f"<pre>{_text(command)}\n\nwhich is, with seed=N:\n{_text(settings)}</pre>",
         _wide(to_html(grid)) if own else "",
-        _curves(curves) if curves else "",
+        _curves(by_seed) if by_seed else "",
     ]
     for row in own:
         for folder in sorted(runs.glob(f"*/{glob.escape(row['run'])}")):

@@ -1,5 +1,7 @@
 """Figures of ratios: each layer's after the last epoch as stacked bars, and some layers' over the epochs."""
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,39 +11,49 @@ from matplotlib.ticker import MaxNLocator
 from exnorm.report.palette import OTHER, colour
 from exnorm.runs.layer_ratios import bottom_middle_top, symmetric_kl
 
-TITLES = {"lambda": "ratio", "mean": "ratio of the mean", "var": "ratio of the variance"}
+TITLES = {"lambda": "ratio", "mean": "ratio of\nthe mean", "var": "ratio of\nthe variance"}
+PHONE_INCHES = 3.7  # the width of a figure that a phone shows without shrinking it
+LETTERS = 8  # pt, of the names of layers
+LETTER_INCHES = 0.067  # of a name of a layer
+LEGEND_INCHES = 1.15  # of an entry of the legend
+TITLE_INCHES = 0.085  # of a letter of the title
 DASHES = {"lambda": "-", "mean": "-", "var": "--"}
 
 
 def stacked(frame: pd.DataFrame, title: str) -> Figure:
-    """A bar for each layer from the input to the output; a panel for each kind of ratio, and for SN's divergence."""
+    """A bar for each layer, the input on top; a panel for each kind of ratio, and for SN's divergence."""
     last = frame.query("epoch == epoch.max()")
     kinds, layers = list(last.kind.unique()), list(last.layer.unique())
     diverging = {"mean", "var"} <= set(kinds)
     count = len(kinds) + diverging
-    figure = Figure(figsize=(max(6.0, 0.22 * len(layers)), 2.2 * count + 0.4), layout="constrained")
-    panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    width = LETTER_INCHES * max(map(len, layers)) + 0.75 * count
+    figure = Figure(figsize=(max(PHONE_INCHES, width), 0.19 * len(layers) + 1.3), layout="constrained")
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for panel, kind in zip(panels, kinds, strict=False):
         wide = last.query("kind == @kind").pivot_table(index="layer", columns="normalizer", values="mean", sort=False)
-        below = pd.Series(0.0, index=wide.index)
+        before = pd.Series(0.0, index=wide.index)
         for normalizer in wide.columns:
-            panel.bar(wide.index, wide[normalizer], bottom=below, color=colour(normalizer), label=normalizer.upper())
-            below = below + wide[normalizer]
-        panel.set(ylabel=TITLES[kind], ylim=(0, 1))
+            panel.barh(wide.index, wide[normalizer], left=before, color=colour(normalizer), label=normalizer.upper())
+            before = before + wide[normalizer]
+        panel.set(xlim=(0, 1), xticks=(0, 1))
+        panel.set_title(TITLES[kind], fontsize=LETTERS)
     if diverging:
         wide = last.pivot_table(index="layer", columns=["kind", "normalizer"], values="mean", sort=False)
-        panels[-1].bar(wide.index, symmetric_kl(wide["mean"], wide["var"]).replace(np.inf, np.nan), color=OTHER)
-        panels[-1].set_ylabel("symmetric KL (nats)")
-    panels[-1].tick_params(axis="x", rotation=90, labelsize=7)
-    finish(figure, panels[0], title)
+        panels[-1].barh(wide.index, symmetric_kl(wide["mean"], wide["var"]).replace(np.inf, np.nan), color=OTHER)
+        panels[-1].set_title("symmetric\nKL (nats)", fontsize=LETTERS)
+        panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=2, steps=[1, 2, 5, 10], prune="lower"))
+    panels[0].set_ylim(len(layers) - 0.4, -0.6)
+    for panel in panels:
+        panel.tick_params(labelsize=LETTERS)
+    _finish_narrow(figure, panels[0], title)
     return figure
 
 
 def dynamics(frame: pd.DataFrame, title: str) -> Figure:
     """The ratios of a bottom, a middle and a top layer after each epoch; shaded, the deviation over samples."""
     chosen = bottom_middle_top(list(frame.query("epoch == epoch.max()").layer.unique()))
-    figure = Figure(figsize=(3.2 * len(chosen) + 1, 3.0), layout="constrained")
-    panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(PHONE_INCHES, 1.6 * len(chosen) + 1.2), layout="constrained")
+    panels = figure.subplots(len(chosen), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for panel, layer in zip(panels, chosen, strict=True):
         of_layer = frame.query("layer == @layer")
         for kind, normalizer in of_layer[["kind", "normalizer"]].drop_duplicates().itertuples(index=False):
@@ -53,10 +65,12 @@ def dynamics(frame: pd.DataFrame, title: str) -> Figure:
                 panel.fill_between(
                     line.epoch, mean - spread, mean + spread, color=colour(normalizer), alpha=0.2, linewidth=0
                 )
-        panel.set(title=layer, xlabel="epoch", ylim=(0, 1))
+        panel.set(ylabel="ratio", ylim=(0, 1))
+        panel.set_title(layer, fontsize=LETTERS + 1)
+        panel.tick_params(labelsize=LETTERS)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylabel("ratio")
-    finish(figure, panels[0], title)
+    panels[-1].set_xlabel("epoch")
+    _finish_narrow(figure, panels[0], title)
     return figure
 
 
@@ -64,3 +78,11 @@ def finish(figure: Figure, panel: Axes, title: str) -> None:
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right lower", frameon=False)
     figure.suptitle(title, fontsize=10)
+
+
+def _finish_narrow(figure: Figure, panel: Axes, title: str) -> None:
+    """Put the legend below the figure, and the title, in lines as wide as the figure, above it."""
+    handles, labels = panel.get_legend_handles_labels()
+    columns = max(1, int(figure.get_figwidth() / LEGEND_INCHES))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=LETTERS + 1)
+    figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() / TITLE_INCHES)), fontsize=10)

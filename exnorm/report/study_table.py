@@ -214,7 +214,9 @@ def as_tex(table: StudyTable) -> str:
 def as_html(table: StudyTable) -> str:
     """The tables and footnotes as HTML, without a page around them."""
     notes = "".join(f"<li>{html.escape(line)}</li>" for line in table.footnotes())
-    grids = "".join((f"<h3>{title}</h3>" if title else "") + to_html(grid) for title, grid in table.grids())
+    grids = "".join(
+        (f"<h3>{html.escape(title)}</h3>" if title else "") + to_html(grid) for title, grid in table.grids()
+    )
     return f"{grids}<ul class='notes'>{notes}</ul>\n"
 
 

@@ -1,24 +1,14 @@
 """Where what is made once per machine stays between processes: compiled code, rendered images."""
 
 import contextlib
-import os
 import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from exnorm.config.cache import cache_folder
 
-def cache_folder() -> Path:
-    """`exnorm` in $XDG_CACHE_HOME, in ~/.cache, or else in the temporary folder."""
-    for base in (os.environ.get("XDG_CACHE_HOME"), Path.home() / ".cache", tempfile.gettempdir()):
-        folder = Path(base or "/nonexistent") / "exnorm"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    raise FileNotFoundError("no folder to keep compiled code and rendered images in; set XDG_CACHE_HOME")
+__all__ = ["building_in", "cache_folder", "processor"]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from exnorm.config.errors import UserError
+
 NOT_FINITE = "the loss is not finite at step"  # what the error of a training that diverged begins with
 NAMED = ("model", "norm", "data")
 CONFIG_KEYS = {"trainer": dict, "batch": str, "seed": int, **dict.fromkeys(NAMED, dict)}  # that every run has
@@ -23,7 +25,7 @@ LOCK_TRIES = 5  # somebody who lists the runs holds a shared lock for an instant
 LOCK_PAUSE_S = 0.05
 
 
-class RunLocked(ValueError):
+class RunLocked(UserError):
     """Another process is writing into the run folder; the message says which and since when."""
 
 
@@ -70,13 +72,13 @@ class RunFolder:
         from yaml import YAMLError
 
         if not self.config_file.is_file():
-            raise ValueError(f"{self.path} is no run folder: it has no config.yaml; exnorm runs lists the run folders")
+            raise UserError(f"{self.path} is no run folder: it has no config.yaml; exnorm runs lists the run folders")
         try:
             values: Any = OmegaConf.to_container(OmegaConf.load(self.config_file), resolve=True)
         except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
             values = None
         if lacking := lacking_in(values):
-            raise ValueError(f"{self.config_file} is damaged, it has no {lacking}: remove the folder and train again")
+            raise UserError(f"{self.config_file} is damaged, it has no {lacking}: remove the folder and train again")
         return {str(key): value for key, value in values.items()}
 
     def read_record(self) -> dict[str, Any] | None:
@@ -190,9 +192,9 @@ def check_out(path: Path, *suffixes: str) -> None:
         ValueError: its folder is not there, it is a folder itself, or its name ends otherwise.
     """
     if path.suffix.lower() not in suffixes or path.is_dir():
-        raise ValueError(f"{path}: write the name of a file that ends with {' or '.join(suffixes)}")
+        raise UserError(f"{path}: write the name of a file that ends with {' or '.join(suffixes)}")
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}")
+        raise UserError(f"{path}: there is no folder {path.parent}")
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from exnorm.config.errors import UserError
+
 
 def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The ratios in a run's metrics: epoch, layer, kind (lambda, mean, var), normalizer, mean and std over samples.
@@ -48,9 +50,9 @@ def read_class_ratios(file: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(file, dtype=CLASS_COLUMNS, keep_default_na=False)
     except ValueError as problem:  # pandas' errors of parsing are among them
-        raise ValueError(f"{file} is damaged ({problem}): remove it, it is measured again") from None
+        raise UserError(f"{file} is damaged ({problem}): remove it, it is measured again") from None
     if list(frame) != list(CLASS_COLUMNS) or frame.empty:
-        raise ValueError(f"{file} is damaged: remove it, it is measured again")
+        raise UserError(f"{file} is damaged: remove it, it is measured again")
     return frame
 
 

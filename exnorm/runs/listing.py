@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from exnorm.config.errors import UserError, first_line
 from exnorm.runs.folder import RunFolder, read_json
 from exnorm.runs.metrics import MetricsLog
 
@@ -17,7 +18,10 @@ MARKS = frozenset({"config.yaml", "metrics.jsonl", "record.json", "provenance.js
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One line about a run; `state` is running, finished, failed, interrupted or unreadable."""
+    """One line about a run; `state` is running, finished, failed, interrupted or unreadable.
+
+    `reason` says why it failed or cannot be read.
+    """
 
     path: Path
     state: str
@@ -30,12 +34,13 @@ class RunSummary:
     data: str = ""
     seed: int | None = None
     started: str = ""
+    reason: str = ""
 
 
 def list_runs(root: Path | str) -> list[RunSummary]:
     """Return the runs below a folder, sorted by path; raise ValueError if there is no such folder."""
     if not Path(root).is_dir():
-        raise ValueError(f"no folder {root}: type exnorm runs FOLDER with the folder that your runs are in")
+        raise UserError(f"no folder {root}: type exnorm runs FOLDER with the folder that your runs are in")
     found = []
     for folder, subfolders, files in os.walk(root):
         if MARKS.intersection(files):
@@ -50,10 +55,10 @@ def summary(folder: RunFolder) -> RunSummary:
     """Summarize one run folder; what cannot be read makes it `unreadable`, whatever the damage is."""
     try:
         config, rows = folder.read_config(), MetricsLog.read(folder.metrics_file)
-        accuracy = top1(folder, rows)
+        accuracy, current = top1(folder, rows), state(folder)
         return RunSummary(
             path=folder.path,
-            state=state(folder),
+            state=current,
             epoch=last(rows, "epoch"),
             epochs=config["trainer"]["epochs"],
             top1=None if accuracy is None else float(accuracy),
@@ -63,9 +68,11 @@ def summary(folder: RunFolder) -> RunSummary:
             data=config["data"]["name"],
             seed=config["seed"],
             started=str((read_json(folder.provenance_file) or {}).get("time", "")),
+            reason=" ".join(folder.error_file.read_text(encoding="utf-8").split()) if current == "failed" else "",
         )
-    except DAMAGE:
-        return RunSummary(path=folder.path, state="unreadable")
+    except DAMAGE as problem:
+        reason = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {first_line(problem)}"
+        return RunSummary(path=folder.path, state="unreadable", reason=reason)
 
 
 def state(folder: RunFolder) -> str:

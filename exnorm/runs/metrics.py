@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from exnorm.config.errors import UserError
 from exnorm.runs.folder import write_text_atomic
 
 
@@ -41,9 +42,9 @@ class MetricsLog:
             try:
                 row = json.loads(line)
             except ValueError as problem:
-                raise ValueError(f"{path}, line {number} is damaged ({problem}): remove that line") from None
+                raise UserError(f"{path}, line {number} is damaged ({problem}): remove that line") from None
             if not is_row(row):
-                raise ValueError(f"{path}, line {number} is damaged (no metrics after a step): remove that line")
+                raise UserError(f"{path}, line {number} is damaged (no metrics after a step): remove that line")
             rows.append(row)
         return rows
 

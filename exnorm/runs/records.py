@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from exnorm.config.errors import UserError
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.sinks import csv_text
 
@@ -90,14 +91,14 @@ def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
     except FileNotFoundError:
         return []
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text: {MEND}") from None
+        raise UserError(f"{path} is no text: {MEND}") from None
     reader = csv.DictReader(text.splitlines())
     rows = list(reader)
     if tuple(reader.fieldnames or ()) != COLUMNS[kind]:
-        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS[kind])}: {MEND}")
+        raise UserError(f"{path} has other columns than {', '.join(COLUMNS[kind])}: {MEND}")
     for number, row in enumerate(rows, 2):
         if not _is_whole(row):
-            raise ValueError(f"{path}, line {number} is damaged: {MEND}")
+            raise UserError(f"{path}, line {number} is damaged: {MEND}")
     return rows
 
 

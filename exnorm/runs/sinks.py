@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from exnorm.config.errors import UserError
 from exnorm.runs.folder import RunFolder, write_text_atomic
-from exnorm.runs.metrics import append_text, drop_torn_line, is_known, plain
+from exnorm.runs.metrics import MetricsLog, append_text, plain
 
 
 class Sink(Protocol):
@@ -29,47 +30,59 @@ class Sink(Protocol):
 
 
 class CsvSink:
-    """One line per row, one column per metric. A new metric rewrites the file with one more column."""
+    """One line per row of `metrics.jsonl`, one column per metric.
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    What the file holds is never read: a spreadsheet may have saved it with other separators. It is written anew from
+    `metrics.jsonl` at each start, and for a metric that is new. Where it cannot be written, one warning says so and
+    the run goes on.
+
+    Args:
+        truth: `metrics.jsonl`, to which a row goes before it comes here.
+    """
+
+    def __init__(self, path: Path | str, *, truth: Path) -> None:
+        self.path, self.truth = Path(path), truth
         self.columns: list[str] = []
-        if self.path.is_file():
-            drop_torn_line(self.path)
-            self.columns = list(self._read()[0])
+        self.lost = False
+        self._guard(self._write_anew)
 
     def log(self, row: dict[str, Any], step: int) -> None:
         """Append a row; NaN and infinity become empty cells."""
         full = {"step": step, **row}
-        new = [key for key in full if key not in self.columns]
-        if new:
-            columns, rows = [*self.columns, *new], self._read()[1]
-            write_text_atomic(self.path, csv_text([columns, *(cells(old, columns) for old in rows)]))
-            self.columns = columns
-        append_text(self.path, csv_text([cells(full, self.columns)]))
+        if all(key in self.columns for key in full):
+            self._guard(lambda: append_text(self.path, csv_text([cells(full, self.columns)])))
+        else:
+            self._guard(self._write_anew)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Write `tables/<name>.csv` with the step as its first column."""
         path = self.path.parent / "tables" / f"{name.replace('/', '_')}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, csv_text([["step", *columns], *([step, *map(plain, row)] for row in rows)]))
+        text = csv_text([["step", *columns], *([step, *map(plain, row)] for row in rows)])
+
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(path, text)
+
+        self._guard(write)
 
     def close(self) -> None:
         """Every row is on disk already."""
 
-    def cut_back(self, step: int, epochs: int) -> None:
-        """Keep the rows that a checkpoint knows of, as `MetricsLog.cut_back` does."""
-        rows = [row for row in self._read()[1] if is_known(row, step, epochs)]
-        if self.columns:
-            write_text_atomic(self.path, csv_text([self.columns, *(cells(row, self.columns) for row in rows)]))
+    def _write_anew(self) -> None:
+        rows = MetricsLog.read(self.truth)
+        self.columns = list(dict.fromkeys(key for row in rows for key in row))
+        if rows or self.path.exists():
+            lines = [self.columns] if rows else []
+            write_text_atomic(self.path, csv_text([*lines, *(cells(row, self.columns) for row in rows)]))
 
-    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        if not self.path.is_file():
-            return [], []
-        with open(self.path, encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream)
-            rows = list(reader)
-            return list(reader.fieldnames or []), rows
+    def _guard(self, write: Callable[[], None]) -> None:
+        if self.lost:
+            return
+        try:
+            write()
+        except OSError as problem:
+            self.lost = True
+            warn(f"{self.path} cannot be written ({problem.strerror}); metrics.jsonl has the metrics")
 
 
 def cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
@@ -168,22 +181,18 @@ def make_sinks(
     folder: RunFolder,
     logger_config: Mapping[str, Any],
     *,
-    step: int = 0,
-    epochs: int = 0,
     run_config: dict[str, Any] | None = None,
 ) -> list[Sink]:
-    """Return the sinks that `logger` asks for; the CSV is cut back to `step` steps and `epochs` validated epochs.
+    """Return the sinks that `logger` asks for; the CSV begins with the rows that `metrics.jsonl` has.
 
     `run_config` is what W&B shows as the run's configuration. Raise ValueError for an unknown `logger.wandb`.
     """
     mode = logger_config["wandb"]
     if mode not in ("off", "offline", "online"):
-        raise ValueError(f"logger.wandb={mode} is unknown: type off, offline or online")
+        raise UserError(f"logger.wandb={mode} is unknown: type off, offline or online")
     sinks: list[Sink] = []
     if logger_config["csv"]:
-        sink = CsvSink(folder.csv_file)
-        sink.cut_back(step, epochs)
-        sinks.append(sink)
+        sinks.append(CsvSink(folder.csv_file, truth=folder.metrics_file))
     if mode != "off":
         sinks.append(WandbSink(folder, mode=mode, project=logger_config["project"], config=run_config or {}))
     return sinks

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from exnorm.runs.listing import RunSummary
 
-HEADERS = ("run", "state", "epoch", "top-1", "data", "model", "norm", "batch", "seed", "started")
+HEADERS = ("run", "state", "epoch", "top-1", "data", "model", "norm", "batch", "seed", "started", "reason")
 
 
 def print_runs(runs: Sequence[RunSummary]) -> None:
@@ -36,4 +37,5 @@ def row(run: RunSummary) -> list[str]:
     epoch = "" if run.epoch is None else f"{run.epoch}/{run.epochs}"
     accuracy = "" if run.top1 is None else f"{run.top1:.2f}"
     seed = "" if run.seed is None else str(run.seed)
-    return [run.path.name, run.state, epoch, accuracy, run.data, run.model, run.norm, run.batch, seed, run.started]
+    known = [run.path.name, run.state, epoch, accuracy, run.data, run.model, run.norm, run.batch, seed, run.started]
+    return [*known, escape(run.reason)]

@@ -174,10 +174,22 @@ def facts_of(config: dict[str, Any], record: dict[str, Any], result: dict[str, A
         facts["devices"] = record["devices"]
     if config["model"]["drop_rate"]:
         facts["drop_rate"] = config["model"]["drop_rate"]
-    excluded = result.get("images_excluded", record.get("images_excluded"))
-    if excluded:
-        facts["images_excluded"] = sum(excluded.values()) if isinstance(excluded, dict) else excluded
+    facts |= excluded_images(record, result)
     return " ".join(f"{name}={value}" for name, value in facts.items())
+
+
+def excluded_images(record: dict[str, Any], result: dict[str, Any]) -> dict[str, int]:
+    """How many images `data.exclude` left out: of training, and of the validation set that the accuracy is of.
+
+    A record counts them by split, the validation sets in their order; an evaluation counts those of its own set.
+    """
+    splits: dict[str, int] = record.get("excluded_images", {})
+    of_run = next((count for split, count in splits.items() if split.startswith("val/")), 0)
+    found = {
+        "excluded_train_images": splits.get("train", 0),
+        "excluded_val_images": result.get("images_excluded", of_run),
+    }
+    return {name: count for name, count in found.items() if count}
 
 
 def add_to_record(study: Study, job: Job, results: Path) -> None:
@@ -208,7 +220,7 @@ def collect(study: Study, jobs: Sequence[Job], results: Path) -> tuple[list[str]
     for job in (job for job in jobs if job.cell is not None):
         try:
             rows = rows_of(study, job)
-        except ValueError as problem:
+        except UserError as problem:
             damaged[job.title] = str(problem)
             continue
         if rows["runs"]:

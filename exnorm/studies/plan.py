@@ -144,7 +144,7 @@ class Job:
             check(_config(self._own()))
             if self.cell is not None and self.cell.evaluate:
                 settle_evaluation(_values(self._own()), list(self.cell.evaluate))
-        except ValueError as problem:
+        except UserError as problem:
             raise UserError(f"{self.name}: {problem}") from None
 
     def _own(self) -> tuple[str, ...]:

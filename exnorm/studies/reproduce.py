@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from exnorm.config.errors import UserError
+from exnorm.config.errors import BUG, UserError
 from exnorm.config.study import Study
 from exnorm.runs.children import END_WITH_PARENT, available_cores, importing_environment
 from exnorm.runs.folder import NOT_FINITE, RunFolder
@@ -121,7 +121,7 @@ class Runner:
         for job in jobs:
             try:
                 self.run(job)
-            except (Failed, ValueError, OSError) as problem:
+            except (Failed, UserError, OSError) as problem:
                 problems[job.title] = str(problem)
                 if not job.trained():
                     return {job.title: str(problem) for job in jobs}
@@ -221,7 +221,8 @@ class Runner:
         self._processes.discard(process)
         if code:
             told = [line.partition(ERROR)[2] for line in lines if ERROR in line]
-            raise Failed((told or [line for line in lines if line.strip()] or [f"exit code {code}"])[-1])
+            last = [line for line in lines if line.strip() and line != BUG]
+            raise Failed((told or last or [f"exit code {code}"])[-1])
 
 
 def _result(job: Job) -> str:

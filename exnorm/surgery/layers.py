@@ -16,6 +16,7 @@ import torchvision
 from timm.models import metaformer
 from torch import Tensor, nn
 
+from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options, option_values
 from exnorm.norms import BatchScopeNorm, Norm
 from exnorm.surgery.audit_rows import Audit, AuditRow
@@ -103,22 +104,20 @@ def norm_class(norm: str | type[Norm]) -> type[Norm]:
     if not isinstance(norm, str):
         return _checked(norm, f"convert takes a subclass of exnorm.norms.Norm, or a name: {', '.join(names)}")
     if norm not in names:
-        raise ValueError(f"unknown norm {norm!r}; allowed: {', '.join(names)}")
+        raise UserError(f"unknown norm {norm!r}; allowed: {', '.join(names)}")
     target: str = option_values("norm", norm)["_target_"]
     module, _, name = target.rpartition(".")
     advice = f"write the class of a subclass of exnorm.norms.Norm as _target_ in conf/norm/{norm}.yaml"
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as problem:
-        raise ValueError(
-            f"norm {norm!r}: its _target_ {target!r} cannot be imported ({problem}); {advice}"
-        ) from problem
+        raise UserError(f"norm {norm!r}: its _target_ {target!r} cannot be imported ({problem}); {advice}") from problem
     return _checked(found, advice)
 
 
 def _checked(cls: Any, advice: str) -> type[Norm]:
     if not (isinstance(cls, type) and issubclass(cls, Norm)):
-        raise ValueError(f"{cls!r} is no normalizer of exnorm; {advice}")
+        raise UserError(f"{cls!r} is no normalizer of exnorm; {advice}")
     return cls
 
 
@@ -154,7 +153,7 @@ def convert(
     _check_request(model, cls, replace, options)
     places = [place for place in _normalization_layers(model) if _kind_of(place[2]) in replace]
     if not places:
-        raise ValueError(f"nothing to replace: no layer of kind {'/'.join(replace)}; {_what_there_is(model)}")
+        raise UserError(f"nothing to replace: no layer of kind {'/'.join(replace)}; {_what_there_is(model)}")
     single = [child for _, _, child in places if _has_no_activation(child)]
     followers = following_activations(model, single) if fuse else {}
     like = next(model.parameters(), None)  # for layers without values of their own
@@ -224,15 +223,15 @@ def _check_request(model: nn.Module, cls: type[Norm], replace: Sequence[str], op
     for name, module in model.named_modules():
         if type(module).__name__ in _WRAPPERS:
             where = f"the submodule {name!r}" if name else "the model"
-            raise ValueError(
+            raise UserError(
                 f"{where} is wrapped in {type(module).__name__}; convert the bare model first (model.module), then wrap"
             )
     if isinstance(replace, str) or not set(replace) <= set(KINDS):
-        raise ValueError(f"replace={replace!r} is not possible; allowed: a tuple of {', '.join(KINDS)}")
+        raise UserError(f"replace={replace!r} is not possible; allowed: a tuple of {', '.join(KINDS)}")
     allowed = constructor_options(cls)
     unknown = [name for name in options if name not in allowed]
     if unknown:
-        raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+        raise UserError(f"{cls.__name__} has no option {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
 
 
 def constructor_options(cls: type[Norm]) -> dict[str, Any]:
@@ -272,7 +271,7 @@ def _num_features(layer: nn.Module) -> int:
                 return value
             if len(value) == 1:
                 return int(value[0])
-            raise ValueError(
+            raise UserError(
                 f"{type(layer).__name__} over the last {len(value)} dimensions has no channels to normalize"
             )
     assert isinstance(layer.weight, torch.Tensor)
@@ -362,7 +361,7 @@ def _carry_over(old: nn.Module, new: Norm) -> None:
             setattr(new, name, None)
         elif target is not None:
             if source.ndim > 1 and source.shape != target.shape:
-                raise ValueError(
+                raise UserError(
                     f"a {type(old).__name__} has a {name} for each normalizer, {tuple(source.shape)}, which do not fit "
                     f"{type(new).__name__}'s {tuple(target.shape)}; convert the model from before that conversion"
                 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from exnorm.config.errors import UserError
 from exnorm.norms import BatchScopeNorm, Norm
 from exnorm.norms.batch_scope import batch_scope_norms, world_group
 
@@ -55,7 +56,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, device: Any = None) 
     layers = [module for module in model.modules() if isinstance(module, BatchScopeNorm | _BatchNorm)]
     layers = [layer for layer in layers if layer.running_mean is not None and not getattr(layer, "frozen", False)]
     if not layers:
-        raise ValueError("recalibrate found no layer with running statistics that are not frozen")
+        raise UserError("recalibrate found no layer with running statistics that are not frozen")
     count = 0
     with _collecting(model, layers):
         for batch in loader:
@@ -63,7 +64,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, device: Any = None) 
             model(images if device is None else images.to(device))
             count += 1
         if not count:
-            raise ValueError("recalibrate got a loader without batches; give the training images")
+            raise UserError("recalibrate got a loader without batches; give the training images")
     return model
 
 

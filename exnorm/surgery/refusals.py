@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from exnorm.config.errors import UserError
 from exnorm.norms import Norm
 
 _FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm's `reparameterize_model` calls
@@ -26,7 +27,7 @@ def refuse_folding(model: nn.Module) -> None:
 
 
 def _refuse(method: str, norm: str, *args: Any, **kwargs: Any) -> None:
-    raise ValueError(
+    raise UserError(
         f"{method} would fold a batch normalization into a convolution, and there is a {norm} of exnorm, which cannot "
         "be folded; use the converted model as it is, or reparameterize the model before it is converted"
     )

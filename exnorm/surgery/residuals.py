@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from exnorm.config.errors import UserError
 from exnorm.norms import Norm
 from exnorm.surgery import meta
 
@@ -108,7 +109,7 @@ def _without_arithmetic(clone: nn.Module) -> nn.Module:
 
     def stand_in(x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"the residual's shape {tuple(residual.shape)} is not the input's, {tuple(x.shape)}")
+            raise UserError(f"the residual's shape {tuple(residual.shape)} is not the input's, {tuple(x.shape)}")
         return x.clone()
 
     for module in clone.modules():

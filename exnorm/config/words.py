@@ -1,0 +1,71 @@
+"""The words of a command line before Hydra reads them: home folders, options with dashes, and how to quote a value.
+
+Hydra has a grammar for values. Characters such as ( ) [ ] { } = , ~ # and letters beyond ASCII mean something in it or
+are not allowed, unless the value stands in quotes that the shell leaves alone: 'data.root="a=b"'.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Iterable
+
+from exnorm.config.errors import UserError
+
+PLAIN = re.compile(r"[A-Za-z0-9_/.:%+@?|\\-]*")  # needs no quotes in Hydra's grammar
+HOME_VALUE = re.compile(r"(?P<key>[^=~]+)=(?P<quote>['\"]?)(?P<value>~.*)", re.DOTALL)
+HYDRA_OPTIONS = frozenset(
+    ["-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-r", "--run", "-m"]
+    + ["--multirun", "-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"]
+    + ["--experimental-rerun", "-i", "--info"]
+)
+
+
+def quoted(key: str, value: str) -> str:
+    """Return how KEY=VALUE is typed in a shell so that Hydra takes the value as it is."""
+    return shlex.quote(f"{key}={_in_hydras_quotes(value)}")
+
+
+def _in_hydras_quotes(value: str) -> str:
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value).replace("${", "\\${")
+    last = len(escaped) - len(escaped.rstrip("\\"))
+    return f'"{escaped}{escaped[len(escaped) - last :]}"'
+
+
+def with_home(word: str) -> str:
+    """Return KEY=VALUE with the home folder in the place of a `~` that a value begins with; shells leave it there."""
+    found = HOME_VALUE.fullmatch(word)
+    if found is None:
+        return word
+    key, quote, value = found["key"], found["quote"], found["value"]
+    if quote:
+        return f"{key}={quote}{os.path.expanduser(value)}"
+    values = [os.path.expanduser(part) for part in value.split(",")]
+    if not all(PLAIN.fullmatch(part) for part in values):
+        values = [_in_hydras_quotes(part) for part in values]
+    return f"{key}={','.join(values)}"
+
+
+def check_options(words: Iterable[str]) -> None:
+    """Refuse a word with a dash in front that is no option of Hydra.
+
+    Raises:
+        UserError: such an option, with the setting that is meant.
+    """
+    listed = list(words)
+    for place, word in enumerate(listed):
+        name, equals, value = word.partition("=")
+        if not word.startswith("-") or name in HYDRA_OPTIONS:
+            continue
+        following = listed[place + 1] if place + 1 < len(listed) else ""
+        if not equals and not following.startswith("-") and "=" not in following:
+            value = following
+        raise UserError(f"there is no option {name}: {_setting(name.lstrip('-').replace('-', '_'), value)}")
+
+
+def _setting(name: str, value: str) -> str:
+    from exnorm.config.explain import meant_keys
+
+    keys = meant_keys(name)
+    if not keys:
+        return "a setting is KEY=VALUE, such as trainer.epochs=3, and exnorm train --help lists them"
+    return "write " + " or ".join(f"{key}={value or 'VALUE'}" for key in keys)

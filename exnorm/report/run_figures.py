@@ -1,0 +1,74 @@
+"""The curves of one run: loss, top-1 and learning rate over the epochs, from its `metrics.jsonl`."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from exnorm.report.palette import COLOURS, shade
+from exnorm.report.ratio_figures import PHONE_INCHES
+
+Rows = Sequence[dict[str, Any]]
+NAMES = {"train": "training", "val": "validation"}
+TINTS = {"train": COLOURS["ln"], "val": COLOURS["in"], "lr": COLOURS["bn"]}
+PANELS = {"loss": "loss", "top1": "top-1 %", "lr": "learning rate"}  # the last part of a metric's name, and its axis
+
+
+class Best(NamedTuple):
+    """The epoch with the highest validation top-1, the first of several."""
+
+    epoch: int
+    top1: float
+
+
+def validated(log: Rows) -> list[dict[str, Any]]:
+    """The rows at the end of an epoch."""
+    return [row for row in log if "val/top1" in row]
+
+
+def best_epoch(log: Rows) -> Best | None:
+    """The best epoch so far; None before the first one has ended."""
+    found = [Best(row["epoch"], row["val/top1"]) for row in validated(log) if row["val/top1"] is not None]
+    return max(found, key=lambda best: best.top1, default=None)
+
+
+def curves(log: Rows) -> list[tuple[str, Callable[[], Figure]]]:
+    """The figures by their names, and what draws each; none before an epoch has ended."""
+    ended, best = validated(log), best_epoch(log)
+    if best is None:
+        return []
+    steps_per_epoch = ended[0]["step"] / ended[0]["epoch"]
+    found = []
+    for part, label in PANELS.items():
+        rows = log if part == "lr" else ended  # the rate also inside of epochs
+        at = [row["step"] / steps_per_epoch for row in rows]
+        lines = {key: [_number(row.get(key)) for row in rows] for key in ended[-1] if key.rpartition("/")[2] == part}
+        found.append((label, partial(draw_curve, label, at, lines, best)))
+    return found
+
+
+def draw_curve(label: str, at: Sequence[float], lines: dict[str, list[float]], best: Best) -> Figure:
+    """A line for each metric over the epochs, and the best epoch as a dotted one across."""
+    figure = Figure(figsize=(PHONE_INCHES, 2.6), layout="constrained")
+    panel = figure.subplots()
+    panel.axvline(best.epoch, color="black", linestyle=":", linewidth=1, label=f"best epoch, {best.epoch}")
+    sets = [key for key in lines if key not in ("train/loss", "train/top1", "val/loss", "val/top1", "lr")]
+    for key, values in lines.items():
+        split = key.rpartition("/")[0]
+        tint = shade(sets.index(key), len(sets)) if key in sets else TINTS[split or key]
+        name = NAMES.get(split, split.removeprefix("val/")) or None
+        panel.plot(at, values, marker="." if len(at) < 50 else "", color=tint, label=name, linewidth=1.3)
+    panel.set(xlabel="epoch", ylabel=label)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    panel.grid(axis="y", alpha=0.3)
+    panel.tick_params(labelsize=9)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _number(value: float | None) -> float:
+    """NaN leaves a gap in the line, where a metric was not finite or is not there."""
+    return np.nan if value is None else value

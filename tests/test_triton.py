@@ -1,0 +1,44 @@
+"""The Triton kernels without a GPU: what they compute, by Triton's interpreter, and what they compile to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+pytest.importorskip("triton")
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1.5e-2, "float16": 3e-3}
+
+
+def run_apart(*arguments: str) -> list[dict[str, object]]:
+    """The rows that a script of the tests prints, from a process of its own."""
+    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("seed", "layers"), [(0, 2), *(pytest.param(seed, 10, marks=pytest.mark.slow) for seed in (1, 2))]
+)
+def test_random_layers_are_what_float64_says(seed: int, layers: int) -> None:
+    """Any norm, options, shape, layout, dtype, activation, residual, replicas and mode; also running statistics."""
+    rows = run_apart(str(TESTS / "triton_interpreted.py"), str(seed), str(layers))
+    wrong = [row for row in rows if not row["error"] <= TOLERANCE[row["case"]["dtype"]]]  # type: ignore[index,operator]
+    assert rows and not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_spills_to_wide_loads(capability: int) -> None:
+    """For an A100 and an H100: all registers suffice, and big tensors in bfloat16 move 16 bytes at a time."""
+    rows = run_apart(str(TESTS / "triton_compiled.py"), str(capability))
+    assert len(rows) > 20
+    assert not [row for row in rows if row["spilled_bytes"]]
+    assert not [row for row in rows if row["narrow_loads"]]
+    assert not [row for row in rows if row["instructions_per_element"] > row["allowed"]]  # type: ignore[operator]
