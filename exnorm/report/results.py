@@ -129,15 +129,14 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[s
 
 
 def first_screen(table: StudyTable, folder: str) -> str:
-    """What the project's own README shows of the results: one table and one figure."""
+    """What the project's own README shows of the results: one figure."""
     study = table.study
     name = f"{study.id}-{study.scale}"
-    on = ", on characters drawn here and a small ResNet" if study.scale == "mini" else ""
+    on = " on characters that exnorm draws, with a small ResNet" if study.scale == "mini" else ""
     return (
-        f"\n\n{to_markdown(table.across())}\n\n![{study.title}](./{folder}/figures/{name}-accuracy.png)\n\n"
-        f"{study.title}: top-1 in % at scale {study.scale}{on}, mean ± "
-        f"standard deviation (seeds). {duration(table)} All studies, verdicts on the papers' claims and their numbers: "
-        f"[{folder}/README.md]({folder}/README.md).\n"
+        f"\n\n![{study.title}](./{folder}/figures/{name}-accuracy.png)\n\n"
+        f"{study.title}. The figure shows top-1 accuracy in %{on}. {duration(table)} "
+        f"[{folder}/README.md]({folder}/README.md) has all studies, with tables and verdicts.\n"
     )
 
 
