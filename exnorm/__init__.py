@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exnorm.engine.checkpoint import load
-    from exnorm.surgery import audit, convert
+    from exnorm.surgery import audit, convert, convert_sync, freeze, recalibrate
 
 __version__ = "0.1.0"
-__all__ = ["audit", "convert", "load"]
+__all__ = ["audit", "convert", "convert_sync", "freeze", "load", "recalibrate"]
 
-ROOMS = {"audit": "exnorm.surgery", "convert": "exnorm.surgery", "load": "exnorm.engine.checkpoint"}
+ROOMS = dict.fromkeys(__all__, "exnorm.surgery") | {"load": "exnorm.engine.checkpoint"}
+PACKAGES = ("norms", "ops", "surgery")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public function when it is first asked for."""
+    """Import a public function or package when it is first asked for."""
+    if name in PACKAGES:
+        return import_module(f"exnorm.{name}")
     if name not in ROOMS:
         raise AttributeError(f"module 'exnorm' has no attribute '{name}': it has {', '.join(__all__)}")
     return getattr(import_module(ROOMS[name]), name)

@@ -108,7 +108,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str |
         elif other is not None and key.rpartition(".")[0] in norms and value.numel() == other.numel():
             given[key] = other.reshape(value.shape)  # (1, C, 1, 1) in the published SN code
     resized = [key for key, value in given.items() if key in own and own[key].shape != value.shape]
-    head = {key for key in resized if key.rpartition(".")[0] == _classifier(model)}
+    head = {key for key in resized if key.rpartition(".")[0] in _classifiers(model)}
     ratios = {
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
@@ -174,10 +174,12 @@ def _norm_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Norm)}
 
 
-def _classifier(model: nn.Module) -> str | None:
-    """The name of the last linear layer."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
+def _classifiers(model: nn.Module) -> set[str]:
+    """The names of the classifying layers: as timm says, which knows two of a distilled DeiT; else the last one."""
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    if named:
+        return {named} if isinstance(named, str) else set(named)
+    return set([name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:])
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -369,10 +369,10 @@ def test_works_on_the_meta_device(name: str) -> None:
 
 
 @every_norm
-@pytest.mark.parametrize("shape", [(6,), (2, 6, 1, 1, 1, 1), (2, 5, 3, 3), (0, 6, 3, 3), (2, 6, 0, 3)])
+@pytest.mark.parametrize("shape", [(6,), (2, 6, 1, 1, 1, 1), (2, 5, 3, 3), (0, 5, 3, 3)])
 def test_impossible_inputs_are_refused_with_their_shape(name: str, shape: tuple[int, ...]) -> None:
-    """Too few or many dimensions, other channels, no elements."""
-    with pytest.raises(ValueError, match=r"dimensions|channels|without elements") as caught:
+    """Too few or many dimensions, other channels."""
+    with pytest.raises(ValueError, match=r"dimensions|channels") as caught:
         build(name)(torch.zeros(shape))
     assert str(shape) in str(caught.value)
 

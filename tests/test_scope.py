@@ -23,10 +23,10 @@ SAMPLES = 8
 Results = dict[str, Tensor]
 
 
-def inputs(rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+def inputs(rank: int = 0, sizes: tuple[int, ...] = (SAMPLES,)) -> tuple[Tensor, Tensor]:
     """This process's consecutive part of one batch and of the gradient of its output."""
     x, grad = draw(SAMPLES, 6, 3, 3), draw(SAMPLES, 6, 3, 3, seed=5)
-    return x.chunk(world)[rank].clone(), grad.chunk(world)[rank].clone()
+    return x.split(sizes)[rank].clone(), grad.split(sizes)[rank].clone()
 
 
 def step(norm: Norm, x: Tensor, grad: Tensor, passes: int = 1) -> Results:
@@ -147,7 +147,8 @@ def test_replica_statistics_are_the_total_variance() -> None:
     """Moments of positions combine to the moments of the union."""
     x = draw(6, 3, 4)
     moments = Moments(x.mean(2), x.var(2, correction=0), 4, replicas=3)
-    mean_RC, var_RC = replica_statistics(moments)
+    mean_RC, var_RC, count = replica_statistics(moments)
+    assert count == 8
     union = x.reshape(3, 2, 3, 4).transpose(1, 2).flatten(2)
     torch.testing.assert_close(mean_RC, union.mean(2))
     torch.testing.assert_close(var_RC, union.var(2, correction=0))
@@ -169,11 +170,13 @@ def test_commit_covers_every_layer_and_leaves_unused_ones() -> None:
 
 
 # Each case: how many replicas this process holds (None: no call of configure_scope), whether a replica spans both,
-# sync, and the same in one process.
+# sync, and the same in one process; with the samples of each process where they are not equally many.
 CASES: dict[str, dict[str, Any]] = {
     "replica spans both": {"replicas": 1, "spans": True, "sync": False, "single": 1},
     "sync": {"replicas": 2, "spans": False, "sync": True, "single": 1},
     "sync without an engine": {"replicas": None, "spans": False, "sync": True, "single": 1},
+    "sync, unequal": {"replicas": None, "spans": False, "sync": True, "single": 1, "sizes": (3, 5)},
+    "sync, one without samples": {"replicas": 1, "spans": False, "sync": True, "single": 1, "sizes": (0, 8)},
     "one replica each": {"replicas": 1, "spans": False, "sync": False, "single": 2},
     "two replicas each": {"replicas": 2, "spans": False, "sync": False, "single": 4},
 }
@@ -191,7 +194,7 @@ def in_process(rank: int, port: int, folder: str) -> None:
             group = dist.group.WORLD if setting["spans"] else None
             if setting["replicas"] is not None:
                 configure_scope(norm, replicas=setting["replicas"], group=group)
-            results[name, case] = step(norm, *inputs(rank, WORLD))
+            results[name, case] = step(norm, *inputs(rank, setting.get("sizes", (4, 4))))
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from exnorm import ops
 from exnorm.config.errors import UserError
@@ -30,10 +30,11 @@ class Norm(nn.Module):
         channel_dim: 1 for (N, C, *spatial), -1 for (N, *spatial, C).
         device, dtype: of the parameters.
 
-    Shape: inputs of 2 to 5 dimensions; the output has the input's shape, dtype and memory format.
+    Shape: inputs of 2 to 5 dimensions; the output has the input's shape, dtype and memory format. An input without
+    elements gives an output without elements, and moves no statistics.
 
     Raises:
-        ValueError: an input of other dimensions or channels, or without elements.
+        ValueError: an input of other dimensions or channels.
     """
 
     replicas: int = 1
@@ -41,6 +42,7 @@ class Norm(nn.Module):
     replaced: str | None = None  # the type of the layer in whose place surgery put this one
     took_over: str | None = None  # where the activation was that this layer applies instead
     adds_residual_of: str | None = None  # the block whose residual this layer adds
+    frozen: bool = False  # stays in evaluation mode, whatever `train` is told; see `exnorm.freeze`
 
     def __init__(
         self,
@@ -94,8 +96,14 @@ class Norm(nn.Module):
         """`lr_scale` and `weight_decay` of parameters that are learned unlike the others."""
         return {}
 
+    def train(self, mode: bool = True) -> "Norm":
+        """As `nn.Module.train`; a frozen layer stays in evaluation mode."""
+        super().train(mode)
+        self.training = mode and not self.frozen
+        return self
+
     def reset_parameters(self) -> None:
-        """weight 1, bias 0."""
+        """All values as at construction; here weight 1, bias 0."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -116,14 +124,27 @@ class Norm(nn.Module):
         return self._scoped(mean_NC, var_NC, x)._replace(record=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The normalized input; `residual` is added before the activation, in the same pass if it is a tensor alike."""
-        if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-            y = self._forward(x, None, None) + residual
-            return y if self.fused_act is None else ops.ACTIVATIONS[self.fused_act].apply_(y)
-        return self._forward(x, residual, self.fused_act)
+        """The normalized input; `residual` is added before the activation, in the same pass where that can be."""
+        if isinstance(x, fx.Proxy):
+            return _leaf(self, x, residual)
+        if residual is None or self._can_add(residual, x):
+            return self._forward(x, residual, self.fused_act)
+        y = self._forward(x, None, None) + residual
+        return y if self.fused_act is None else ops.ACTIVATIONS[self.fused_act].apply_(y)
+
+    def _can_add(self, residual: Tensor, x: Tensor) -> bool:
+        """Whether the affine pass adds a residual. Behind a sum, only a ReLU's derivative follows from the output."""
+        if self.fused_act not in (None, "relu"):
+            return False
+        return torch.jit.is_tracing() or (residual.shape == x.shape and residual.dtype == x.dtype)
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        self.check_input(x)
+        # The sizes of a trace are tensors: looking at them is warned of, and fixes nothing.
+        if not torch.jit.is_tracing():
+            if x.numel() == 0:
+                Norm.check_input(self, x)
+                return self._empty(x)
+            self.check_input(x)
         y = compiled_layer.normalize_fused(self, x, residual, act)
         # Autocast knows no meta device and raises there.
         if y is not None:
@@ -136,6 +157,14 @@ class Norm(nn.Module):
         if self.drop is not None:
             y = self.drop(y)
         return y if self.act is None else self.act(y)
+
+    def _empty(self, x: Tensor) -> Tensor:
+        """An output without elements: its gradients are zero, and a scope of several processes gets its share."""
+        anchors = [parameter.sum() for parameter in self._parameters.values() if parameter is not None]
+        if self.scope()[1] is not None:
+            sums_NC = x.to(ops.statistics_dtype(x)).sum(ops.spatial_dims(x, self.channel_dim))
+            anchors += [c.sum() for c in self.coefficients(self._scoped(sums_NC, sums_NC, x))]
+        return x * torch.stack([anchor.to(x.dtype) for anchor in anchors]).sum() if anchors else x.clone()
 
     def _normalize(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         if compiled_layer.runs_compiled(self, x):
@@ -179,8 +208,6 @@ class Norm(nn.Module):
                 f"{type(self).__name__}({self.num_features}) got {x.shape[self.channel_dim]} channels in dimension "
                 f"{self.channel_dim} of {tuple(x.shape)}; channel_dim=1 is (N, C, *spatial), -1 is (N, *spatial, C)"
             )
-        if x.numel() == 0:
-            raise UserError(f"{type(self).__name__} got an input without elements, {tuple(x.shape)}")
 
     def affine_parameters(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """weight and bias in the dtype of `like`; 1 and 0 where there is none."""
@@ -202,6 +229,13 @@ def fold(
     """(x - mean) / sqrt(var + eps) * weight + bias as scale * (x - moments.mean_NC) + shift, (N, C) both."""
     scale_NC = (weight * torch.rsqrt(var + eps)).expand_as(moments.mean_NC)
     return scale_NC, torch.addcmul(bias, scale_NC, moments.mean_NC - mean)
+
+
+def _leaf(norm: Norm, x: fx.Proxy, *others: Any) -> Any:
+    """One call in a symbolic trace, as of torch's own layers, whatever tracer runs."""
+    tracer: Any = x.tracer
+    args = (x, *[other for other in others if other is not None])
+    return tracer.create_proxy("call_module", tracer.path_of_module(norm), args, {})
 
 
 def check_options(owner: str, **options: Any) -> None:

@@ -10,11 +10,13 @@ equals in output, gradients, buffers and state dict. Differences from it: virtua
 and `sync` without another module.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from exnorm.norms.base import fold
 from exnorm.norms.batch_scope import BatchScopeNorm
-from exnorm.norms.statistics import Moments, scope_count
+from exnorm.norms.statistics import Moments
 
 
 class BatchNorm(BatchScopeNorm):
@@ -29,8 +31,7 @@ class BatchNorm(BatchScopeNorm):
     def constant_mean(self) -> Tensor | None:
         return None if self.uses_batch_statistics() else self.running_mean
 
-    def stored_variance(self, var_RC: Tensor, moments: Moments) -> Tensor:
-        count = scope_count(moments)
+    def stored_variance(self, var_RC: Tensor, count: Any) -> Tensor:
         return var_RC * (count / (count - 1))
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:

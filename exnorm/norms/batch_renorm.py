@@ -39,12 +39,19 @@ class BatchRenorm(BatchNorm):
 
     progress: Tensor
 
-    def __init__(self, num_features: int, *, r_max: float = 3.0, d_max: float = 5.0, **options: Any) -> None:
-        super().__init__(num_features, **options)
+    def __init__(
+        self, num_features: int, *, r_max: float = 3.0, d_max: float = 5.0, device: Any = None, **options: Any
+    ) -> None:
+        super().__init__(num_features, device=device, **options)
         if not r_max >= 1 or not d_max >= 0:
             raise UserError(f"BatchRenorm: r_max={r_max}, d_max={d_max}: allowed: 1 or more, and 0 or more")
         self.r_max, self.d_max = r_max, d_max
-        self.register_buffer("progress", torch.zeros((), device=options.get("device")))
+        self.register_buffer("progress", torch.zeros((), device=device))
+
+    def reset_parameters(self) -> None:
+        """All values as at construction, `progress` too."""
+        super().reset_parameters()
+        self.progress.zero_()
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
         weight_C, bias_C = self.affine_parameters(moments.mean_NC)

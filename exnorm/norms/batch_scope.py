@@ -28,7 +28,8 @@ class BatchScopeNorm(Norm):
     Args (beyond `Norm`'s):
         momentum: running = (1 - momentum) * running + momentum * batch, torch's sense; None for the cumulative mean.
         sync: widen BN's scope to the whole batch, over all replicas and processes.
-        track_running_stats: without, batch statistics are used in evaluation too.
+        track_running_stats: without, batch statistics are used in evaluation too; set to False later, as an
+            attribute, the running statistics stay as they are.
 
     Buffers: running_mean, running_var (C,), num_batches_tracked; the pending sums are not saved.
     """
@@ -55,12 +56,11 @@ class BatchScopeNorm(Norm):
         check_options(type(self).__name__, momentum=momentum)
         self.momentum = momentum
         self.sync = sync
+        self.track_running_stats = track_running_stats
         self.deferred = False
         # Statistics stay in float32 where the parameters are in half precision.
-        factory: dict[str, Any] = {
-            "device": device,
-            "dtype": torch.float64 if dtype == torch.float64 else torch.float32,
-        }
+        double = (dtype or torch.get_default_dtype()) == torch.float64
+        factory: dict[str, Any] = {"device": device, "dtype": torch.float64 if double else torch.float32}
         buffers = {
             "running_mean": torch.zeros(num_features, **factory),
             "running_var": torch.ones(num_features, **factory),
@@ -77,12 +77,19 @@ class BatchScopeNorm(Norm):
         names = ("running_mean", "running_var", "pending_mean", "pending_var")
         return {**super().channel_shapes(), **dict.fromkeys(names, (self.num_features,))}
 
+    def reset_parameters(self) -> None:
+        """All values as at construction: parameters, running statistics, and what is pending of them."""
+        super().reset_parameters()
+        self.reset_running_stats()
+
+    @torch.no_grad()
     def reset_running_stats(self) -> None:
-        """running_mean 0, running_var 1, num_batches_tracked 0."""
+        """running_mean 0, running_var 1, num_batches_tracked 0, and nothing pending."""
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.running_mean.zero_()
             self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
+            for counted in (self.num_batches_tracked, self.pending_mean, self.pending_var, self.pending_count):
+                counted.zero_()
 
     def has_batch_scope(self) -> bool:
         """Whether BN's scope is among those that it normalizes over; a mix may do without."""
@@ -92,8 +99,8 @@ class BatchScopeNorm(Norm):
         """Whether BN's scope is the current batch, rather than the running statistics."""
         return self.has_batch_scope() and (self.training or self.running_mean is None)
 
-    def stored_variance(self, var_RC: Tensor, moments: Moments) -> Tensor:
-        """The variance that goes into `running_var`: here the biased one."""
+    def stored_variance(self, var_RC: Tensor, count: Any) -> Tensor:
+        """The variance that goes into `running_var`, of `count` values of a channel: here the biased one."""
         return var_RC
 
     def batch_statistics(self, moments: Moments) -> Statistics:
@@ -104,11 +111,12 @@ class BatchScopeNorm(Norm):
                 self.running_mean.to(like.dtype)[None],
                 self.running_var.to(like.dtype)[None],
             )
-        mean_RC, var_RC = replica_statistics(moments)
-        if self.training and moments.record and self.running_mean is not None:
+        mean_RC, var_RC, count = replica_statistics(moments)
+        tracked = self.track_running_stats and self.running_mean is not None
+        if self.training and moments.record and tracked:
             self._record(
                 mean_RC.detach().mean(0),
-                self.stored_variance(var_RC.detach(), moments).mean(0),
+                self.stored_variance(var_RC.detach(), count).mean(0),
             )
         return Statistics(replica_to_sample(mean_RC, moments), replica_to_sample(var_RC, moments))
 
@@ -124,9 +132,10 @@ class BatchScopeNorm(Norm):
         if samples % replicas:
             raise UserError(f"{samples} samples do not split into {replicas} replicas; give a multiple of it")
         if self.training and samples == replicas and x[0].numel() == self.num_features and group is None:
+            others = ", or normalizers=[in,ln]" if hasattr(self, "normalizers") else ""
             raise UserError(
                 f"{type(self).__name__} in training needs more than 1 value per channel in BN's scope, which is "
-                "1 sample of 1 position here; use a larger batch or image, norm.sync=true, or normalizers=[in,ln]"
+                f"1 sample of 1 position here; use a larger batch or image, or sync=True with several processes{others}"
             )
 
     def _record(self, mean_C: Tensor, var_C: Tensor) -> None:
@@ -171,8 +180,7 @@ def configure_scope(model: nn.Module, *, replicas: int = 1, group: Any = None) -
 
     Args:
         replicas: replicas in one forward of this device, N / replicas consecutive samples each.
-        group: the process group that one replica spans, with equally many samples in each process; None if it lies
-            on this device.
+        group: the process group that one replica spans; None if it lies on this device.
 
     Layers with `sync` take the whole batch of all processes, whatever is given.
     """
@@ -203,7 +211,7 @@ def commit_running_stats(model: nn.Module) -> None:
     """
     kinds: dict[Any, list[BatchScopeNorm]] = {}
     for module in batch_scope_norms(model):
-        if module.deferred and module.running_mean is not None:
+        if module.deferred and not module.frozen and module.running_mean is not None:
             kinds.setdefault((module.running_mean.dtype, module.running_mean.device), []).append(module)
     for modules in kinds.values():
         _commit(modules)

@@ -1,7 +1,9 @@
 """The compiled small graph of a kind of layer: traced once, compiled once per machine, found again by what it is.
 
 The libraries lie in the cache under a hash: for the normalizers of this package of the formula's options and of the
-package's sources, so that nothing is traced where they exist; for a class of somebody else's of the traced graphs.
+package's sources, so that nothing is traced where they exist; for a class of somebody else's of the traced graphs and
+of the dtypes and shapes of their inputs. Beside each library lies what it assumes of its inputs; it is compared with
+the layer before the library is used.
 """
 
 import functools
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from exnorm.norms.coefficient_graphs import Graphs, trace
+from exnorm.norms.coefficient_graphs import Graphs, InputFacts, input_facts, trace
+from exnorm.norms.compile_key import options_of, tensors_of
 from exnorm.ops import ahead, native
 from exnorm.ops.layout import statistics_dtype
 from exnorm.ops.pieces import warn_once, without_saved_tensor_hooks
@@ -23,7 +26,6 @@ from exnorm.runs.cache import cache_folder, processor
 from exnorm.runs.folder import write_json_atomic
 
 _LOG = logging.getLogger(__name__)
-_NOT_PART_OF_THE_FORMULA = ("num_features", "replaced", "took_over", "adds_residual_of", "fused_act", "channel_dim")
 
 
 class CoefficientCode:
@@ -40,6 +42,7 @@ class CoefficientCode:
         self.gradient: ahead.Run | None = None
         self.read: tuple[str, ...] = ()
         self.multiple = multiple
+        self._inputs: list[InputFacts] = []
         self._key = key
         self._graphs: Graphs | None = None
 
@@ -50,28 +53,48 @@ class CoefficientCode:
                 self.coefficients = self._function("coefficients", norm, like)
             if gradient and self.gradient is None:
                 self.gradient = self._function("gradient", norm, like)
+        self._check(norm)
         if self.gradient is not None:
             self._graphs = None
+
+    def _check(self, norm: Any) -> None:
+        """Compare a layer's tensors with what the code assumes, in the order in which the code takes them.
+
+        Raises:
+            RuntimeError: the code was made for others.
+        """
+        learned, buffers = tensors_of(norm)
+        groups = norm.num_features // self.multiple
+        given = [(name, str(t.dtype), list(t.shape)) for name, t in (*learned.items(), *buffers.items())]
+        expected = [(name, dtype, [a + b * groups for a, b in sizes]) for name, dtype, sizes in self._inputs]
+        if given != expected or groups * self.multiple != norm.num_features:
+            raise RuntimeError(f"the compiled code is for layers with {expected}, and this one has {given}")
 
     def _function(self, which: str, norm: Any, like: Tensor) -> ahead.Run:
         if like.device.type != "cpu":
             graphs = self._traced(norm, like)
-            self.read = graphs.read
+            self.read, self._inputs = graphs.read, input_facts(graphs)
             return ahead.compile_here(getattr(graphs, which))
         folder = self._folder(norm, like)
         library, facts = folder / f"{which}.so", folder / "facts.json"
         if not library.exists():
             graphs = self._traced(norm, like)
-            write_json_atomic(facts, {"read": graphs.read})
+            write_json_atomic(facts, {"read": graphs.read, "inputs": input_facts(graphs)})
             _LOG.info("compiling the %s of %s for this machine, once: a quarter minute", which, type(norm).__name__)
             with native.compiled_meanwhile():
                 ahead.build(getattr(graphs, which), library)
-        self.read = tuple(json.loads(facts.read_text(encoding="utf-8"))["read"])
+        assumed = json.loads(facts.read_text(encoding="utf-8"))
+        self.read, self._inputs = tuple(assumed["read"]), [tuple(fact) for fact in assumed["inputs"]]
         return ahead.load(library)
 
     def _folder(self, norm: Any, like: Tensor) -> Path:
-        ours = all(cls.__module__.split(".")[0] in ("exnorm", "torch", "builtins") for cls in type(norm).__mro__)
-        formula = (self._key, _sources()) if ours else [_text(graph) for graph in self._traced(norm, like)[:2]]
+        packages = ("exnorm.norms.", "torch.", "builtins.")
+        if all(f"{cls.__module__}.".startswith(packages) for cls in type(norm).__mro__):
+            formula: Any = (self._key, _sources())
+        else:
+            formula = [
+                _text(graph) for graph in (self._traced(norm, like).coefficients, self._traced(norm, like).gradient)
+            ]
         facts = repr((formula, ahead.OPTIONS, torch.__version__, processor()))
         folder = cache_folder() / f"{type(norm).__name__}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
         folder.mkdir(exist_ok=True)
@@ -104,19 +127,13 @@ _codes: dict[Hashable, CoefficientCode | None] = {}
 def _key(norm: Any, like: Tensor) -> Hashable:
     """What the layers that share their code have in common: class, options, mode, and tensors up to C."""
     growing = norm.channel_shapes()
+    learned, buffers = tensors_of(norm)
     tensors = [
         (name, str(t.dtype), str(t.device), None if name in growing else tuple(t.shape))
-        for name, t in (*norm._parameters.items(), *norm._buffers.items())
-        if t is not None
+        for name, t in (*learned.items(), *buffers.items())
     ]
     facts = (str(statistics_dtype(like)), str(like.device), norm.channel_multiple())
     return (*options_of(norm), *facts, tuple(tensors))
-
-
-def options_of(norm: Any) -> tuple[Hashable, ...]:
-    """Class, options and mode of a layer as far as its coefficients may depend on them."""
-    values = [(n, v) for n, v in norm.__dict__.items() if n[0] != "_" and n not in _NOT_PART_OF_THE_FORMULA]
-    return type(norm), tuple(values), norm.scope()[0]
 
 
 @functools.cache
@@ -127,5 +144,8 @@ def _sources() -> str:
 
 
 def _text(graph: fx.GraphModule) -> str:
+    """A graph with all that its code leaves out: the constants, and the dtypes and shapes of its inputs."""
     constants = [getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"]
-    return graph.code + repr([c.tolist() if isinstance(c, Tensor) else c for c in constants])
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    facts = [(str(t.dtype), str(t.device), str(tuple(t.shape)), str(t.stride())) for t in inputs]
+    return graph.code + repr([(c.dtype, c.tolist()) if isinstance(c, Tensor) else c for c in constants]) + repr(facts)

@@ -20,17 +20,43 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from exnorm.norms.compile_key import tensors_of
 from exnorm.norms.statistics import Moments
+from exnorm.ops.streaming import fitted
 
 SAMPLES, GROUPS = 32, 17  # for which inductor decides what is worth a second thread; any sizes above 1 are right
 
 
+# The name of a tensor of the layer, its dtype, and each of its sizes as (a, b) for a + b * G.
+InputFacts = tuple[str, str, list[tuple[int, int]]]
+
+
 class Graphs(NamedTuple):
-    """The two graphs, and the names of the buffers that the gradient reads."""
+    """The two graphs, the names of the buffers that the gradient reads, and those of all parameters and buffers."""
 
     coefficients: fx.GraphModule
     gradient: fx.GraphModule
     read: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def input_facts(graphs: Graphs) -> list[InputFacts]:
+    """What the graphs assume of a layer's parameters and buffers, in their order."""
+    nodes = [node for node in graphs.coefficients.graph.nodes if node.op == "placeholder"]
+    sizes, *_ = nodes
+    groups = sizes.meta["val"].shape[1].node.expr
+
+    def linear(size: Any) -> tuple[int, int]:
+        expression: Any = size.node.expr if isinstance(size, torch.SymInt) else None
+        if expression is None:
+            return int(size), 0
+        at = [int(expression.subs(groups, value)) for value in (1, 2)]
+        return 2 * at[0] - at[1], at[1] - at[0]
+
+    tensors = [node.meta["val"] for node in nodes[len(nodes) - len(graphs.names) :]]
+    return [
+        (name, str(t.dtype), [linear(size) for size in t.shape]) for name, t in zip(graphs.names, tensors, strict=True)
+    ]
 
 
 def trace(norm: Any, dtype: torch.dtype, device: torch.device, replicas: int) -> Graphs:
@@ -49,12 +75,13 @@ def trace(norm: Any, dtype: torch.dtype, device: torch.device, replicas: int) ->
     with sizes.fake_mode:
         length = torch.empty((), dtype=torch.float64, device=device)
         moments_NC = [torch.empty(shape_NC, dtype=dtype, device=device) for _ in range(5)]
-    names, count = tuple(tensors), sum(tensor is not None for tensor in norm._parameters.values())
+    names, count = tuple(tensors), len(tensors_of(norm)[0])
 
     def call(values: Sequence[Tensor], mean_NC: Tensor, var_NC: Tensor, length: Any) -> Any:
         moments = Moments(mean_NC, var_NC, length, replicas)
         named = {f"norm.{name}": value for name, value in zip(names, values, strict=True)}
-        return torch.func.functional_call(template, named, (moments,))
+        coefficients = torch.func.functional_call(template, named, (moments,))
+        return tuple([fitted(coefficient, mean_NC) for coefficient in coefficients])
 
     def gradient(_: Tensor, length: Tensor, *given: Tensor) -> Any:
         dscale_NC, dshift_NC, scale_NC, mean_NC, var_NC, *values = given
@@ -81,12 +108,13 @@ def trace(norm: Any, dtype: torch.dtype, device: torch.device, replicas: int) ->
         return [c.contiguous() for c in call(values, mean_NC, var_NC, length)] + copies
 
     graph = _trace(coefficients, sizes, length, *moments_NC[:2], *tensors.values())
-    return Graphs(graph, gradient_graph, read)
+    return Graphs(graph, gradient_graph, read, names)
 
 
 def _fakes(norm: nn.Module, growing: dict[str, tuple[int, ...]], sizes: Any) -> dict[str, Tensor]:
     """A layer's parameters, then its buffers, without values; those that grow with C in symbolic shapes."""
-    named = {n: t for n, t in (*norm._parameters.items(), *norm._buffers.items()) if t is not None}
+    learned, buffers = tensors_of(norm)
+    named = {**learned, **buffers}
     with sizes.fake_mode:
         return {
             n: torch.empty(growing.get(n, tuple(t.shape)), dtype=t.dtype, device=t.device) for n, t in named.items()
@@ -107,10 +135,11 @@ class _Coefficients(nn.Module):
 def _template(norm: nn.Module, num_features: Any) -> _Coefficients:
     """A copy of a layer's options with a symbolic number of channels."""
     template = object.__new__(type(norm))
+    learned, buffers = tensors_of(norm)
     template.__dict__ = {
-        **norm.__dict__,
-        "_parameters": dict(norm._parameters),
-        "_buffers": dict(norm._buffers),
+        **{name: value for name, value in norm.__dict__.items() if name not in buffers},
+        "_parameters": {**norm._parameters, **learned},
+        "_buffers": {**norm._buffers, **buffers},
         "_modules": {},
         "num_features": num_features,
     }

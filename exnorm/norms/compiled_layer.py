@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from exnorm import ops
-from exnorm.norms.coefficient_code import CoefficientCode, code_of, options_of
+from exnorm.norms.coefficient_code import CoefficientCode, code_of
+from exnorm.norms.compile_key import is_compilable, options_of, tensors_of
+from exnorm.ops import plain
 
 
 def runs_compiled(norm: Any, x: Tensor) -> bool:
@@ -26,6 +27,7 @@ def runs_compiled(norm: Any, x: Tensor) -> bool:
         and x.device.type in ("cpu", "cuda")
         and norm.scope()[1] is None
         and not torch.compiler.is_compiling()
+        and not plain.is_transformed()
         and not torch._C._len_torch_dispatch_stack()
     )
 
@@ -43,22 +45,26 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
     """The normalized input, with residual and activation; None where the coefficients cannot be compiled."""
     if ops.get_backend() == "triton" and x.device.type == "cpu":
         return None
-    learned = [t for t in norm._parameters.values() if t is not None]
-    buffers = {name: t for name, t in norm._buffers.items() if t is not None}
+    parameters, buffers = tensors_of(norm)
+    learned = list(parameters.values())
     tensors = [*learned, *buffers.values()]
-    if not all(t.is_contiguous() for t in tensors):
+    if not all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in tensors):
         return None
     gradient = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in learned))
     key = (
         *options_of(norm),
+        norm.num_features,  # by itself: a layer may have no tensor that shows it
         ops.statistics_dtype(x),
         x.device,
         gradient,
         *[(t.shape, t.dtype, t.device) for t in tensors],
     )
-    if key not in _codes:
-        _codes[key] = code_of(norm, x, gradient=gradient)
-    code = _codes[key]
+    try:
+        code = _codes[key]
+    except (KeyError, TypeError):  # new, or with an option that has no hash
+        if not is_compilable(norm):
+            return None
+        code = _codes[key] = code_of(norm, x, gradient=gradient)
     return None if code is None else _Layer.apply(x, residual, norm, act, code, buffers, *learned)  # type: ignore[no-any-return]
 
 
@@ -97,7 +103,7 @@ class _Layer(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @plain.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
         act, passes = ctx.act, ops.implementation()

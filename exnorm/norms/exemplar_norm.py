@@ -77,12 +77,15 @@ class ExemplarNorm(BatchScopeNorm):
         shared_affine: bool = False,
         initial: str | None = None,
         track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         self.normalizers = check_normalizers("ExemplarNorm", normalizers, initial)
         self.shared_affine = shared_affine
         track = track_running_stats and "bn" in self.normalizers
-        super().__init__(num_features, track_running_stats=track, **options)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(num_features, track_running_stats=track, **factory, **options)
         if hidden_act not in HIDDEN_ACTIVATIONS:
             raise UserError(
                 f"ExemplarNorm: hidden_act={hidden_act!r} is not possible; allowed: {', '.join(HIDDEN_ACTIVATIONS)}"
@@ -92,7 +95,6 @@ class ExemplarNorm(BatchScopeNorm):
         self.reduction = largest_divisor(num_features, reduction, "ExemplarNorm: reduction")
         self.pi, self.hidden_act, self.initial = pi, hidden_act, initial
         count = len(self.normalizers)
-        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
         shapes = self.channel_shapes()
         self.conv_weight = nn.Parameter(torch.empty(shapes["conv_weight"], **factory)) if conv else None
         self.conv_bias = nn.Parameter(torch.empty(shapes["conv_bias"], **factory)) if conv and conv_bias else None
@@ -115,6 +117,11 @@ class ExemplarNorm(BatchScopeNorm):
 
     def channel_multiple(self) -> int:
         return math.lcm(super().channel_multiple(), self.reduction)
+
+    def reset_parameters(self) -> None:
+        """All values as at construction, up to the draw of the ratio branch."""
+        super().reset_parameters()
+        self.reset_ratios()
 
     @torch.no_grad()
     def reset_ratios(self) -> None:

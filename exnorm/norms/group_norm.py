@@ -30,8 +30,8 @@ class GroupNorm(Norm):
         ValueError: one value per group, of which only `bias` would be left.
     """
 
-    def __init__(self, num_features: int, *, num_groups: int = 32, **options: Any) -> None:
-        super().__init__(num_features, **options)
+    def __init__(self, num_features: int, *, num_groups: int = 32, device: Any = None, **options: Any) -> None:
+        super().__init__(num_features, device=device, **options)
         self.num_groups = largest_divisor(num_features, num_groups, "GroupNorm: num_groups")
 
     def channel_multiple(self) -> int:

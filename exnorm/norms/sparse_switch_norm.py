@@ -33,9 +33,14 @@ class SparseSwitchNorm(SwitchNorm):
 
     progress: Tensor
 
-    def __init__(self, num_features: int, **options: Any) -> None:
-        super().__init__(num_features, **options)
-        self.register_buffer("progress", torch.zeros((), device=options.get("device")))
+    def __init__(self, num_features: int, *, device: Any = None, **options: Any) -> None:
+        super().__init__(num_features, device=device, **options)
+        self.register_buffer("progress", torch.zeros((), device=device))
+
+    def reset_parameters(self) -> None:
+        """All values as at construction, `progress` too."""
+        super().reset_parameters()
+        self.progress.zero_()
 
     def param_options(self) -> dict[str, dict[str, float]]:
         """The ratio parameters learn slowly and do not decay."""
@@ -50,7 +55,7 @@ def sparsestmax(logits: Tensor, radius: Tensor) -> Tensor:
     """Ratios on the simplex, no nearer to the middle of their support than `radius`: in each row of K, up to 3."""
     ratios = _sparsemax(logits)
     middle = _middle(ratios)
-    for _ in range(logits.shape[-1] - 1):  # each turn may leave one face of the simplex for a smaller one
+    for _ in range(_count(logits) - 1):  # each turn may leave one face of the simplex for a smaller one
         away = ratios - middle
         squared = away.square().sum(-1, keepdim=True)
         apart = (squared.detach() > NOWHERE).to(squared.dtype)
@@ -65,10 +70,15 @@ def sparsestmax(logits: Tensor, radius: Tensor) -> Tensor:
 
 def _sparsemax(logits: Tensor) -> Tensor:
     """The nearest point of the simplex: max(z - t, 0), where t = max_k (sum of the k largest - 1) / k."""
-    total, count = logits.sum(-1, keepdim=True), logits.shape[-1]
+    total, count = logits.sum(-1, keepdim=True), _count(logits)
     largest = {1: logits.amax(-1, keepdim=True), count - 1: total - logits.amin(-1, keepdim=True), count: total}
     sums = [(largest[k] - 1) / k for k in range(1, count + 1)]
     return (logits - torch.stack(sums).amax(0)).relu()
+
+
+def _count(logits: Tensor) -> int:
+    """K; under `torch.jit.trace` a size would be a tensor."""
+    return len(logits.unbind(-1))
 
 
 def _middle(ratios: Tensor) -> Tensor:

@@ -41,11 +41,26 @@ class Statistics(NamedTuple):
     var: Tensor
 
 
-def _total(mean: Tensor, var: Tensor, dim: int) -> Statistics:
-    """Mean and variance of the union of equally large sets, given along `dim`, which is kept."""
-    mean_all = mean.mean(dim, keepdim=True)
-    var_all = var.mean(dim, keepdim=True) + (mean - mean_all).square().mean(dim, keepdim=True)
-    return Statistics(mean_all, var_all)
+class ReplicaStatistics(NamedTuple):
+    """BN's mean and biased variance of each replica, and how many values of one channel lie in its scope."""
+
+    mean_RC: Tensor
+    var_RC: Tensor
+    count: Any
+
+
+def _total(mean: Tensor, var: Tensor, dim: int, weight: Tensor | None = None) -> Statistics:
+    """Mean and variance of the union of sets, given along `dim`, which is kept.
+
+    Args:
+        weight: each set's share of the values times the number of sets; None for equally large ones.
+    """
+
+    def average(value: Tensor) -> Tensor:
+        return (value if weight is None else weight * value).mean(dim, keepdim=True)
+
+    mean_all = average(mean)
+    return Statistics(mean_all, average(var) + average((mean - mean_all).square()))
 
 
 def instance_statistics(moments: Moments) -> Statistics:
@@ -64,15 +79,31 @@ def group_statistics(moments: Moments, num_groups: int) -> Statistics:
     return _total(moments.mean_NC.unflatten(1, shape), moments.var_NC.unflatten(1, shape), 2)
 
 
-def replica_statistics(moments: Moments) -> Statistics:
-    """BN: over the samples and positions of each replica, (R, C)."""
+def replica_statistics(moments: Moments) -> ReplicaStatistics:
+    """BN: over the samples and positions of each replica, weighed by their number in each process."""
     samples, channels = moments.mean_NC.shape
+    count = samples // moments.replicas * moments.length
     shape = (moments.replicas, samples // moments.replicas, channels)
-    mean, var = _total(moments.mean_NC.reshape(shape), moments.var_NC.reshape(shape), 1)
-    if moments.group is not None:
-        mean, var = _GatherOverGroup.apply(torch.stack((mean, var)), moments.group).unbind(1)
-        mean, var = _total(mean, var, 0)
-    return Statistics(mean.reshape(-1, channels), var.reshape(-1, channels))
+    mean, var = moments.mean_NC.reshape(shape), moments.var_NC.reshape(shape)
+    if moments.group is None:
+        mean, var = _total(mean, var, 1)
+    else:
+        # A process without a value still takes part, forward and backward: its sums are 0, with a gradient.
+        mean, var = _total(mean, var, 1) if count else Statistics(mean.sum(1, keepdim=True), var.sum(1, keepdim=True))
+        mean, var, count = _over_group(mean, var, count, moments.group)
+    return ReplicaStatistics(mean.reshape(-1, channels), var.reshape(-1, channels), count)
+
+
+def _over_group(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics over all processes of a group, and the number of values in it; without asking a GPU for one."""
+    local = torch.cat((torch.stack((mean, var)).flatten(), mean.new_full((1,), count)))
+    gathered = _GatherOverGroup.apply(local, group)
+    counts = gathered[:, -1].detach().double()
+    # In float64, in which it is exactly 1 where all counts are equal.
+    weight = (counts * len(counts) / counts.sum()).to(mean.dtype).reshape(-1, *(1,) * mean.ndim)
+    means, variances = gathered[:, :-1].unflatten(1, (2, *mean.shape)).unbind(1)
+    mean_all, var_all = _total(means, variances, 0, weight)
+    return mean_all, var_all, counts.sum()
 
 
 def replica_to_sample(statistic_RC: Tensor, moments: Moments) -> Tensor:
@@ -80,12 +111,6 @@ def replica_to_sample(statistic_RC: Tensor, moments: Moments) -> Tensor:
     if moments.replicas == 1:
         return statistic_RC
     return statistic_RC.repeat_interleave(moments.mean_NC.shape[0] // moments.replicas, 0)
-
-
-def scope_count(moments: Moments) -> int:
-    """How many values of one channel lie in BN's scope."""
-    count = moments.mean_NC.shape[0] // moments.replicas * moments.length
-    return count if moments.group is None else count * dist.get_world_size(moments.group)
 
 
 class _GatherOverGroup(torch.autograd.Function):

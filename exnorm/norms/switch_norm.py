@@ -66,19 +66,26 @@ class SwitchNorm(BatchScopeNorm):
         groups: int = 1,
         hard: bool = False,
         track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         self.normalizers = check_normalizers("SwitchNorm", normalizers, initial)
         track = track_running_stats and "bn" in self.normalizers
-        super().__init__(num_features, track_running_stats=track, **options)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(num_features, track_running_stats=track, **factory, **options)
         self.unbiased = unbiased
         self.initial = initial
         self.groups = largest_divisor(num_features, groups, f"{type(self).__name__}: groups")
         self.hard = hard
-        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
         shape = (self.groups, len(self.normalizers))[self.groups == 1 :]
         self.mean_weight = nn.Parameter(torch.empty(shape, **factory), requires_grad=not hard)
         self.var_weight = nn.Parameter(torch.empty(shape, **factory), requires_grad=not hard)
+        self.reset_ratios()
+
+    def reset_parameters(self) -> None:
+        """All values as at construction, the ratios too."""
+        super().reset_parameters()
         self.reset_ratios()
 
     @torch.no_grad()

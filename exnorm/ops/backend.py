@@ -10,7 +10,7 @@ import torch
 from exnorm.config.errors import UserError
 from exnorm.ops import eager, native
 
-BACKENDS = ("eager", "compiled", "triton")
+BACKENDS = ("eager", "compiled", "triton", "plain")
 
 _name: str | None = None
 _module: ModuleType = eager

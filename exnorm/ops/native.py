@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exnorm.ops.layout import statistics_dtype
 from exnorm.runs.cache import building_in, cache_folder, processor
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -65,7 +66,9 @@ def call(
     samples, channels = x.shape[0], x.shape[channel_dim]
     length = x.numel() // (samples * channels)
     columns = channel_dim == -1 or not x.is_contiguous()
+    shape, dtype = (samples, channels), statistics_dtype(x)
     plain = [c.contiguous() for c in coefficients]  # kept: the pass reads them through their addresses
+    assert all(c.shape == shape and c.dtype == dtype for c in plain), "memory of others would be read"
     pointers = [c.data_ptr() for c in plain] + [None] * (5 - len(plain))
     first = None if other is None else other.data_ptr()
     last = None if out2 is None else out2.data_ptr()

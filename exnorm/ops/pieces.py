@@ -2,8 +2,9 @@
 
 torch.compile guards every call with a check of all that was assumed, which for a layer of small tensors costs more
 than the layer. Here the assumptions are few and known: they are the key under which a compiled function is kept. Sizes
-are dynamic, but a size of 1 is a fact; so are dtypes and devices. A function given here must not branch on a size in
-any other way.
+are dynamic, but a size of 1 is a fact; so are dtypes, devices, strides that are not contiguous, and whether an index
+into the tensor fits 32 bits, for which code on a GPU is made. A function given here must not branch on a size in any
+other way.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from exnorm.config.errors import first_line
+
+_LARGEST_INDEX = 2**31 - 1
 
 
 class Piece:
@@ -67,7 +70,8 @@ def _facts(arg: Any) -> Hashable:
     """All that the compiled code may assume of an argument besides its number of dimensions."""
     if isinstance(arg, Tensor):
         shape = arg.shape
-        return arg.dtype, arg.device, (tuple([size == 1 for size in shape]) if 1 in shape else len(shape))
+        sizes = tuple([size == 1 for size in shape]) if 1 in shape else len(shape)
+        return arg.dtype, arg.device, sizes, arg.is_contiguous() or arg.stride(), arg.numel() > _LARGEST_INDEX
     return arg
 
 

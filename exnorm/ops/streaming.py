@@ -10,7 +10,7 @@ With `g` the gradient at a * (x - m) + b:
 
 `x'` aliases `x`, and `ca`, `cb` are zero (N, C) carriers: `Affine.backward` returns the untouched gradient of `y`
 for `x'` and the *values* of a and b as the carriers' "gradients", so that `Moments.backward` holds all that it
-needs to write dx in one pass. Only `x` is saved. First order only.
+needs to write dx in one pass. Only `x` is saved. First order only; for the rest see `exnorm.ops.plain`.
 
 With a residual r, the activation is none or a ReLU, whose gradient follows from y (saved then, as `nn.ReLU` does): it
 is applied first, for it is the gradient of r too, and all else goes on as without activation.
@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from exnorm.config.errors import UserError
+from exnorm.ops import plain
 from exnorm.ops.activations import ACTIVATIONS, through_relu
-from exnorm.ops.backend import implementation
+from exnorm.ops.backend import get_backend, implementation
 from exnorm.ops.layout import length
 
 
@@ -32,8 +32,8 @@ class Streamed(NamedTuple):
     """What `moments` hands to `affine`: the input with its gradient path, and the carriers."""
 
     x: Tensor
-    scale_carrier_NC: Tensor
-    shift_carrier_NC: Tensor
+    scale_carrier_NC: Tensor | None
+    shift_carrier_NC: Tensor | None
 
 
 class _Moments(torch.autograd.Function):
@@ -45,7 +45,7 @@ class _Moments(torch.autograd.Function):
         return mean_NC, var_NC, x.view_as(x), torch.zeros_like(mean_NC), torch.zeros_like(mean_NC)
 
     @staticmethod
-    @once_differentiable
+    @plain.first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dmean_NC, dvar_NC, grad, scale_NC, shift_NC = grads
         x, mean_NC = ctx.saved_tensors
@@ -76,7 +76,7 @@ class _Affine(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @plain.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean_NC, scale_NC, shift_NC, *output = ctx.saved_tensors
         coefficients, act = (mean_NC, scale_NC, shift_NC), ctx.act
@@ -107,6 +107,8 @@ def moments(x: Tensor, *, channel_dim: int = 1, act: str | None = None) -> tuple
         of `x` is right only if `affine` is called exactly once with it, and with this mean.
     """
     _check_activation(act)
+    if needs_plain_autograd():
+        return *plain.moments(x, channel_dim), Streamed(x, None, None)
     mean_NC, var_NC, alias, scale_carrier_NC, shift_carrier_NC = _Moments.apply(x, channel_dim, act)
     return mean_NC, var_NC, Streamed(alias, scale_carrier_NC, shift_carrier_NC)
 
@@ -126,17 +128,33 @@ def affine(
     Args:
         x: what `moments` returned, or a plain tensor where the coefficients do not depend on its moments.
         mean_NC: the mean that `moments` returned; for a plain tensor any centre.
-        scale_NC, shift_NC: (N, C), in the moments' dtype; `shift` is the preactivation at the mean.
+        scale_NC, shift_NC: of the shape of the mean, or broadcastable to it; `shift` is the preactivation at the mean.
         residual: added before the activation, of the shape of `x`; None for nothing.
         act: None or a key of `ACTIVATIONS`, the same that `moments` was given; with a residual None or "relu".
     """
     _check_activation(act)
     if residual is not None and act not in (None, "relu"):
         raise UserError(f"activation {act!r} cannot be fused behind a residual; allowed: None, relu")
+    if needs_plain_autograd():
+        source = x.x if isinstance(x, Streamed) else x
+        return plain.affine(source, mean_NC, scale_NC, shift_NC, residual, channel_dim, act)
+    scale_NC, shift_NC = fitted(scale_NC, mean_NC), fitted(shift_NC, mean_NC)
     if isinstance(x, Streamed):
         carriers = (x.scale_carrier_NC, x.shift_carrier_NC)
         return _Affine.apply(x.x, mean_NC, scale_NC, shift_NC, *carriers, residual, channel_dim, act)
     return _Affine.apply(x, mean_NC, scale_NC, shift_NC, None, None, residual, channel_dim, act)
+
+
+def needs_plain_autograd() -> bool:
+    """Whether the primitives run as plain operations: by choice, or because torch transforms or traces them."""
+    return get_backend() == "plain" or plain.is_transformed()
+
+
+def fitted(coefficient: Tensor, mean_NC: Tensor) -> Tensor:
+    """A coefficient in the shape and dtype of the mean, as the passes read it."""
+    if coefficient.shape == mean_NC.shape and coefficient.dtype == mean_NC.dtype:
+        return coefficient
+    return coefficient.to(mean_NC.dtype).expand(mean_NC.shape)
 
 
 def _check_activation(act: str | None) -> None:

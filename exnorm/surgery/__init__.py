@@ -1,5 +1,18 @@
 """Put a normalizer into any model: replace its normalization layers, and say what was replaced."""
 
-from exnorm.surgery.layers import KINDS, AuditRow, audit, constructor_options, convert, norm_class
+from exnorm.surgery.audit_rows import Audit, AuditRow
+from exnorm.surgery.layers import KINDS, audit, constructor_options, convert, norm_class
+from exnorm.surgery.modes import convert_sync, freeze, recalibrate
 
-__all__ = ["KINDS", "AuditRow", "audit", "constructor_options", "convert", "norm_class"]
+__all__ = [
+    "KINDS",
+    "Audit",
+    "AuditRow",
+    "audit",
+    "constructor_options",
+    "convert",
+    "convert_sync",
+    "freeze",
+    "norm_class",
+    "recalibrate",
+]

@@ -8,18 +8,21 @@ import importlib
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm.layers
 import torch
+import torchvision
 from timm.models import metaformer
 from torch import Tensor, nn
 
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options, option_values
 from exnorm.norms import BatchScopeNorm, Norm
+from exnorm.surgery.audit_rows import Audit, AuditRow
 from exnorm.surgery.meta import HOOKS
 from exnorm.surgery.pairs import activation_name, following_activations
+from exnorm.surgery.refusals import refuse_folding
 from exnorm.surgery.residuals import fuse_residuals
 
 _CHANNELS_LAST: dict[str, tuple[type[nn.Module], ...]] = {
@@ -77,6 +80,11 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     ),
 }
 _KIND_OF = {cls: kind for kind, classes in KINDS.items() for cls in classes}
+_KIND_OF_NAME = {f"{cls.__module__}.{cls.__qualname__}": kind for cls, kind in _KIND_OF.items()}
+_FROZEN = (torchvision.ops.FrozenBatchNorm2d, timm.layers.FrozenBatchNormAct2d)
+_UNFREEZE = (
+    "its statistics are frozen; convert the model before it is frozen, or call timm.layers.unfreeze_batch_norm_2d"
+)
 _SYNCHRONIZED = (nn.SyncBatchNorm, timm.layers.SyncBatchNormAct)
 _WRAPPERS = (
     "DistributedDataParallel",
@@ -86,29 +94,31 @@ _WRAPPERS = (
 )
 
 
-class AuditRow(NamedTuple):
-    """One normalization layer of a model: what it was, what it is now (None if left), and why."""
-
-    name: str
-    original: str
-    replacement: str | None
-    reason: str
-
-
 def norm_class(norm: str | type[Norm]) -> type[Norm]:
     """The class of a normalizer's short name, a file name in `conf/norm`; a class is returned as it is.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a class that is no `Norm`.
     """
-    if not isinstance(norm, str):
-        return norm
     names = group_options("norm")
+    if not isinstance(norm, str):
+        return _checked(norm, f"convert takes a subclass of exnorm.norms.Norm, or a name: {', '.join(names)}")
     if norm not in names:
         raise UserError(f"unknown norm {norm!r}; allowed: {', '.join(names)}")
     target: str = option_values("norm", norm)["_target_"]
     module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    advice = f"write the class of a subclass of exnorm.norms.Norm as _target_ in conf/norm/{norm}.yaml"
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise UserError(f"norm {norm!r}: its _target_ {target!r} cannot be imported ({problem}); {advice}") from problem
+    return _checked(found, advice)
+
+
+def _checked(cls: Any, advice: str) -> type[Norm]:
+    if not (isinstance(cls, type) and issubclass(cls, Norm)):
+        raise UserError(f"{cls!r} is no normalizer of exnorm; {advice}")
+    return cls
 
 
 def convert(
@@ -124,7 +134,8 @@ def convert(
     Affine and running values, zero-initialised weights, device, dtype, mode, `requires_grad`, and the activation and
     drop of norm-act layers are kept; a layer with two parents stays one layer. With `norm="bn"` the model's function
     does not change. With `initial="bn"` (SN, EN) a pretrained network with BN starts as that network, up to the weight
-    of 1e-4 that each layer leaves to the other normalizers.
+    of 1e-4 that each layer leaves to the other normalizers. A layer that `convert` made before is replaced like the
+    layer in whose place it stands; if its class stays the same, its ratios are kept too.
 
     Args:
         norm: a short name (see `exnorm list norms`) or a subclass of `Norm`.
@@ -136,11 +147,13 @@ def convert(
         options: of the normalizer's constructor.
 
     Raises:
-        ValueError: an unknown norm, kind or option, a wrapped model, or nothing to replace.
+        ValueError: an unknown norm, kind or option, a wrapped model, or nothing to replace. The model is unchanged.
     """
     cls = norm_class(norm)
     _check_request(model, cls, replace, options)
-    places = [place for place in _normalization_layers(model) if _KIND_OF[type(place[2])] in replace]
+    places = [place for place in _normalization_layers(model) if _kind_of(place[2]) in replace]
+    if not places:
+        raise UserError(f"nothing to replace: no layer of kind {'/'.join(replace)}; {_what_there_is(model)}")
     single = [child for _, _, child in places if _has_no_activation(child)]
     followers = following_activations(model, single) if fuse else {}
     like = next(model.parameters(), None)  # for layers without values of their own
@@ -148,7 +161,7 @@ def convert(
     built: dict[int, Norm] = {}
     for _, _, child in places:
         if id(child) not in built:
-            act = _fused_activation(child, followers) if fuse else None
+            act = _fused_activation(child, followers) if fuse or isinstance(child, Norm) else None
             built[id(child)] = _replacement(child, cls, act, like, options)
     for parent, name, child in places:
         if parent is None:
@@ -157,18 +170,23 @@ def convert(
     _take_over(model, {act: built[id(norm)] for norm, act in followers.items()})
     if fuse:
         fuse_residuals(model)
-    if not built:
-        present = Counter(_KIND_OF[type(child)] for _, _, child in _normalization_layers(model))
-        kinds = ", ".join(f"{kind} ({count})" for kind, count in present.items()) or "none"
-        raise UserError(f"nothing to replace: no layer of kind {'/'.join(replace)}; this model's kinds: {kinds}")
+    refuse_folding(model)
+    timm.layers.register_notrace_module(cls)
     return model
 
 
-def audit(model: nn.Module) -> list[AuditRow]:
+def _what_there_is(model: nn.Module) -> str:
+    present = Counter(_kind_of(child) for _, _, child in _normalization_layers(model))
+    text = f"this model's kinds: {', '.join(f'{kind} ({count})' for kind, count in present.items()) or 'none'}"
+    frozen = [type(module).__name__ for module in model.modules() if type(module) in _FROZEN]
+    return text + (f"; {frozen[0]} ({len(frozen)}): {_UNFREEZE}" if frozen else "")
+
+
+def audit(model: nn.Module) -> Audit:
     """Every normalization layer of a model: what `convert` replaced, what it left, and why."""
-    rows = []
+    rows = Audit()
     for name, module in model.named_modules():
-        kind = _KIND_OF.get(type(module))
+        kind = _kind_of(module)
         original = f"{type(module).__module__}.{type(module).__qualname__}"
         if isinstance(module, Norm):
             note = module.replaced
@@ -188,6 +206,8 @@ def audit(model: nn.Module) -> list[AuditRow]:
                     f"kind {kind!r} was not asked for (replace=({kind!r},))",
                 )
             )
+        elif type(module) in _FROZEN:
+            rows.append(AuditRow(name, original, None, _UNFREEZE))
         elif "norm" in type(module).__name__.lower() and _is_layer(module):
             rows.append(AuditRow(name, original, None, "no known normalization layer"))
     return rows
@@ -230,12 +250,17 @@ def _normalization_layers(
     model: nn.Module,
 ) -> Iterator[tuple[nn.Module | None, str, nn.Module]]:
     """Each place of a known normalization layer as (parent, name, layer); a shared layer once per place."""
-    if type(model) in _KIND_OF:
+    if _kind_of(model) is not None:
         yield None, "", model
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is not None and type(child) in _KIND_OF:
+            if child is not None and _kind_of(child) is not None:
                 yield parent, name, child
+
+
+def _kind_of(layer: nn.Module) -> str | None:
+    """The kind of a known layer; of one that `convert` made, the kind of what it replaced."""
+    return _KIND_OF_NAME.get(layer.replaced or "") if isinstance(layer, Norm) else _KIND_OF.get(type(layer))
 
 
 def _num_features(layer: nn.Module) -> int:
@@ -254,13 +279,17 @@ def _num_features(layer: nn.Module) -> int:
 
 
 def _has_no_activation(layer: nn.Module) -> bool:
-    return all(isinstance(getattr(layer, name, None), nn.Identity | None) for name in ("act", "drop"))
+    return getattr(layer, "fused_act", None) is None and all(
+        isinstance(getattr(layer, name, None), nn.Identity | None) for name in ("act", "drop")
+    )
 
 
 def _fused_activation(layer: nn.Module, followers: dict[nn.Module, nn.Module]) -> str | None:
     """The activation that the new layer applies itself: the layer's own, or the one behind it."""
     if layer in followers:
         return activation_name(followers[layer])
+    if isinstance(layer, Norm):
+        return layer.fused_act
     own_is_last = isinstance(getattr(layer, "drop", None), nn.Identity | None)
     return activation_name(getattr(layer, "act", None)) if own_is_last else None
 
@@ -279,19 +308,7 @@ def _take_over(model: nn.Module, norms: dict[nn.Module, Norm]) -> None:
 def _replacement(
     layer: nn.Module, cls: type[Norm], act: str | None, fallback: Tensor | None, options: dict[str, Any]
 ) -> Norm:
-    weight, running_mean = (getattr(layer, name, None) for name in ("weight", "running_mean"))
-    like = next((tensor for tensor in (weight, running_mean, fallback) if tensor is not None), None)
-    inherited: dict[str, Any] = {
-        "eps": layer.eps if layer.eps is not None else 1e-5,
-        "affine": weight is not None,
-    }
-    inherited["channel_dim"] = -1 if type(layer) in _CHANNELS_LAST.get(_KIND_OF[type(layer)], ()) else 1
-    if like is not None:
-        inherited |= {"device": like.device, "dtype": like.dtype}
-    if issubclass(cls, BatchScopeNorm) and _KIND_OF[type(layer)] == "batch":
-        inherited["momentum"] = layer.momentum
-        inherited["track_running_stats"] = running_mean is not None
-        inherited["sync"] = type(layer) in _SYNCHRONIZED
+    inherited = _inherited(layer, cls, fallback)
     new = cls(
         _num_features(layer),
         **{**inherited, **options, **({} if act is None else {"act": act})},
@@ -303,7 +320,36 @@ def _replacement(
     _carry_over(layer, new)
     new.__dict__.update((name, value) for name, value in vars(layer).items() if name.startswith(HOOKS))
     new.replaced = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if isinstance(layer, Norm):
+        for name in ("replaced", "took_over", "adds_residual_of", "frozen"):
+            setattr(new, name, getattr(layer, name))
+        if type(layer) is cls and options.get("initial") is None:
+            own = {**dict(new.named_parameters(recurse=False)), **dict(new.named_buffers(recurse=False))}
+            same = {k: v for k, v in layer.state_dict().items() if k in own and own[k].shape == v.shape}
+            new.load_state_dict(same, strict=False)
     return new.train(layer.training)
+
+
+def _inherited(layer: nn.Module, cls: type[Norm], fallback: Tensor | None) -> dict[str, Any]:
+    """The options that a layer hands on to the one in its place."""
+    weight, running_mean = (getattr(layer, name, None) for name in ("weight", "running_mean"))
+    like = next((tensor for tensor in (weight, running_mean, fallback) if tensor is not None), None)
+    inherited: dict[str, Any] = {
+        "eps": layer.eps if layer.eps is not None else 1e-5,
+        "affine": weight is not None,
+    }
+    inherited["channel_dim"] = -1 if type(layer) in _CHANNELS_LAST.get(_kind_of(layer) or "", ()) else 1
+    if like is not None:
+        inherited |= {"device": like.device, "dtype": like.dtype}
+    if isinstance(layer, Norm):
+        inherited["channel_dim"] = layer.channel_dim
+        if isinstance(layer, BatchScopeNorm) and issubclass(cls, BatchScopeNorm):
+            inherited |= {name: getattr(layer, name) for name in ("momentum", "sync", "track_running_stats")}
+    elif issubclass(cls, BatchScopeNorm) and _kind_of(layer) == "batch":
+        inherited["momentum"] = layer.momentum
+        inherited["track_running_stats"] = running_mean is not None
+        inherited["sync"] = type(layer) in _SYNCHRONIZED
+    return inherited
 
 
 @torch.no_grad()
@@ -314,6 +360,11 @@ def _carry_over(old: nn.Module, new: Norm) -> None:
         if source is None:
             setattr(new, name, None)
         elif target is not None:
+            if source.ndim > 1 and source.shape != target.shape:
+                raise UserError(
+                    f"a {type(old).__name__} has a {name} for each normalizer, {tuple(source.shape)}, which do not fit "
+                    f"{type(new).__name__}'s {tuple(target.shape)}; convert the model from before that conversion"
+                )
             target.copy_(source)
             target.requires_grad_(source.requires_grad)
     for name in ("running_mean", "running_var", "num_batches_tracked"):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from exnorm import ops
 from exnorm.norms.batch_norm import BatchNorm
@@ -20,6 +19,7 @@ from exnorm.norms.group_norm import GroupNorm
 from exnorm.norms.instance_norm import InstanceNorm
 from exnorm.norms.layer_norm import LayerNorm
 from exnorm.norms.switch_norm import SwitchNorm
+from exnorm.ops import plain
 from exnorm.ops import triton as passes
 
 # By exact type: a subclass may have another formula.
@@ -37,6 +37,9 @@ def serves(norm: Any, x: Tensor) -> bool:
     """Whether there are kernels for this layer, with its options and in its mode, and for this input."""
     kernels = KERNELS.get(type(norm))
     if kernels is None or not passes.serves(x) or not kernels.serves(norm):
+        return False
+    # Attributes that are tensors: weights made in each forward (pruning, replicas of DataParallel).
+    if any(isinstance(value, Tensor) for value in vars(norm).values()):
         return False
     device = x.device
     tensors = [*norm._parameters.values(), norm._buffers.get("running_mean")]
@@ -67,7 +70,7 @@ class _Layer(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @plain.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
         learned, saved = tensors[: ctx.learned], tensors[ctx.learned :]

@@ -82,7 +82,7 @@ def batch_statistics(
 def recorded(norm: Any, placeholder: Tensor) -> tuple[int, tuple[Tensor, Tensor, Tensor], float]:
     """What a forward in training moves: how, which three buffers, and with which momentum."""
     buffers = norm._buffers  # not through nn.Module's slower attributes
-    if not norm.training or buffers.get("running_mean") is None:
+    if not norm.training or not norm.track_running_stats or buffers.get("running_mean") is None:
         return NOTHING, (placeholder, placeholder, placeholder), 0.0
     if norm.deferred:
         return PENDING, (buffers["pending_mean"], buffers["pending_var"], buffers["pending_count"]), 0.0

@@ -1,0 +1,97 @@
+"""For layers of exnorm what others do for torch's batch normalization: freeze, calibrate anew, synchronize."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from exnorm.config.errors import UserError
+from exnorm.norms import BatchScopeNorm, Norm
+from exnorm.norms.batch_scope import batch_scope_norms, world_group
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Fix every layer of exnorm: its parameters are not learned, its running statistics are used and never move.
+
+    It stays so when `model.train()` is called. Layers of torch are left alone. In place; returns the model.
+    """
+    for module in model.modules():
+        if isinstance(module, Norm):
+            module.frozen = True
+            module.training = False
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+    return model
+
+
+def convert_sync(model: nn.Module) -> nn.Module:
+    """Let every layer of exnorm normalize over the batches of all processes, weighed by their sizes.
+
+    Layers of torch are left alone; `nn.SyncBatchNorm.convert_sync_batchnorm` converts those. In place; returns the
+    model.
+    """
+    for module in batch_scope_norms(model):
+        module.sync = True
+        module.replicas, module.group = 1, world_group()
+    return model
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, loader: Iterable[Any], *, device: Any = None) -> nn.Module:
+    """Replace the running statistics by their mean over the batches of a loader, for exnorm's and torch's layers.
+
+    As `torch.optim.swa_utils.update_bn`, but all other layers stay in evaluation mode, so that dropout is off. Frozen
+    layers keep their statistics. In place; returns the model, in the modes that it had.
+
+    Args:
+        loader: gives batches, or tuples of a batch and something else.
+        device: where the batches are moved to; None to leave them where they are.
+
+    Raises:
+        ValueError: a model without running statistics, or a loader without batches; the statistics stay as they were.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BatchScopeNorm | _BatchNorm)]
+    layers = [layer for layer in layers if layer.running_mean is not None and not getattr(layer, "frozen", False)]
+    if not layers:
+        raise UserError("recalibrate found no layer with running statistics that are not frozen")
+    count = 0
+    with _collecting(model, layers):
+        for batch in loader:
+            images: Tensor = batch[0] if isinstance(batch, list | tuple) else batch
+            model(images if device is None else images.to(device))
+            count += 1
+        if not count:
+            raise UserError("recalibrate got a loader without batches; give the training images")
+    return model
+
+
+@contextmanager
+def _collecting(model: nn.Module, layers: list[Any]) -> Iterator[None]:
+    """These layers alone train, from nothing and with a cumulative mean; on an error their statistics are restored."""
+    modes = {module: module.training for module in model.modules()}
+    options = [{name: getattr(layer, name) for name in _COLLECTING if hasattr(layer, name)} for layer in layers]
+    values = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.training = True
+        for name, value in _COLLECTING.items():
+            if hasattr(layer, name):
+                setattr(layer, name, value)
+    try:
+        yield
+    except BaseException:
+        for buffer, value in values:
+            buffer.copy_(value)
+        raise
+    finally:
+        for layer, before in zip(layers, options, strict=True):
+            vars(layer).update(before)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+_COLLECTING: dict[str, Any] = {"momentum": None, "deferred": False, "track_running_stats": True}
