@@ -78,8 +78,8 @@ def running() -> ModuleType:
 
 
 def implementation() -> ModuleType:
-    """`running()`, or what torch.compile shall see of it: operators; of the eager back end its formulas."""
-    if not torch.compiler.is_compiling() or get_backend() == "eager":
+    """`running()`, or what torch.compile shall see of it: operators; of back ends that are formulas those."""
+    if not torch.compiler.is_compiling() or get_backend() in ("eager", "plain"):
         return running()
     from exnorm.ops import library  # registers the operators
 
