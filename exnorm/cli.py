@@ -164,7 +164,7 @@ def train_task(config: "DictConfig") -> None:
 @app.command("eval")
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, such as data.root=DIR")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings, such as data.root=DIR.")] = None,
 ) -> None:
     """Evaluate a run: checkpoint=last|best|FILE, inference=moving_average|batch_average, data.root=DIR, ..."""
     from exnorm.engine.launch import evaluate_run
@@ -174,8 +174,10 @@ def evaluate(
 
 @app.command("list")
 def list_group(
-    kind: Annotated[Kind, typer.Argument(help="What to list.")],
-    pattern: Annotated[str, typer.Option("--filter", metavar="PATTERN", help="Names such as 'resnet*'.")] = "*",
+    kind: Annotated[Kind, typer.Argument(help="Which list to print.")],
+    pattern: Annotated[
+        str, typer.Option("--filter", metavar="PATTERN", help="Pattern of the names to print, such as 'resnet*'.")
+    ] = "*",
 ) -> None:
     """List the norms, models or data sets that norm=, model= and data= take, or the studies of exnorm reproduce."""
     from exnorm.config.catalog import catalog
@@ -188,10 +190,10 @@ def list_group(
 
 @app.command()
 def show(
-    item: Annotated[Item, typer.Argument(help="What NAME is.")],
-    name: Annotated[str, typer.Argument(help="A name from exnorm list.")],
+    item: Annotated[Item, typer.Argument(help="The kind of NAME.")],
+    name: Annotated[str, typer.Argument(help="A name that exnorm list prints.")],
 ) -> None:
-    """Show the card and the options of a norm, or the options of a model or a data set."""
+    """Print the description and the options of a norm, or the options of a model or a data set."""
     from exnorm.config.catalog import card
 
     print(card(item.value, name))
@@ -200,10 +202,12 @@ def show(
 @app.command()
 def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(help="data=NAME data.root=DIR ...")] = None,
-    images: Annotated[int, typer.Option(min=0, help="Images of each split to open; 0: all.")] = 1000,
-    sheet: Annotated[Path | None, typer.Option(help="The PNG of training images [<name>-sheet.png].")] = None,
+    images: Annotated[int, typer.Option(min=0, help="Number of images of each split to open; 0 opens all.")] = 1000,
+    sheet: Annotated[
+        Path | None, typer.Option(show_default="NAME-sheet.png", help="File for the sheet of training images.")
+    ] = None,
 ) -> None:
-    """Check that this installation and this machine can run exnorm; with data=NAME, look at a data set."""
+    """Check this installation and this machine; with data=NAME, check a data set."""
     if overrides:
         from exnorm.diagnostics.doctor_data import run as look
 
@@ -214,8 +218,8 @@ def doctor(
 
 
 @app.command()
-def runs(root: Annotated[Path, typer.Argument(help="The folder with the runs.")] = Path("runs")) -> None:
-    """List the runs in a folder with their state and accuracy."""
+def runs(root: Annotated[Path, typer.Argument(help="Folder with the runs.")] = Path("runs")) -> None:
+    """List the runs in a folder, with their state and accuracy."""
     from exnorm.runs.listing import list_runs
     from exnorm.runs.table import print_runs
 
@@ -224,20 +228,29 @@ def runs(root: Annotated[Path, typer.Argument(help="The folder with the runs.")]
 
 @app.command()
 def reproduce(
-    study: Annotated[str, typer.Argument(help="A study of conf/study, such as sn-table2, or a yaml file.")],
-    scale: Annotated[str, typer.Option(help="mini: on a laptop; full: the paper's.")] = "mini",
-    seeds: Annotated[int | None, typer.Option(min=1, help="Of each cell; as the study says without.")] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="AXIS=VALUE", help="Some cells; also seed=0.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Run nothing: list cells, seeds and hours left.")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; as many as fit the cores without.")] = None,
-    submit: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="To a cluster, by submitit: gpus_per_node=8, ...")
+    study: Annotated[str, typer.Argument(help="Name of a study, such as sn-table2, or a YAML file.")],
+    scale: Annotated[
+        str, typer.Option(help="Scale: mini for a laptop, full for the paper's data and settings.")
+    ] = "mini",
+    seeds: Annotated[int | None, typer.Option(min=1, show_default="the study's", help="Seeds per cell.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=VALUE", help="Cells to run, such as norm=en; seed=0 selects a seed."),
     ] = None,
-    images_per_s: Annotated[float | None, typer.Option(min=0.001, help="Of a GPU, for the plan.")] = None,
-    runs: Annotated[Path, typer.Option(help="The folder for run folders.")] = Path("runs"),
-    results: Annotated[Path, typer.Option(help="The folder for records.")] = Path("results"),
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the cells, the seeds and the hours left, and run nothing.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, show_default="one per core or GPU", help="Number of runs at the same time.")
+    ] = None,
+    submit: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Submit to a cluster with these submitit parameters.")
+    ] = None,
+    images_per_s: Annotated[float | None, typer.Option(min=0.001, help="Speed of a GPU, for the plan.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
 ) -> None:
-    """Run what is missing of a study and write its record; the same command again goes on."""
+    """Run the missing cells of a study and write its record. The same command again resumes."""
     from exnorm.config.study import chosen_cells, load_study
     from exnorm.report.verdicts import check
     from exnorm.studies.plan import jobs_of
@@ -258,10 +271,10 @@ def reproduce(
 
 @app.command()
 def table(
-    study: Annotated[str, typer.Argument(help="A study of conf/study, such as sn-table2, or a yaml file.")],
-    scale: Annotated[str, typer.Option(help="mini or full.")] = "mini",
-    form: Annotated[Format, typer.Option("--format", help="How it is written.")] = Format.md,
-    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path("results"),
+    study: Annotated[str, typer.Argument(help="Name of a study, such as sn-table2, or a YAML file.")],
+    scale: Annotated[str, typer.Option(help="Scale: mini or full.")] = "mini",
+    form: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.md,
+    results: Annotated[Path, typer.Option(help="Folder with the records.")] = Path("results"),
 ) -> None:
     """Print the table of a study from its record: mean ± deviation (seeds), published value, difference."""
     from exnorm.config.study import load_study
@@ -272,11 +285,11 @@ def table(
 
 @app.command()
 def claims(
-    studies: Annotated[list[str] | None, typer.Argument(help="Studies of conf/study; all without.")] = None,
-    scale: Annotated[str, typer.Option(help="mini or full.")] = "mini",
-    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path("results"),
+    studies: Annotated[list[str] | None, typer.Argument(show_default="all", help="Names of studies.")] = None,
+    scale: Annotated[str, typer.Option(help="Scale: mini or full.")] = "mini",
+    results: Annotated[Path, typer.Option(help="Folder with the records.")] = Path("results"),
 ) -> None:
-    """Judge what the papers claim by what was measured: supported, contradicted or undecided."""
+    """Print a verdict on each claim of the papers: supported, contradicted or undecided."""
     from exnorm.report.claims_table import judged_studies, print_verdicts
 
     print_verdicts(judged_studies(studies or [], scale, results))
@@ -284,10 +297,12 @@ def claims(
 
 @app.command()
 def results(
-    folder: Annotated[Path, typer.Argument(help="The folder with records/.")] = Path("results"),
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where a file differs.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder that contains records/.")] = Path("results"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing. Exit with 1 if a file is out of date.")
+    ] = False,
 ) -> None:
-    """Write tables, verdicts, figures and the page that explains them, all from the records."""
+    """Write all tables, verdicts and figures, and results/README.md, from the records."""
     from exnorm.report.results import differences, own_records, write_results
 
     if check:
@@ -304,13 +319,16 @@ def results(
 
 @app.command()
 def report(
-    what: Annotated[str, typer.Argument(help="A study, such as sn-table2, or a run folder.")],
-    scale: Annotated[str, typer.Option(help="Of the study: mini or full.")] = "mini",
-    out: Annotated[Path | None, typer.Option(help="[STUDY-SCALE.html, or report.html in the run folder]")] = None,
-    runs: Annotated[Path, typer.Option(help="The folder with the study's runs.")] = Path("runs"),
-    results: Annotated[Path, typer.Option(help="The folder of the records.")] = Path("results"),
+    what: Annotated[str, typer.Argument(help="Name of a study, such as sn-table2, or a run folder.")],
+    scale: Annotated[str, typer.Option(help="Scale of the study: mini or full.")] = "mini",
+    out: Annotated[
+        Path | None,
+        typer.Option(show_default="STUDY-SCALE.html, or report.html in the run folder", help="File to write."),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder with the study's runs.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Folder with the records.")] = Path("results"),
 ) -> None:
-    """Write one HTML file, which needs no network: table, verdicts, figures, and the runs behind every number."""
+    """Write a report as one HTML file: table, verdicts, figures, and the runs behind every number."""
     from exnorm.report.html_report import write_report
 
     print(write_report(what, scale, out, runs=runs, results=results))
@@ -320,14 +338,19 @@ def report(
 def ratios(
     run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="data=NAME data.root=DIR: by class, on another set beside the run's own.")
+        list[str] | None, typer.Argument(help="data=NAME data.root=DIR: another data set to compare with, by class.")
     ] = None,
-    by_class: Annotated[bool, typer.Option("--by-class", help="Of EN: by class of validation images.")] = False,
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="Measure EN's ratios for each class of validation images.")
+    ] = False,
     classes: Annotated[
-        list[str] | None, typer.Option("--class", metavar="NAME", help="By class, of these instead of ten of all.")
+        list[str] | None,
+        typer.Option(
+            "--class", metavar="NAME", show_default="ten classes", help="Class to measure, several times for several."
+        ),
     ] = None,
 ) -> None:
-    """Show what each layer of a run mixes, draw it into the run folder, and say what the authors advise."""
+    """Print what each layer of a run mixes and the authors' advice, and draw figures into the run folder."""
     from exnorm.report import ratios as room
 
     if by_class or overrides or classes:
@@ -340,10 +363,15 @@ def ratios(
 
 @app.command()
 def explain(
-    run_dir: Annotated[Path, typer.Argument(help="A run folder of a norm that mixes.", exists=True, file_okay=False)],
-    images: Annotated[list[Path], typer.Argument(help="Files of images.")],
-    checkpoint: Annotated[str, typer.Option(help="last, best or a file.")] = "last",
-    out: Annotated[Path, typer.Option(help="The figure, PNG or SVG.")] = Path("explained.png"),
+    run_dir: Annotated[
+        Path,
+        typer.Argument(
+            help="Run folder of a model with EN, SN or another norm that mixes.", exists=True, file_okay=False
+        ),
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint: last, best or a file.")] = "last",
+    out: Annotated[Path, typer.Option(help="File for the figure, PNG or SVG.")] = Path("explained.png"),
 ) -> None:
     """Draw, for single images, each layer's ratios beside the image and the prediction."""
     from exnorm.diagnostics.explain_images import explain_images

@@ -4,19 +4,22 @@ from typing import Annotated
 
 import typer
 
-bench = typer.Typer(help="Measure speed and memory; tables are appended to results/bench/.")
+bench = typer.Typer(help="Measure speed and memory. Results are appended to the tables in results/bench/.")
 
 
 @bench.command("norms")
 def bench_norms(
-    norm: Annotated[list[str] | None, typer.Option(help="A normalizer; all without.")] = None,
-    shape: Annotated[list[str] | None, typer.Option(help="As 16x64x112x112; six of ResNet-50's without.")] = None,
-    backend: Annotated[
-        list[str] | None, typer.Option(help="eager, compiled or triton [default: eager and compiled].")
+    norm: Annotated[list[str] | None, typer.Option(show_default="all", help="Normalizer.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(show_default="six of ResNet-50", help="Shape of the input, such as 16x64x112x112."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Times each is run, in turn.")] = 11,
+    backend: Annotated[
+        list[str] | None, typer.Option(show_default="eager and compiled", help="Back end: eager, compiled or triton.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Number of rounds. In each, every layer runs once.")] = 11,
 ) -> None:
-    """One layer with its ReLU, forward and backward, against torch's BN: time, ratio, bytes saved."""
+    """Measure one layer with its ReLU, forward and backward, against torch's BN: time and saved memory."""
     from exnorm.config.groups import group_options
     from exnorm.diagnostics import bench_norms as room
 
@@ -25,11 +28,13 @@ def bench_norms(
 
 @bench.command("data")
 def bench_data(
-    overrides: Annotated[list[str] | None, typer.Argument(help="data=NAME data.root=DIR; imitations without.")] = None,
-    images: Annotated[int, typer.Option(min=64, help="Images of each pass.")] = 512,
-    rounds: Annotated[int, typer.Option(min=2, help="Passes of each, in turn.")] = 11,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(show_default="generated images", help="data=NAME data.root=DIR.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=64, help="Number of images per pass.")] = 512,
+    rounds: Annotated[int, typer.Option(min=2, help="Number of passes of each loader.")] = 11,
 ) -> None:
-    """The loader against a bare torchvision ImageFolder: images per second; and the index of 1.3 million files."""
+    """Measure the loader against torchvision's ImageFolder, and the index of 1.3 million files."""
     from exnorm.diagnostics.bench_data import run
 
     run(overrides or [], images, rounds)
@@ -37,15 +42,15 @@ def bench_data(
 
 @bench.command("train")
 def bench_train(
-    model: Annotated[str, typer.Option(help="A timm model.")] = "resnet50",
-    norm: Annotated[str, typer.Option(help="A normalizer.")] = "en",
-    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 16,
-    image_size: Annotated[int, typer.Option(min=8, help="Pixels.")] = 224,
-    backend: Annotated[str, typer.Option(help="eager, compiled, triton or auto.")] = "compiled",
-    rounds: Annotated[int, typer.Option(min=2, help="Steps of each, in turn.")] = 7,
+    model: Annotated[str, typer.Option(help="Name of a timm model.")] = "resnet50",
+    norm: Annotated[str, typer.Option(help="Normalizer.")] = "en",
+    batch: Annotated[int, typer.Option(min=1, help="Number of images per step.")] = 16,
+    image_size: Annotated[int, typer.Option(min=8, help="Height and width of the images in pixels.")] = 224,
+    backend: Annotated[str, typer.Option(help="Back end: eager, compiled, triton or auto.")] = "compiled",
+    rounds: Annotated[int, typer.Option(min=2, help="Number of steps of each model.")] = 7,
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
 ) -> None:
-    """Training steps against the untouched timm model in the same process: images per second, ratio, memory."""
+    """Measure training steps against the unchanged timm model: images per second and memory."""
     from exnorm.diagnostics.bench_train import run
 
     run(model, norm, batch, image_size, backend, rounds, bf16)
