@@ -120,12 +120,18 @@ def test_eval_equals_the_record_also_on_two_processes(finished: Path, run_cli: C
         ("calibration_batches=-1", "calibration_batches=-1 is not possible; give 1 or more"),
         ("inference=mean", "inference=mean is unknown; allowed: moving_average, batch_average"),
         ("precision=fp16", "precision=fp16 needs a GPU; on a CPU use precision=bf16 or precision=fp32"),
-        ("device=cuda", "device=cuda, and no GPU is visible; use device=cpu (exnorm doctor looks closer)"),
     ],
 )
 def test_eval_refuses_what_cannot_work(argument: str, line: str, finished: Path, run_cli: CliRunner) -> None:
     done = run_cli("eval", finished, argument, env={"CUDA_VISIBLE_DEVICES": ""})
     assert (done.returncode, done.stderr) == (2, f"exnorm: error: {line}\n")
+
+
+def test_eval_on_a_gpu_that_is_not_there_is_one_line_with_torchs_reason(finished: Path, run_cli: CliRunner) -> None:
+    done = run_cli("eval", finished, "device=cuda", env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("exnorm: error: device=cuda, but torch finds no GPU: ")
+    assert done.stderr.endswith(". Type device=cpu to use the CPU\n")
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,11 +112,13 @@ def load_latest(folder: RunFolder) -> dict[str, Any] | None:
     Raises:
         UserError: a checkpoint that is not damaged and cannot be read all the same.
     """
-    for path in reversed(_by_step(folder)):
+    paths = _by_step(folder)
+    for path in reversed(paths):
         try:
             return read(path)
         except Damaged as problem:
-            print(f"exnorm: warning: {problem}", file=sys.stderr, flush=True)
+            then = "the one before it is used" if path != paths[0] else "there is no other"
+            print(f"exnorm: warning: {problem}; {then}", file=sys.stderr, flush=True)
     return None
 
 
