@@ -57,6 +57,9 @@ class Format(StrEnum):
 
 def main() -> None:
     """Run the command line; the entry point of the package."""
+    from exnorm.runs.output import outlive_output
+
+    outlive_output()
     if os.environ.pop("EXNORM_END_WITH_PARENT", None):
         from exnorm.runs.children import end_with_parent
 

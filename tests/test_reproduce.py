@@ -2,12 +2,13 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from engine_cases import CLASSES, make_image_folder, start, wait_for, workers
+from engine_cases import CLASSES, WAIT_S, make_image_folder, start, wait_for, workers
 
 from exnorm.runs.records import COLUMNS, Row, record_file
 
@@ -142,3 +143,20 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
         "norm=sn inference=moving",
         "norm=en inference=moving",
     }
+
+
+def test_data_that_change_during_a_study_end_it_with_their_reason(tmp_path: Path) -> None:
+    """The second run then lands in another folder; its training ends well, and the study does not start it for ever."""
+    study, here = tiny_study(tmp_path), tmp_path / "here"
+    cells = ("--only", "inference=moving", "--only", "norm=bn,sn", "--jobs", "1")
+    process = begin(study, here, *cells)
+    wait_for(lambda: list(here.glob("runs/*/*/log.txt")), "the first run")
+    folder = tmp_path / "data" / "train" / "cat"
+    shutil.copy(folder / "0.jpg", folder / "new.jpg")
+    _, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert "norm=sn inference=moving, seed 0" in line and "the data or the initial weights have changed" in line
+    again = begin(study, here, "--plan", *cells)
+    out, _ = again.communicate(timeout=WAIT_S)
+    assert "2 runs; 1 runs done" in out  # what was trained with the new data counts as that

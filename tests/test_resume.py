@@ -117,6 +117,15 @@ def test_a_worker_that_was_killed_is_named_and_the_run_can_go_on(images: Path, t
     assert (train(arguments, cwd) / "record.json").exists()
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_said_to_resume(images: Path, tmp_path: Path) -> None:
+    process = start(tiny(images), tmp_path)
+    (worker,) = wait_for(lambda: workers(str(tmp_path)), "the worker")
+    os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2
+    assert "was killed by SIGKILL; the same command starts the run again" in err and "resumes" not in err
+
+
 def test_the_second_of_two_starts_says_who_has_the_run_and_leaves(images: Path, tmp_path: Path) -> None:
     cwd = tmp_path / "twice"
     arguments = tiny(images, "trainer.epochs=500", EVERY)

@@ -207,6 +207,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     assert "Traceback" not in done.stderr
     kept = last_state(only_run(tmp_path))
     assert f"at step {kept['step'] + 1} " in done.stderr
+    assert f"the checkpoint after step {kept['step']} is kept" in done.stderr
+
+
+def test_no_checkpoint_is_promised_where_there_is_none(images: Path, tmp_path: Path, run_cli: CliRunner) -> None:
+    done = run_cli(*tiny(images, "optim.lr=1e30"))
+    assert done.returncode == 2 and "the loss is not finite at step" in done.stderr
+    assert "kept" not in done.stderr and not list(tmp_path.rglob("*.pt"))
 
 
 def test_too_many_broken_images_end_a_run_with_one_line_and_are_listed(tmp_path: Path, run_cli: CliRunner) -> None:

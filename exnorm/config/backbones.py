@@ -23,7 +23,7 @@ def timm_names() -> list[str]:
     cache = cache_folder() / f"timm-{version}.txt"
     if cache.is_file():
         return cache.read_text(encoding="utf-8").split()
-    done = subprocess.run([sys.executable, "-c", LIST_MODELS], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", LIST_MODELS], capture_output=True, text=True, check=False)
     names = done.stdout.split()
     if done.returncode or not names:
         reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]

@@ -19,9 +19,9 @@ from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
 from exnorm.data.splits import Images
 from exnorm.data.transforms import Transform
+from exnorm.runs.children import STOP_SIGNALS, stop_signals_blocked
 
 Key = tuple[int, int]  # epoch, index
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def mixed_seed(*parts: int) -> int:
@@ -143,7 +143,9 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch in self.batches:
+        with stop_signals_blocked():
+            batches = iter(self.batches)  # starts the processes
+        for batch in batches:
             pixels, labels, clean = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             images = self.dataset.transform.normalize(pixels)
             yield images if self.channels_last else images.contiguous(), labels, clean
@@ -151,12 +153,11 @@ class Loader:
 
 def _obey_trainer_alone(worker: int) -> None:
     # A signal to all processes of a job would end the loaders first, and with them the trainer before its checkpoint.
-    if hasattr(signal, "sigwaitinfo"):  # Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if hasattr(signal, "sigwaitinfo"):  # Linux, where this process began with the signals blocked
         threading.Thread(target=_end_with_trainers_word, daemon=True).start()
 
 
 def _end_with_trainers_word() -> None:
-    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
         pass
     os._exit(0)

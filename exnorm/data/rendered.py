@@ -24,6 +24,7 @@ from exnorm.data.drawing import VERSION, Plan, draw_into
 from exnorm.data.splits import Images
 from exnorm.runs.cache import cache_folder
 from exnorm.runs.children import available_cores, importing_environment
+from exnorm.runs.folder import flock
 
 HEADER = 4096  # bytes
 FEW = 200  # images that are drawn before a process has started
@@ -54,7 +55,7 @@ def _hash(file: str) -> str:
 def _alone(path: Path) -> Iterator[None]:
     """Of several processes that want a file one builds it, and the others wait."""
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock.fileno(), fcntl.LOCK_EX)
         yield
 
 

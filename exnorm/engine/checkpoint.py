@@ -2,10 +2,15 @@
 
 `checkpoints/step-<n>.pt` holds plain dicts and tensors (`weights_only=True` reads them); the last two are kept,
 `best.pt` is the one with the best top-1, `snapshot-<fraction>.pt` are those that `trainer.snapshots` asks for. A file
-goes to a neighbour, is synced and renamed; before use every record of it is checked against its CRC-32.
+goes to a neighbour, is synced and renamed; before use every record of it is checked against its CRC-32. A damaged one
+is renamed to `step-<n>.pt.damaged` when the run resumes.
 """
 
+import errno
+import io
 import os
+import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -18,29 +23,70 @@ from torch import nn
 
 from exnorm.config.errors import UserError, first_line
 from exnorm.config.schema import TrainConfig
+from exnorm.engine.distributed import World
 from exnorm.engine.weight_files import read_file
 from exnorm.models import build_model
-from exnorm.runs.folder import RunFolder, rename_synced
+from exnorm.runs.folder import DISK_FULL, RunFolder, names_file, removes_on_failure, rename_synced
 
 KEPT = 2
 BEST = "best.pt"
+STEP_FILE = re.compile(r"step-\d+\.pt")
+DAMAGED = ".damaged"
+NO_ARCHIVE = "failed reading zip archive"  # what torch says of a damaged header; a test flips bits of all of them
+
+
+class Damaged(UserError):
+    """A checkpoint whose bytes are not those that were written."""
 
 
 def save(folder: RunFolder, state: dict[str, Any]) -> Path:
-    """Write the state at `state["step"]` and drop all but the last two checkpoints; return the file."""
+    """Write the state at `state["step"]` and drop all but the last two checkpoints; return the file.
+
+    Raises:
+        UserError: the disk is full; nothing half-written stays.
+    """
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     path = step_file(folder, state["step"])
     part = path.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    rename_synced(part, path)
-    for old in _by_step(folder)[:-KEPT]:
+    try:
+        with removes_on_failure(part):
+            with open(part, "wb") as stream:
+                torch.save(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            rename_synced(part, path)
+    except (OSError, RuntimeError) as problem:
+        cause = problem.__context__ if isinstance(problem, RuntimeError) else problem  # torch's own, about its archive
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            raise UserError(_no_room(folder, state)) from None
+        raise
+    others = [other for other in _by_step(folder) if other != path]
+    for old in others[: len(others) - KEPT + 1]:
         old.unlink()
     for leftover in folder.checkpoints.glob("*.part"):
         leftover.unlink()
     return path
+
+
+class _Counter(io.BytesIO):
+    """A file that keeps the number of bytes alone."""
+
+    count = 0
+
+    def write(self, data: Any, /) -> int:
+        size = memoryview(data).nbytes
+        self.count += size
+        return size
+
+
+def _no_room(folder: RunFolder, state: Mapping[str, Any]) -> str:
+    counter = _Counter()
+    torch.save(state, counter)
+    free = shutil.disk_usage(folder.checkpoints).free
+    return (
+        f"the disk is full: a checkpoint in {folder.checkpoints} needs {counter.count} bytes and {free} are free. Make "
+        f"room; then the same command {folder.continues()}"
+    )
 
 
 def step_file(folder: RunFolder, step: int) -> Path:
@@ -52,22 +98,53 @@ def keep(path: Path, kept: Path) -> None:
     """Give a checkpoint a second name under which it stays, without a second copy of it."""
     part = kept.with_suffix(f".{os.getpid()}.part")
     part.unlink(missing_ok=True)
-    try:
-        os.link(path, part)
-    except OSError:  # a file system without hard links
-        part.write_bytes(path.read_bytes())
-    rename_synced(part, kept)
+    with names_file(kept), removes_on_failure(part):
+        try:
+            os.link(path, part)
+        except OSError:  # a file system without hard links
+            part.write_bytes(path.read_bytes())
+        rename_synced(part, kept)
 
 
 def load_latest(folder: RunFolder) -> dict[str, Any] | None:
-    """The state of the last whole checkpoint, or None; damaged ones are named on stderr and passed over."""
-    paths = _by_step(folder)
-    for path in reversed(paths):
+    """The state of the last whole checkpoint, or None; damaged ones are named on stderr and passed over.
+
+    Raises:
+        UserError: a checkpoint that is not damaged and cannot be read all the same.
+    """
+    for path in reversed(_by_step(folder)):
         try:
             return read(path)
-        except UserError as problem:
-            then = "the one before it is used" if path != paths[0] else "no other is left: training starts over"
-            print(f"exnorm: warning: {problem}; {then}", file=sys.stderr, flush=True)
+        except Damaged as problem:
+            print(f"exnorm: warning: {problem}", file=sys.stderr, flush=True)
+    return None
+
+
+def resume(folder: RunFolder, world: World) -> dict[str, Any] | None:
+    """The state that a run continues from, the same on all workers; None for a run that begins.
+
+    Raises:
+        UserError: there were checkpoints and none can be read. A run never starts over unless it is told to.
+    """
+    state = _set_damaged_aside(folder) if world.is_first else None
+    world.wait()
+    return state if world.is_first else load_latest(folder)
+
+
+def _set_damaged_aside(folder: RunFolder) -> dict[str, Any] | None:
+    """Rename damaged checkpoints, the last one first, until one is whole; return its state."""
+    for path in reversed(_by_step(folder)):
+        try:
+            return read(path)
+        except Damaged as problem:
+            path.replace(path.with_name(path.name + DAMAGED))
+            print(f"exnorm: warning: {problem}; it was renamed to {path.name}{DAMAGED}", file=sys.stderr, flush=True)
+    damaged = sorted(path.name for path in folder.checkpoints.glob(f"step-*{DAMAGED}"))
+    if damaged:
+        raise UserError(
+            f"{folder.checkpoints} has no checkpoint that can be read; {', '.join(damaged)} cannot. Put a good copy of "
+            "one there under its name without .damaged, or type fresh=true to start over"
+        )
     return None
 
 
@@ -75,18 +152,41 @@ def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content.
 
     Raises:
-        UserError: it is missing or damaged.
+        Damaged: its bytes are not those that were written.
+        UserError: it is missing, or cannot be read for another reason, which may pass.
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
+    _check_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # noqa: BLE001 - another torch, a pickle that is refused, a disk
+        if NO_ARCHIVE in str(problem):  # torch's reader looks at parts of the headers that zipfile ignores
+            raise Damaged(f"checkpoint {path} is damaged (its headers are inconsistent)") from None
+        raise UserError(
+            f"checkpoint {path} is not damaged, but torch {torch.__version__} cannot read it ({first_line(problem)}); "
+            "use the version of torch in the run's provenance.json, or try again"
+        ) from None
+
+
+def _check_archive(path: Path) -> None:
+    """Compare every record of a checkpoint with its checksum.
+
+    Raises:
+        Damaged: one differs, or the file is no whole archive.
+        UserError: the file cannot be read now.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-        if broken is not None:
-            raise zipfile.BadZipFile(f"{broken} does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # noqa: BLE001 - whatever a damaged file makes the readers raise
-        raise UserError(f"checkpoint {path} is damaged ({first_line(problem)})") from None
+    except MemoryError:
+        raise
+    except Exception as problem:  # noqa: BLE001 - zipfile raises errors of many kinds for a damaged header
+        if isinstance(problem, OSError) and problem.errno != errno.EINVAL:  # which a damaged offset makes
+            raise UserError(f"checkpoint {path} cannot be read now ({first_line(problem)}); try again") from None
+        raise Damaged(f"checkpoint {path} is damaged ({first_line(problem)})") from None
+    if broken is not None:
+        raise Damaged(f"checkpoint {path} is damaged ({broken} does not match its checksum)")
 
 
 def find(folder: RunFolder, checkpoint: str) -> dict[str, Any]:
@@ -98,7 +198,7 @@ def find(folder: RunFolder, checkpoint: str) -> dict[str, Any]:
     if checkpoint == "last":
         state = load_latest(folder)
         if state is None:
-            raise UserError(f"{folder.path} has no usable checkpoint yet; train first")
+            raise UserError(f"{folder.path} has no checkpoint that can be read; train first")
         return state
     return read(folder.checkpoints / BEST if checkpoint == "best" else Path(checkpoint))
 
@@ -145,4 +245,8 @@ def read_weights(source: str | Path) -> dict[str, Any]:
 
 
 def _by_step(folder: RunFolder) -> list[Path]:
-    return sorted(folder.checkpoints.glob("step-*.pt"))
+    try:
+        names = os.listdir(folder.checkpoints)  # glob() takes a folder that cannot be read for an empty one
+    except FileNotFoundError:
+        return []
+    return [folder.checkpoints / name for name in sorted(names) if STEP_FILE.fullmatch(name)]

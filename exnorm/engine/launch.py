@@ -6,6 +6,7 @@ signals, and turns the workers' exit codes into one line or an exit code of its 
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from exnorm.config.compose import calibration_data, compose_eval, default_values
 from exnorm.config.errors import UserError
 from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
-from exnorm.engine.processes import run_workers, visible_gpus
+from exnorm.engine.processes import missing_gpu, run_workers, visible_gpus
 from exnorm.engine.summary import print_evaluations, print_result, print_shorter
 from exnorm.runs.folder import (
     RunFolder,
@@ -78,14 +79,22 @@ def run(config: DictConfig) -> None:
         print_shorter(folder, values, partial(identity, config))
     try:
         gpu = on_gpu(config.trainer.device, "trainer.device")
-        run_workers([str(folder.path)], count=plan.devices, on_gpu=gpu, resumable=True)
+        _note_missing_gpu(config.trainer.device)
+        run_workers(
+            [str(folder.path)],
+            count=plan.devices,
+            on_gpu=gpu,
+            resumes=folder,
+            deterministic=config.trainer.deterministic,
+        )
     except UserError as problem:
         if made and _is_worthless(folder, beside=earlier):
             _remove(folder)
             if earlier.exists():
                 earlier.rename(folder.path)
         else:
-            write_text_atomic(folder.error_file, f"{problem}\n")
+            with suppress(OSError):  # the disk may be full, which is what the error says
+                write_text_atomic(folder.error_file, f"{problem}\n")
         raise
     shutil.rmtree(earlier, ignore_errors=True)
     print_result(folder)
@@ -105,6 +114,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
     for key in ("batch_size", "calibration_batches"):
         _check_positive(config[key], key)
     gpu = on_gpu(config.device, "device")
+    _note_missing_gpu(config.device)
     if config.precision == "fp16" and not gpu:
         raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or precision=fp32")
     values: Any = OmegaConf.to_container(config, resolve=True)
@@ -112,7 +122,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
         [str(folder.path), json.dumps({**values, "id": evaluation_id(config, trained)})],
         count=_count_devices(config.devices, "devices", gpu) or 1,
         on_gpu=gpu,
-        resumable=False,
+        resumes=None,
     )
     sets = len(config.data.val or [config.data.name])
     print_evaluations(MetricsLog.read(folder.path / "evaluations.jsonl")[-sets:])
@@ -232,8 +242,16 @@ def on_gpu(device: str, key: str) -> bool:
         UserError: a GPU is asked for and none is there.
     """
     if device == "cuda" and visible_gpus() == 0:
-        raise UserError(f"{key}=cuda, and no GPU is visible; use {key}=cpu (exnorm doctor looks closer)")
+        raise UserError(f"{key}=cuda, but torch finds no GPU: {missing_gpu()}. Type {key}=cpu to use the CPU")
     return device != "cpu" and visible_gpus() > 0
+
+
+def _note_missing_gpu(device: str) -> None:
+    """Say that the CPU is used where somebody seems to count on a GPU."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if device == "auto" and visible_gpus() == 0 and (chosen.strip() not in ("", "-1") or shutil.which("nvidia-smi")):
+        found = f"CUDA_VISIBLE_DEVICES={chosen}; " if chosen else ""
+        print(f"exnorm: warning: torch finds no GPU ({found}{missing_gpu()}); the CPU is used", file=sys.stderr)
 
 
 def _count_devices(wanted: int | None, key: str, gpu: bool) -> int | None:

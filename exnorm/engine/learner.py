@@ -121,7 +121,7 @@ def train_step(learner: Learner, batch: Sequence[Tensor], *, seed: int) -> Tenso
     return batch_sums
 
 
-def check(learner: Learner, signum: int) -> int:
+def check(folder: RunFolder, learner: Learner, signum: int) -> int:
     """Let all workers learn of a signal or a non-finite loss that one of them met; return the signal.
 
     Raises:
@@ -129,8 +129,10 @@ def check(learner: Learner, signum: int) -> int:
     """
     signum, negated = learner.world.largest(signum, -int(learner.bad_step))
     if -negated != NO_BAD_STEP:
+        step = folder.last_step()
+        kept = "" if step is None else f"; the checkpoint after step {step} is kept"
         raise UserError(
-            f"{NOT_FINITE} {-negated} (epoch {learner.epoch + 1}); the last checkpoint is kept. "
+            f"{NOT_FINITE} {-negated} (epoch {learner.epoch + 1}){kept}. "
             "Lower optim.lr, add optim.warmup=0.05, or use trainer.precision=fp32 or bf16"
         )
     return signum

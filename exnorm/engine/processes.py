@@ -1,7 +1,9 @@
 """Starting workers, passing signals on, and learning how they ended. Imports no torch."""
 
+import ctypes
+import functools
+import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,19 +18,33 @@ from typing import NoReturn
 
 from exnorm.config.errors import UserError
 from exnorm.engine.worker import CONTROLLED, ERROR_FILE, EXIT_LOCKED, EXIT_USER_ERROR
-from exnorm.runs.folder import RunLocked
+from exnorm.runs.children import STOP_SIGNALS, heeded_signals, importing_environment, say_in_handler
+from exnorm.runs.folder import RunFolder, RunLocked
 
+FIND_GPUS = """
+import json, torch
+count, problem = torch.cuda.device_count(), ""
+try:
+    torch.cuda.init()
+except Exception as error:
+    count, problem = 0, str(error).strip().splitlines()[0]
+print(json.dumps([count, problem]))
+"""
 POLL_S = 0.1
 GRACE_S = 30  # after one worker stopped, until the others are killed
 CRASH_GRACE_S = 1.0  # after one crashed
-EXIT_STOPPED = (130, 143)  # after SIGINT, SIGTERM
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}  # as torch asks for
+EXIT_STOPPED = tuple(128 + signum for signum in STOP_SIGNALS)
 
 
-def run_workers(arguments: list[str], *, count: int, on_gpu: bool, resumable: bool) -> None:
+def run_workers(
+    arguments: list[str], *, count: int, on_gpu: bool, resumes: RunFolder | None, deterministic: bool = False
+) -> None:
     """Run `count` workers to their end. They die with this process, however it dies.
 
     Args:
-        resumable: they answer a signal with a checkpoint; else they end at once.
+        resumes: the run that they train; they answer a signal with a checkpoint in it. None: they end at once.
+        deterministic: their matrix products on a GPU give the same bits each time.
 
     Raises:
         UserError: a worker refused its settings, or failed.
@@ -37,9 +53,10 @@ def run_workers(arguments: list[str], *, count: int, on_gpu: bool, resumable: bo
     """
     with tempfile.TemporaryDirectory(prefix="exnorm-") as scratch:
         port = _free_port()
-        workers = [_start(arguments, rank, count, port, Path(scratch), on_gpu) for rank in range(count)]
+        added = ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}) | (CUBLAS if deterministic else {})
+        workers = [_start(arguments, rank, count, port, Path(scratch), added) for rank in range(count)]
         try:
-            with _forwarding(workers, resumable):
+            with _forwarding(workers, resumes):
                 failed = _wait(workers)
         finally:
             for worker in workers:
@@ -49,25 +66,47 @@ def run_workers(arguments: list[str], *, count: int, on_gpu: bool, resumable: bo
                 assert worker.stdin is not None
                 worker.stdin.close()
         if failed is not None:
-            _explain(failed, workers[failed].returncode, Path(scratch), resumable)
+            _explain(failed, workers[failed].returncode, Path(scratch), resumes)
 
 
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs workers will see."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    """How many GPUs workers will see."""
+    return _find_gpus()[0]
+
+
+def missing_gpu() -> str:
+    """Why workers will see no GPU."""
+    return _find_gpus()[1]
+
+
+@functools.cache
+def _find_gpus() -> tuple[int, str]:
+    """The number of GPUs that torch can use, and what it says where there are none; nvidia-smi may be absent or lie."""
+    if sys.platform == "linux" and not os.path.exists("/dev/kfd"):  # of AMD
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:  # importing torch, which takes seconds, would find the same
+            return 0, "there is no NVIDIA driver, libcuda.so.1"
+    return ask_torch_for_gpus()
+
+
+def ask_torch_for_gpus() -> tuple[int, str]:
+    """What torch finds, in a process of its own: the controller imports no torch."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIND_GPUS], env=importing_environment(), capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return 0, (done.stderr.strip().splitlines() or ["python -c 'import torch' fails"])[-1]
+    count, problem = json.loads(lines[-1])
+    return count, problem
 
 
 def _start(
-    arguments: list[str], rank: int, count: int, port: int, scratch: Path, on_gpu: bool
+    arguments: list[str], rank: int, count: int, port: int, scratch: Path, added: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     environment = {
-        **os.environ,
+        **importing_environment(),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
@@ -76,9 +115,8 @@ def _start(
         "MASTER_PORT": str(port),
         CONTROLLED: "1",
         ERROR_FILE: str(scratch / f"{rank:04d}"),
+        **added,
     }
-    if not on_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "exnorm.engine.worker", *arguments]
     # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
@@ -102,34 +140,40 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
 
 
 @contextmanager
-def _forwarding(workers: list[subprocess.Popen[bytes]], resumable: bool) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to the workers; the second one kills them."""
+def _forwarding(workers: list[subprocess.Popen[bytes]], resumes: RunFolder | None) -> Iterator[None]:
+    """Pass stop signals on to the workers; the second Ctrl-C kills them.
+
+    Others are often sent twice: `timeout` signals its command and then its group, SLURM warns before it ends a job.
+    """
     received: list[int] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         for worker in workers:
             if worker.poll() is None:
-                worker.send_signal(signum if len(received) == 1 else signal.SIGKILL)
-        if len(received) == 1 and resumable:
-            print(f"\nexnorm: {signal.Signals(signum).name}: saving a checkpoint", file=sys.stderr, flush=True)
+                worker.send_signal(signal.SIGKILL if received.count(signal.SIGINT) > 1 else signum)
+        if len(received) == 1 and resumes is not None:
+            say_in_handler(f"{signal.Signals(signum).name}: saving a checkpoint")
 
     if threading.current_thread() is not threading.main_thread():  # some launchers; signals are theirs then
         yield
         return
-    before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, forward) for signum in heeded_signals()}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if received and any(worker.returncode != 0 for worker in workers):
-        goes_on = "; the same command goes on from the checkpoint" if resumable else ""
-        print(f"exnorm: stopped{goes_on}", file=sys.stderr, flush=True)
+        print(f"exnorm: stopped{_then(resumes)}", file=sys.stderr, flush=True)
         raise SystemExit(128 + received[0])
 
 
-def _explain(rank: int, code: int, scratch: Path, resumable: bool) -> NoReturn:
+def _then(resumes: RunFolder | None) -> str:
+    return "" if resumes is None else f"; the same command {resumes.continues()}"
+
+
+def _explain(rank: int, code: int, scratch: Path, resumes: RunFolder | None) -> NoReturn:
     """Raise what the end of the first worker that failed means."""
     lines = [file.read_text(encoding="utf-8", errors="surrogateescape") for file in sorted(scratch.iterdir())]
     if code == EXIT_LOCKED:
@@ -138,9 +182,9 @@ def _explain(rank: int, code: int, scratch: Path, resumable: bool) -> NoReturn:
         raise UserError(lines[0])
     if code in EXIT_STOPPED:
         raise SystemExit(code)
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    goes_on = "; the same command resumes the run" if resumable else ""
-    raise UserError(f"worker {rank} {how} (its own message is above){goes_on}")
+    if code < 0:
+        raise UserError(f"worker {rank} was killed by {signal.Signals(-code).name}{_then(resumes)}")
+    raise UserError(f"worker {rank} failed with exit code {code}; its own message is above")
 
 
 def _free_port() -> int:

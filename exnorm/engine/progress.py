@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from exnorm.runs.metrics import append_text
+
 BAR_EVERY_S = 0.5
 LINE_EVERY_S = 60  # where stderr is a file or a pipe
 
@@ -31,8 +33,7 @@ class Progress:
         if self.active:
             self._clear()
             print(text, flush=True)
-            with open(self.log_file, "a", encoding="utf-8") as stream:
-                stream.write(text + "\n")
+            append_text(self.log_file, text + "\n")
 
     def step(self, step: int, epoch: int, batch_sums: Tensor) -> None:
         """Move the bar, at most twice a second; without a terminal, a line on stderr at most once a minute."""

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import OmegaConf
@@ -68,7 +68,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
 
     # Model, optimizer, and where the last checkpoint left them
     learner = build_learner(config, plan, world, list(images.splits.classes))
-    state = checkpoint.load_latest(folder)
+    state = checkpoint.resume(folder, world)
     if state is not None:
         restore(learner, state)
 
@@ -134,14 +134,14 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                 log({**summarize(world.sum_(batch_sums.clone()), "batch"), "lr": rate})
             save_now = trainer.checkpoint_every_steps and learner.step % trainer.checkpoint_every_steps == 0
             if learner.step % check_every == 0 or save_now:
-                signum = check(learner, stop_signal())
+                signum = check(folder, learner, stop_signal())
                 bad_images.check()
                 if save_now or signum:
                     learner.read_clock()
                     save(folder, learner)
                 if signum:
-                    raise Stopped(signum)
-        check(learner, 0)
+                    stop(sinks, signum)
+        check(folder, learner, 0)
         bad_images.check()
         train_s = learner.read_clock() - before_s
 
@@ -157,10 +157,10 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         learner.sums.zero_()
         learner.epoch += 1
         keep_epoch(folder, learner, results["val/top1"], config)
-        signum = check(learner, stop_signal())
+        signum = check(folder, learner, stop_signal())
         if signum and learner.epoch < trainer.epochs:
             save(folder, learner)
-            raise Stopped(signum)
+            stop(sinks, signum)
 
     # Record
     for sink in sinks:
@@ -181,6 +181,13 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             "ratio": mean_ratios(ratios) if results else last_ratios(folder),
         }
         write_json_atomic(folder.record_file, plain(record))
+
+
+def stop(sinks: Sequence[Sink], signum: int) -> NoReturn:
+    """End a run, whose checkpoint is written, because of a signal."""
+    for sink in sinks:
+        sink.close(128 + signum)
+    raise Stopped(signum)
 
 
 def validate(

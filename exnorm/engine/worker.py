@@ -16,8 +16,10 @@ from types import FrameType
 from typing import Any
 
 from exnorm.config.errors import BUG, UserError, first_line
-from exnorm.runs.children import available_cores, end_with_parent
-from exnorm.runs.output import print_anything
+from exnorm.engine.shortage import shortage
+from exnorm.runs.children import available_cores, end_with_parent, heeded_signals
+from exnorm.runs.folder import RunFolder, RunLocked
+from exnorm.runs.output import outlive_output, print_anything
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
@@ -27,6 +29,7 @@ EXIT_LOCKED = 3
 
 def main(arguments: list[str]) -> int:
     """Run a worker; return its exit code."""
+    outlive_output()
     if os.environ.get(CONTROLLED):
         end_with_parent()
     print_anything()
@@ -39,7 +42,6 @@ def main(arguments: list[str]) -> int:
 
     from exnorm.engine import checkpoint, distributed, train
     from exnorm.runs.counted_warnings import counted_warnings
-    from exnorm.runs.folder import RunFolder, RunLocked
 
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
@@ -65,17 +67,27 @@ def main(arguments: list[str]) -> int:
         _report(UserError(f"the memory of the GPU is full: {less} ({first_line(problem)})"))
         return EXIT_USER_ERROR
     except Exception as problem:
-        problem.add_note(BUG)
-        raise
+        line = shortage(problem, folder)
+        if line is None:
+            problem.add_note(BUG)
+            raise
+        _report(UserError(line))
+        return EXIT_USER_ERROR
     finally:
         distributed.leave()
     return 0
 
 
 def device_type(wanted: str) -> str:
-    """`cuda` or `cpu`; auto takes a GPU if there is one."""
+    """`cuda` or `cpu`; auto takes a GPU if there is one.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
     import torch
 
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda is asked for, but torch finds no GPU; use the CPU with device=cpu")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return wanted
@@ -117,7 +129,7 @@ def _listen() -> list[int]:
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in heeded_signals():
         signal.signal(signum, note)
     return received
 

@@ -1,10 +1,47 @@
 """What a process needs to know that works for another one. Imports no torch."""
 
 import os
+import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 END_WITH_PARENT = "EXNORM_END_WITH_PARENT"  # set for a command that is to end when its standard input closes
+
+# Each asks for a checkpoint and an end: Ctrl-C, a scheduler's end of a job, its warning before (SLURM's --signal, which
+# submitit sets to SIGUSR2), a closed terminal.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """The stop signals that this process answers: all but a SIGHUP that `nohup` told it to ignore."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signum for signum in STOP_SIGNALS if not (signum is signal.SIGHUP and ignores_hangup)]
+
+
+def say_in_handler(text: str) -> None:
+    """Print a line on stderr from a signal's handler: print() may be under way, and the terminal may be gone."""
+    with suppress(OSError):
+        os.write(2, f"\nexnorm: {text}\n".encode())
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Processes that are started within never see a stop signal, unless they ask for it; this one sees it afterwards.
+
+    A scheduler signals every process of a job at once. What the trainer needs for its checkpoint must outlive that. The
+    mask is set before the fork, since libraries start threads in a forked process before any code of ours runs in it.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # not Linux: a loader process could not be told to end
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def available_cores() -> int:
@@ -13,8 +50,17 @@ def available_cores() -> int:
 
 
 def importing_environment() -> dict[str, str]:
-    """The environment for a Python that is to import what this one can, through `sys.path` alone if need be."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """The environment for a Python that is to import what this one can, through `sys.path` alone if need be.
+
+    The current folder is left out unless PYTHONPATH names it or exnorm lies in it: a user's `timm/` or `dis.py` there
+    is not the module of that name.
+    """
+    here, package = os.getcwd(), str(Path(__file__).resolve().parents[2])
+    asked_for = {os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path}
+    wanted = [path for path in sys.path if path and (os.path.abspath(path) != here or here in asked_for)]
+    if package not in wanted:
+        wanted.append(package)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(wanted), "PYTHONSAFEPATH": "1"}
 
 
 def end_with_parent() -> None:

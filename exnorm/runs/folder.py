@@ -5,12 +5,17 @@ metrics.csv  wandb/  wandb-id.txt  checkpoints/  log.txt  error.txt (one line, w
 noisy_labels.csv  bad_images.csv  evaluations.jsonl  class_ratios-*.csv (where there are such)
 """
 
+import errno
 import fcntl
+import functools
 import json
 import os
 import re
 import socket
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +28,8 @@ NAMED = ("model", "norm", "data")
 CONFIG_KEYS = {"trainer": dict, "batch": str, "seed": int, **dict.fromkeys(NAMED, dict)}  # that every run has
 LOCK_TRIES = 5  # somebody who lists the runs holds a shared lock for an instant
 LOCK_PAUSE_S = 0.05
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunLocked(UserError):
@@ -47,6 +54,16 @@ class RunFolder:
         self.wandb_id_file = self.path / "wandb-id.txt"
         self.log_file = self.path / "log.txt"
         self.lock_file = self.path / ".lock"
+
+    def last_step(self) -> int | None:
+        """The step of the last checkpoint; None where there is none."""
+        names = [path.stem for path in self.checkpoints.glob("step-*.pt")]
+        return max((int(name.removeprefix("step-")) for name in names), default=None)
+
+    def continues(self) -> str:
+        """What the same command does after a failure: it continues from the last checkpoint, or starts again."""
+        step = self.last_step()
+        return "starts the run again" if step is None else f"resumes the run from the checkpoint after step {step}"
 
     def snapshot_file(self, fraction: float) -> Path:
         """The checkpoint that `trainer.snapshots` keeps after a fraction of the epochs."""
@@ -104,7 +121,7 @@ class RunFolder:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:
@@ -120,7 +137,7 @@ class RunLock:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         for _ in range(LOCK_TRIES):
             try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(LOCK_PAUSE_S)
@@ -151,6 +168,22 @@ class RunLock:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def flock(handle: int, operation: int) -> None:
+    """Lock an open file as `fcntl.flock` does; on a network file system without locks warn once, and go on."""
+    try:
+        fcntl.flock(handle, operation)
+    except OSError as problem:
+        if problem.errno not in NO_LOCKS:
+            raise
+        _warn_without_locks()
+
+
+@functools.cache
+def _warn_without_locks() -> None:
+    line = "this file system has no locks (flock): do not start the same run or study twice at a time"
+    print(f"exnorm: warning: {line}", file=sys.stderr, flush=True)
 
 
 def lacking_in(config: Any) -> str:
@@ -208,18 +241,42 @@ def write_text_atomic(path: Path, text: str) -> None:
     Names of files that are no UTF-8 are written as the bytes that they are.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    rename_synced(part, path)
+    with names_file(path), removes_on_failure(part):
+        with open(part, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        rename_synced(part, path)
+
+
+@contextmanager
+def removes_on_failure(part: Path) -> Iterator[None]:
+    """A half-written file does not stay behind: on a full disk it would take the room that the next attempt needs."""
+    try:
+        yield
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """An error of the system within says which file it is about."""
+    try:
+        yield
+    except OSError as problem:
+        problem.filename = str(path)
+        raise
 
 
 def rename_synced(part: Path, path: Path) -> None:
-    """Rename a written and synced file into place and sync the folder."""
+    """Rename a written and synced file into place and sync the folder, where the file system can do that."""
     os.replace(part, path)
     handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(handle)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exnorm.config.errors import UserError
-from exnorm.runs.folder import write_text_atomic
+from exnorm.runs.folder import names_file, write_text_atomic
 
 
 class MetricsLog:
@@ -82,8 +82,11 @@ def plain(value: Any) -> Any:
 def append_text(path: Path, text: str) -> None:
     """Append in one write, so that lines of several processes stay whole; names of files may be no UTF-8."""
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    data = text.encode(errors="surrogateescape")
     try:
-        os.write(handle, text.encode(errors="surrogateescape"))
+        with names_file(path):
+            while data:  # a disk that is full takes a part of it, and says why at the next attempt
+                data = data[os.write(handle, data) :]
     finally:
         os.close(handle)
 

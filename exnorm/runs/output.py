@@ -1,11 +1,37 @@
-"""Printing where the terminal's encoding lacks characters: under PYTHONIOENCODING=ascii, or in an old locale."""
+"""Standard output that may go away or lack characters. Imports no torch.
+
+A pipe's reader ends, a terminal is closed; PYTHONIOENCODING=ascii, or an old locale.
+"""
 
 import codecs
+import io
 import sys
 import unicodedata
+from typing import Any
 
 NAME = "exnorm"
 IN_ASCII = {"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "."}
+
+
+class _Forgiving(io.FileIO):
+    """A descriptor whose writes never fail: what cannot be written is dropped."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def outlive_output() -> None:
+    """From now on a closed stdout or stderr ends nothing, as in `exnorm train | head -2`; `log.txt` has every line."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):  # none at all, or one that a test reads
+            continue
+        raw = _Forgiving(stream.fileno(), "wb", closefd=False)
+        options = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **options))
 
 
 def print_anything() -> None:

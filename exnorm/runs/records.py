@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from exnorm.config.errors import UserError
-from exnorm.runs.folder import write_text_atomic
+from exnorm.runs.folder import flock, write_text_atomic
 from exnorm.runs.sinks import csv_text
 
 KEY = (
@@ -132,7 +132,7 @@ def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) ->
 def _alone(folder: Path) -> Iterator[None]:
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks files, no folders
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

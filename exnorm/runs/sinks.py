@@ -5,10 +5,12 @@ import io
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from exnorm.config.errors import UserError
+from exnorm.runs.children import stop_signals_blocked
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.metrics import MetricsLog, append_text, plain
 
@@ -24,8 +26,8 @@ class Sink(Protocol):
         """Take a table; a later one of the same name replaces it."""
         ...
 
-    def close(self) -> None:
-        """Finish; nothing is logged after it."""
+    def close(self, exit_code: int = 0) -> None:
+        """Finish, or with an exit code stop early; nothing is logged after it."""
         ...
 
 
@@ -65,7 +67,7 @@ class CsvSink:
 
         self._guard(write)
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         """Every row is on disk already."""
 
     def _write_anew(self) -> None:
@@ -126,10 +128,15 @@ class WandbSink:
 
         self._use("log a table", send)
 
-    def close(self) -> None:
-        """Finish the W&B run."""
-        self._use("finish", lambda run: run.finish())
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the W&B run; with an exit code leave it to be resumed."""
+        if not exit_code:
+            self._use("finish", lambda run: run.finish())
         self.run = None
+        with suppress(Exception):  # its service may be gone, and its own hook at exit would print a traceback then
+            import wandb
+
+            wandb.teardown(exit_code)
 
     def _start(self, folder: RunFolder, mode: str, project: str, config: dict[str, Any]) -> None:
         import wandb
@@ -138,16 +145,17 @@ class WandbSink:
             warn("W&B has no key, so this run is logged offline; wandb login stores one")
             mode = "offline"
         folder.wandb_dir.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(
-            project=project,
-            id=wandb_id(folder),
-            name=folder.path.name,
-            dir=str(folder.path),  # W&B makes the folder wandb/ in it
-            config=config,
-            mode="online" if mode == "online" else "offline",
-            resume="allow",
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_machine_info=True),
-        )
+        with stop_signals_blocked():  # its service outlives a warning to the whole job, and ends with this process
+            self.run = wandb.init(
+                project=project,
+                id=wandb_id(folder),
+                name=folder.path.name,
+                dir=str(folder.path),  # W&B makes the folder wandb/ in it
+                config=config,
+                mode="online" if mode == "online" else "offline",
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_machine_info=True),
+            )
         self.last_step = self.run.starting_step
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")

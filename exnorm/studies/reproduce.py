@@ -5,7 +5,6 @@ fails stops no other. The record is brought up to date after each run.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,13 @@ from typing import Any
 
 from exnorm.config.errors import BUG, UserError
 from exnorm.config.study import Study
-from exnorm.runs.children import END_WITH_PARENT, available_cores, importing_environment
+from exnorm.runs.children import (
+    END_WITH_PARENT,
+    available_cores,
+    heeded_signals,
+    importing_environment,
+    say_in_handler,
+)
 from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.runs.provenance import STUDY
 from exnorm.runs.records import read_records, record_file
@@ -30,7 +35,6 @@ from exnorm.studies.plan import Job, RunKey, by_run, trainings_of
 
 LOCK_PAUSE_S = 0.5
 ERROR = "exnorm: error: "
-STOPPING = b"exnorm: stopping: each run ends its step and writes a checkpoint\n"
 
 
 class Failed(Exception):
@@ -143,8 +147,12 @@ class Runner:
         self._train(folder, arguments, job)
         if job.cell is not None and job.cell.evaluate and job.evaluation() is None:
             self._exnorm(["eval", str(folder.path), *job.cell.evaluate], job)
+            if job.evaluation() is None:
+                raise Failed(_without_result("eval", folder))
         if job.cell is not None and job.by_class and not job.class_ratios_file().is_file():
             self._exnorm(["ratios", str(folder.path), "--by-class", *job.cell.evaluate], job)
+            if not job.class_ratios_file().is_file():
+                raise Failed(_without_result("ratios", folder))
         if job.cell is not None:
             add_to_record(self.study, job, self.results)
         with self._changing:
@@ -156,15 +164,17 @@ class Runner:
 
     @contextmanager
     def forwarding_signals(self) -> Iterator[None]:
-        """Within, SIGINT and SIGTERM end the runs, each with a checkpoint, and no other is started."""
+        """Within, a stop signal ends the runs, each with a checkpoint, and no other is started; two Ctrl-C kill."""
 
         def stop(signum: int, frame: FrameType | None) -> None:
+            again = signum == self.signum == signal.SIGINT
+            if not self.signum:
+                say_in_handler("stopping: each run ends its step and writes a checkpoint")
             self.signum = signum
-            os.write(2, STOPPING)  # print() may be under way
             for process in list(self._processes):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
-        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        before = {signum: signal.signal(signum, stop) for signum in heeded_signals()}
         try:
             yield
         finally:
@@ -191,6 +201,9 @@ class Runner:
         except Failed:
             if self.signum or not (folder.is_locked() or folder.diverged_at()):
                 raise
+        else:
+            if folder.read_record() is None:
+                raise Failed(_without_result("train", folder))
 
     def _exnorm(self, arguments: list[str], job: Job) -> None:
         environment = importing_environment() | {
@@ -223,6 +236,13 @@ class Runner:
             told = [line.partition(ERROR)[2] for line in lines if ERROR in line]
             last = [line for line in lines if line.strip() and line != BUG]
             raise Failed((told or last or [f"exit code {code}"])[-1])
+
+
+def _without_result(verb: str, folder: RunFolder) -> str:
+    return (
+        f"exnorm {verb} ended without an error, but {folder.path} has no result: the data or the initial weights have "
+        "changed since this command began. Type it again; it then reads them anew"
+    )
 
 
 def _result(job: Job) -> str:
