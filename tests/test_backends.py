@@ -342,7 +342,7 @@ def test_without_a_compiler_the_eager_back_end_runs_and_says_so(monkeypatch: pyt
     """One warning, and a name that tells what runs."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.warns(UserWarning, match=r"no compiler found \(g\+\+"):
+    with pytest.warns(UserWarning, match=r"the compiled back end needs a compiler \(g\+\+"):
         assert ops.set_backend("compiled") == ops.get_backend() == "eager"
 
 

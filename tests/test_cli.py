@@ -211,7 +211,7 @@ def test_every_command_prints_in_any_encoding(tmp_path: Path, encoding: str, run
 def test_the_package_offers_its_functions_without_importing_torch() -> None:
     code = (
         "import sys, exnorm\n"
-        "assert 'torch' not in sys.modules and set(exnorm.__all__) == {'convert', 'audit', 'load'}\n"
+        "assert 'torch' not in sys.modules and {'convert', 'audit', 'load'} <= set(exnorm.__all__)\n"
         "try: exnorm.converts\n"
         "except AttributeError as problem: assert 'convert' in str(problem)\n"
         "else: raise SystemExit(1)\n"

@@ -29,9 +29,11 @@ def outlive_output() -> None:
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):  # none at all, or one that a test reads
             continue
-        raw = _Forgiving(stream.fileno(), "wb", closefd=False)
+        raw: Any = _Forgiving(stream.fileno(), "wb", closefd=False)
         options = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
-        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **options))
+        at_once = stream.write_through  # PYTHONUNBUFFERED
+        buffer = raw if at_once else io.BufferedWriter(raw)
+        setattr(sys, name, io.TextIOWrapper(buffer, write_through=at_once, **options))
 
 
 def print_anything() -> None:
