@@ -22,6 +22,7 @@ from exnorm.norms import (
     compiled_layer,
     set_progress,
 )
+from exnorm.norms.compile_key import tensors_of
 from exnorm.ops import ahead, native
 from exnorm.surgery import convert
 
@@ -234,7 +235,8 @@ def test_both_ways_to_compile_a_graph_agree() -> None:
     moments = [torch.rand(4, 12, dtype=torch.float64) for _ in range(2)]
     results = []
     for run in (lambda tensors: graph(*tensors), ahead.compile_here(graph)):
-        tensors = [t.detach().clone() for t in (*norm.parameters(), *norm.buffers())]
+        learned, buffers = tensors_of(norm)
+        tensors = [t.detach().clone() for t in (*learned.values(), *buffers.values())]
         sizes, length = torch.empty(4, 1), torch.tensor(5.0, dtype=torch.float64)
         results.append([*run([sizes, length, *moments, *tensors]), *tensors])
     for left, right in zip(*results, strict=True):
