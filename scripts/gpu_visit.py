@@ -16,6 +16,7 @@ import argparse
 import csv
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -119,10 +120,13 @@ def _run_apart(options: argparse.Namespace, part: str, limit: float, environment
     log = options.out / f"{part.replace(' ', '_')}.log"
     with log.open("w") as file:
         try:
-            code: Any = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, env=environment, check=False
-            ).returncode
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            code: Any = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            process.wait()
             code = "out of time"
     print(f"{part}: exit {code}, {time.monotonic() - start:.0f} s", flush=True)
     if code != 0:
@@ -220,7 +224,7 @@ class Visit:
             arguments += ["-n", str(min(12, os.cpu_count() or 1))]
         done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
         print(done.stdout[-20000:], done.stderr[-3000:])
-        self.row(passed=done.returncode == 0, said=done.stdout.strip().splitlines()[-1][:200])
+        self.row(passed=done.returncode == 0, said=done.stdout.strip().splitlines()[-1:])
 
     def speed(self, norm: str) -> None:
         """A training step of ResNet-50 at each batch size; below 256 images also in a CUDA graph."""

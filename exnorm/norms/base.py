@@ -56,6 +56,7 @@ class Norm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        ops.get_backend()  # chosen now: torch.compile cannot trace the choice
         check_options(
             type(self).__name__,
             num_features=num_features,
@@ -136,7 +137,9 @@ class Norm(nn.Module):
         """Whether the affine pass adds a residual. Behind a sum, only a ReLU's derivative follows from the output."""
         if self.fused_act not in (None, "relu"):
             return False
-        return torch.jit.is_tracing() or (residual.shape == x.shape and residual.dtype == x.dtype)
+        if torch.jit.is_tracing():
+            return True
+        return residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
         # The sizes of a trace are tensors: looking at them is warned of, and fixes nothing.

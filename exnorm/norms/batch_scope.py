@@ -250,13 +250,13 @@ def _weight(module: BatchScopeNorm, like: Tensor) -> Tensor:
     return _constant(module.momentum, like.dtype, like.device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # never dropped: a CUDA graph may read it
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number on the device: copied there once, not in every step."""
     return torch.tensor(value, dtype=dtype, device=device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _layer_of_channel(channels: tuple[int, ...], device: torch.device) -> Tensor:
     """The index of the layer that each channel belongs to, for all means and then all variances."""
     layers = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels))

@@ -57,6 +57,7 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
         ops.statistics_dtype(x),
         x.device,
         gradient,
+        *parameters,  # their names: the order changes when a parametrization is removed
         *[(t.shape, t.dtype, t.device) for t in tensors],
     )
     try:

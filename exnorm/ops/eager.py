@@ -76,7 +76,7 @@ def affine_sums(
     dims = spatial_dims(x, channel_dim)
     product = grad * centred
     if not dims:
-        return product, grad
+        return product, grad.clone()  # the operators of torch's library return no alias
     return product.sum(dims), grad.sum(dims)
 
 

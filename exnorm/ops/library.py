@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exnorm.ops import backend
-from exnorm.ops.layout import statistics_dtype
+from exnorm.ops.layout import dense, statistics_dtype
 
 
 def _coefficients(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def _(
     channel_dim: int,
     act: str | None,
 ) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(dense(x, channel_dim))
 
 
 @torch.library.custom_op("exnorm::affine_sums", mutates_args=())
@@ -99,7 +99,7 @@ def gated_sums(
 def _(
     grad: Tensor, x: Tensor, y: Tensor, mean_NC: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return *_coefficients(x, channel_dim), torch.empty_like(x)
+    return *_coefficients(x, channel_dim), torch.empty_like(dense(x, channel_dim))
 
 
 @torch.library.custom_op("exnorm::input_gradient", mutates_args=())
@@ -130,4 +130,4 @@ def _(
     channel_dim: int,
     act: str | None,
 ) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(dense(x, channel_dim))

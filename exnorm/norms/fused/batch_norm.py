@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exnorm.norms.fused.scope import BLOCK, record, recorded, replica_statistics
+from exnorm.norms.fused.scope import BLOCK, note_changes, record, recorded, replica_statistics
 from exnorm.ops.triton.launch import Launch
+
+PARAMETERS = ("weight", "bias")  # in the order of `learned`
 
 
 @triton.jit
@@ -121,10 +123,11 @@ class Coefficients:
         """scale_NC, shift_NC, and what the backward reads."""
         scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
         mean_RC, rstd_RC = mean_NC.new_empty(self.shape), mean_NC.new_empty(self.shape)
-        _, buffers, momentum = recorded(norm, mean_NC)
+        mode, buffers, momentum = recorded(norm, mean_NC)
         pair = learned or (mean_NC, mean_NC)
         tensors = (mean_NC, var_NC, *pair, scale_NC, shift_NC, mean_RC, rstd_RC, *buffers)
         self.forward_launch(*tensors, floats=(momentum, self.unbiased, norm.eps))
+        note_changes(mode, buffers)
         return scale_NC, shift_NC, mean_RC, rstd_RC
 
     def backward(

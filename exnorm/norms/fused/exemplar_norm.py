@@ -25,6 +25,17 @@ from exnorm.ops.triton.launch import Launch
 
 LARGEST = 8192  # channels that a program holds
 
+PARAMETERS = (  # in the order of `learned`
+    "weight",
+    "bias",
+    "conv_weight",
+    "conv_bias",
+    "fc1_weight",
+    "fc1_bias",
+    "fc2_weight",
+    "fc2_bias",
+)
+
 
 @triton.jit
 def rows(

@@ -23,6 +23,8 @@ from exnorm.ops.triton.launch import Launch
 
 LARGEST = 8192  # values that one program holds of each tensor: D at most
 
+PARAMETERS = ("weight", "bias")  # in the order of `learned`
+
 
 @triton.jit
 def tile(groups, width, BG: tl.constexpr, BD: tl.constexpr):

@@ -41,6 +41,8 @@ def serves(norm: Any, x: Tensor) -> bool:
     # Attributes that are tensors: weights made in each forward (pruning, replicas of DataParallel).
     if any(isinstance(value, Tensor) for value in vars(norm).values()):
         return False
+    if (norm.weight is None) != (norm.bias is None):
+        return False
     device = x.device
     tensors = [*norm._parameters.values(), norm._buffers.get("running_mean")]
     return all(t is None or (t.dtype is torch.float32 and t.is_contiguous() and t.device == device) for t in tensors)
@@ -48,8 +50,10 @@ def serves(norm: Any, x: Tensor) -> bool:
 
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
     """The normalized input, with residual and activation."""
-    coefficients = KERNELS[type(norm)].coefficients(norm, x.shape[0], ops.length(x, norm.channel_dim))
-    learned = [t for t in norm._parameters.values() if t is not None]
+    kernels = KERNELS[type(norm)]
+    coefficients = kernels.coefficients(norm, x.shape[0], ops.length(x, norm.channel_dim))
+    # By name: removing a parametrization, say, changes the order of the parameters.
+    learned = [t for name in kernels.PARAMETERS if (t := norm._parameters.get(name)) is not None]
     return _Layer.apply(x, residual, norm, act, coefficients, *learned)  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,7 @@ samples, BN of them at a time; nothing is added atomically, so results repeat bi
 import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,7 +34,7 @@ def replica_statistics(mean_ptr, var_ptr, first, count, channels, c, inside, BN:
         squares += d * d
         within += tl.load(var_ptr + at, mask=valid, other=0.0)
     mean = tl.sum(total, 0) / count
-    between = tl.maximum(tl.sum(squares, 0) / count - mean * mean, 0.0)
+    between = tl.maximum(tl.sum(squares, 0) / count - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return lead + mean, tl.sum(within, 0) / count + between
 
 
@@ -90,6 +91,12 @@ def recorded(norm: Any, placeholder: Tensor) -> tuple[int, tuple[Tensor, Tensor,
     return RUNNING, running, norm.momentum
 
 
+def note_changes(mode: int, buffers: tuple[Tensor, ...]) -> None:
+    """Let autograd know that a kernel has written into buffers, which an earlier forward may have saved."""
+    if mode != NOTHING:
+        torch.autograd.graph.increment_version(buffers)
+
+
 @functools.lru_cache(maxsize=1024)
 def _statistics_of(samples: int, replicas: int, channels: int, mode: int) -> Launch:
     blocks = triton.cdiv(channels, BLOCK["BC"])
@@ -105,4 +112,5 @@ def statistics_of_scope(norm: Any, mean_NC: Tensor, var_NC: Tensor) -> tuple[Ten
     mode, buffers, momentum = recorded(norm, mean_RC)
     launch = _statistics_of(samples, norm.replicas, channels, mode)
     launch(mean_NC, var_NC, mean_RC, var_RC, *buffers, floats=(momentum, 1.0))
+    note_changes(mode, buffers)
     return mean_RC, var_RC

@@ -25,6 +25,8 @@ from exnorm.ops.triton.launch import Launch
 LARGEST = 8192  # channels that a program holds
 PARTS = 8  # of a sample: dmu and dvar of LN, three sums for w, three for u
 
+PARAMETERS = ("weight", "bias", "mean_weight", "var_weight")  # in the order of `learned`
+
 
 @triton.jit
 def softmax(logits_ptr):

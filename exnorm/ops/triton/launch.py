@@ -35,6 +35,7 @@ class Launch:
 
     def __call__(self, *tensors: Tensor, floats: tuple[float, ...] = ()) -> None:
         """Run the kernel on the current stream of the tensors' device."""
+        floats = tuple(map(float, floats))  # Triton would make a constant of an integer 1
         addresses = [tensor.data_ptr() for tensor in tensors]
         device = tensors[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():

@@ -2,7 +2,8 @@
 
 Traffic: reads |x| once, writes 8 bytes for each (sample, channel). Grid: N x blocks of L x blocks of C; where one block
 holds all positions the result is final, else `merge` joins the parts by Chan's formula, in a fixed order.
-Sums are about the part's first value, so that a mean far larger than the deviation costs no digits.
+Sums are about the part's first value, so that a mean far larger than the deviation costs no digits, unless
+that value is an outlier itself.
 """
 
 import triton
@@ -38,7 +39,7 @@ def moments(
         squares += d * d
     count = (last - first).to(tl.float32)
     mean = tl.sum(total, 0) / count
-    square = tl.maximum(tl.sum(squares, 0) - mean * mean * count, 0.0)
+    square = tl.maximum(tl.sum(squares, 0) - mean * mean * count, 0.0, propagate_nan=tl.PropagateNan.ALL)
     at = (n * blocks_l + part) * channels + c
     tl.store(mean_ptr + at, tl.sum(lead, 0) + mean, mask=inside)
     tl.store(var_ptr + at, square / count if FINAL else square, mask=inside)
