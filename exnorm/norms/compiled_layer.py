@@ -107,19 +107,15 @@ class _Layer(torch.autograd.Function):
     @plain.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
-        act, passes = ctx.act, ops.implementation()
+        passes = ops.implementation()
         if not any((ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])):
             dresidual = ops.through_relu(grad, y) if ctx.activated_sum else grad
             return None, dresidual, *[None] * (len(ctx.needs_input_grad) - 2)
         affine = (mean_NC, scale_NC, shift_NC)
-        if ctx.activated_sum:
-            *sums, grad = passes.gated_sums(grad, x, y, *affine, ctx.channel_dim)
-            act = None
-        else:
-            sums = passes.affine_sums(grad, x, *affine, ctx.channel_dim, act)
+        *dsums, grad, act = ops.sums(passes, grad, x, y, affine, ctx.channel_dim, ctx.act)
         dresidual = grad if ctx.needs_input_grad[1] else None
         moments = (scale_NC, mean_NC, var_NC)
-        slope_NC, offset_NC, *dlearned = ctx.code.gradient([*ctx.frame, *sums, *moments, *tensors])
+        slope_NC, offset_NC, *dlearned = ctx.code.gradient([*ctx.frame, *dsums, *moments, *tensors])
         if ctx.is_constant:
             slope_NC = offset_NC = None
         dx = None

@@ -11,7 +11,7 @@ normalizers are mixed. See `exnorm.ops.streaming` for the gradient.
 from exnorm.ops.activations import ACTIVATIONS, through_relu
 from exnorm.ops.backend import BACKENDS, get_backend, implementation, set_backend
 from exnorm.ops.layout import expand_coefficients, length, spatial_dims, statistics_dtype
-from exnorm.ops.streaming import affine, moments, needs_plain_autograd
+from exnorm.ops.streaming import affine, moments, needs_plain_autograd, sums
 
 __all__ = [
     "ACTIVATIONS",
@@ -26,5 +26,6 @@ __all__ = [
     "set_backend",
     "spatial_dims",
     "statistics_dtype",
+    "sums",
     "through_relu",
 ]

@@ -16,6 +16,7 @@ With a residual r, the activation is none or a ReLU, whose gradient follows from
 is applied first, for it is the gradient of r too, and all else goes on as without activation.
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,32 @@ class Streamed(NamedTuple):
     x: Tensor
     scale_carrier_NC: Tensor | None
     shift_carrier_NC: Tensor | None
+
+
+class Sums(NamedTuple):
+    """The gradients of scale and shift, and with what the backward goes on."""
+
+    dscale_NC: Tensor
+    dshift_NC: Tensor
+    grad: Tensor  # where a ReLU follows a residual, the gradient in front of it, which is the residual's too
+    act: str | None  # the activation that is still to be passed
+
+
+def sums(
+    passes: ModuleType,
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    coefficients: tuple[Tensor, Tensor, Tensor],
+    channel_dim: int,
+    act: str | None,
+) -> Sums:
+    """The third pass of a back end; `y` is the output where a ReLU follows a residual, else None."""
+    if y is None:
+        dscale_NC, dshift_NC = passes.affine_sums(grad, x, *coefficients, channel_dim, act)
+        return Sums(dscale_NC, dshift_NC, grad, act)
+    dscale_NC, dshift_NC, gated = passes.gated_sums(grad, x, y, *coefficients, channel_dim)
+    return Sums(dscale_NC, dshift_NC, gated, None)
 
 
 class _Moments(torch.autograd.Function):
@@ -80,12 +107,14 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean_NC, scale_NC, shift_NC, *output = ctx.saved_tensors
         coefficients, act = (mean_NC, scale_NC, shift_NC), ctx.act
-        if ctx.activated_sum:
-            grad, act = through_relu(grad, output[0]), None
         dx = dmean_NC = dscale_NC = dshift_NC = None
         if any(ctx.needs_input_grad[1:4]):
-            dscale_NC, dshift_NC = implementation().affine_sums(grad, x, *coefficients, ctx.channel_dim, act)
+            y = output[0] if ctx.activated_sum else None
+            found = sums(implementation(), grad, x, y, coefficients, ctx.channel_dim, act)
+            dscale_NC, dshift_NC, grad, act = found
             dmean_NC = -scale_NC * dshift_NC
+        elif ctx.activated_sum:
+            grad, act = through_relu(grad, output[0]), None
         dresidual = grad if ctx.needs_input_grad[6] else None
         if ctx.carried:
             return grad, dmean_NC, dscale_NC, dshift_NC, scale_NC, shift_NC, dresidual, None, None

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exnorm.norms.fused.scope import BLOCK, note_changes, record, recorded, replica_statistics
+from exnorm.norms.fused.scope import BLOCK, can_record, note_changes, record, recorded, replica_statistics
 from exnorm.ops.triton.launch import Launch
 
 PARAMETERS = ("weight", "bias")  # in the order of `learned`
@@ -102,7 +102,7 @@ def backward_kernel(
 
 def serves(norm: Any) -> bool:
     """Whether these kernels compute this layer: batch statistics of this device, and a momentum."""
-    return norm.uses_batch_statistics() and (norm.momentum is not None or norm.deferred)
+    return norm.uses_batch_statistics() and can_record(norm)
 
 
 class Coefficients:
@@ -115,7 +115,7 @@ class Coefficients:
     def __init__(self, samples: int, length: int, channels: int, replicas: int, mode: int, affine: bool) -> None:
         blocks, sizes = triton.cdiv(channels, BLOCK["BC"]), (samples, replicas, channels)
         count = samples // replicas * length
-        self.shape, self.unbiased, self.affine = (replicas, channels), count / max(count - 1, 1), affine
+        self.shape, self.unbiased = (replicas, channels), count / max(count - 1, 1)
         self.forward_launch = Launch(forward_kernel, blocks, sizes, MODE=mode, AFFINE=affine, **BLOCK)
         self.backward_launch = Launch(backward_kernel, blocks, (length, *sizes), AFFINE=affine, **BLOCK)
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exnorm.norms.fused.scope import BLOCK, statistics_of_scope
+from exnorm.norms.fused.scope import BLOCK, can_record, statistics_of_scope
 from exnorm.ops.triton.launch import Launch
 
 LARGEST = 8192  # channels that a program holds
@@ -396,7 +396,7 @@ def layers_kernel(
 def serves(norm: Any) -> bool:
     """Whether these kernels compute this layer: IN, LN and BN, with the convolution and its bias, as in the paper."""
     plain = norm.normalizers == ("in", "ln", "bn") and norm.conv_bias is not None and norm.weight is not None
-    return plain and norm.num_features <= LARGEST and (norm.momentum is not None or norm.deferred or not norm.training)
+    return plain and norm.num_features <= LARGEST and can_record(norm)
 
 
 class Coefficients:

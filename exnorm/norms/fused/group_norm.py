@@ -121,7 +121,7 @@ class Coefficients:
     """The launches of a GN, LN or IN for inputs of one shape."""
 
     def __init__(self, samples: int, length: int, groups: int, width: int, affine: bool) -> None:
-        self.shape, self.affine = (samples, groups), affine
+        self.shape = (samples, groups)
         columns = triton.next_power_of_2(width)
         block = max(1, min(triton.next_power_of_2(groups), 1024 // columns))
         programs = samples * triton.cdiv(groups, block)

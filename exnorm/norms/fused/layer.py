@@ -78,12 +78,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
         learned, saved = tensors[: ctx.learned], tensors[ctx.learned :]
-        affine, act = (mean_NC, scale_NC, shift_NC), ctx.act
-        if ctx.activated_sum:
-            *sums, grad = passes.gated_sums(grad, x, y, *affine, ctx.channel_dim)
-            act = None
-        else:
-            sums = passes.affine_sums(grad, x, *affine, ctx.channel_dim, act)
+        affine = (mean_NC, scale_NC, shift_NC)
+        *sums, grad, act = ops.sums(passes, grad, x, y, affine, ctx.channel_dim, ctx.act)
         slope_NC, offset_NC, *dlearned = ctx.coefficients.backward(ctx.eps, sums, (mean_NC, var_NC), learned, saved)
         dx = None
         if ctx.needs_input_grad[0]:

@@ -80,6 +80,11 @@ def batch_statistics(
     )  # fmt: skip
 
 
+def can_record(norm: Any) -> bool:
+    """Whether the kernels move what a forward moves: all but a cumulative mean outside the engine."""
+    return norm.momentum is not None or norm.deferred or not norm.training
+
+
 def recorded(norm: Any, placeholder: Tensor) -> tuple[int, tuple[Tensor, Tensor, Tensor], float]:
     """What a forward in training moves: how, which three buffers, and with which momentum."""
     buffers = norm._buffers  # not through nn.Module's slower attributes

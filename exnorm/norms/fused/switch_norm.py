@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exnorm.norms.fused.scope import BLOCK, statistics_of_scope
+from exnorm.norms.fused.scope import BLOCK, can_record, statistics_of_scope
 from exnorm.ops.triton.launch import Launch
 
 LARGEST = 8192  # channels that a program holds
@@ -206,7 +206,7 @@ def softmax_gradient(parts_ptr, to_ptr, a, b, c, samples, BN: tl.constexpr):
 def serves(norm: Any) -> bool:
     """Whether these kernels compute this layer: IN, LN and BN with one set of soft ratios, as in the paper."""
     plain = norm.normalizers == ("in", "ln", "bn") and norm.groups == 1 and not norm.hard and not norm.unbiased
-    return plain and norm.num_features <= LARGEST and (norm.momentum is not None or norm.deferred or not norm.training)
+    return plain and norm.num_features <= LARGEST and can_record(norm)
 
 
 class Coefficients:
@@ -218,7 +218,7 @@ class Coefficients:
     """
 
     def __init__(self, samples: int, length: int, channels: int, replicas: int, batch: bool, affine: bool) -> None:
-        self.samples, self.affine = samples, affine
+        self.samples = samples
         width = triton.next_power_of_2(channels)
         options = {"AFFINE": affine, "BC": width, "num_warps": 8 if width > 2048 else 4}
         sizes = (samples // replicas, channels)
