@@ -79,3 +79,17 @@ def test_a_machine_that_is_too_small_is_one_line(
     last = done.stderr.splitlines()[-1]
     assert last.startswith("exnorm: error: ") and said in last and "data.workers=0" in last
     assert "Traceback" not in done.stderr
+
+
+def test_a_low_limit_of_open_files_is_raised(images: Path, tmp_path: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "exnorm", *tiny(images, "data.workers=2")])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -S -n 30; exec {command}"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -27,9 +27,12 @@ def run_apart(*arguments: str) -> list[dict[str, object]]:
     ("seed", "layers"), [(0, 2), *(pytest.param(seed, 10, marks=pytest.mark.slow) for seed in (1, 2))]
 )
 def test_random_layers_are_what_float64_says(seed: int, layers: int) -> None:
-    """Any norm, options, shape, layout, dtype, activation, residual, replicas and mode; also running statistics."""
+    """Any norm, options, shape, layout, dtype, activation, residual, replicas and mode; also running statistics.
+
+    Where rounding decides, as in the gradient of IN over a single position, eager layers show how far it goes.
+    """
     rows = run_apart(str(TESTS / "triton_interpreted.py"), str(seed), str(layers))
-    wrong = [row for row in rows if not row["error"] <= TOLERANCE[row["case"]["dtype"]]]  # type: ignore[index,operator]
+    wrong = [row for row in rows if not row["error"] <= max(TOLERANCE[row["case"]["dtype"]], 2 * row["eager"])]  # type: ignore[index,operator]
     assert rows and not wrong
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from exnorm.config.errors import UserError
 from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
+from exnorm.data.loader_room import BATCHES_AHEAD, check_room
 from exnorm.data.splits import Images
 from exnorm.data.transforms import Transform
 from exnorm.runs.children import STOP_SIGNALS, stop_signals_blocked
@@ -120,12 +121,15 @@ class Loader:
 
     Args:
         channels_last: False for a copy with the channels first.
+
+    Raises:
+        UserError: this machine has too little shared memory, or allows too few open files, for the processes.
     """
 
     def __init__(
         self,
         dataset: SeededImages,
-        batches: Sampler[list[Key]] | list[list[Key]],
+        batches: TrainBatches | list[list[Key]],
         *,
         workers: int,
         device: torch.device,
@@ -133,10 +137,13 @@ class Loader:
     ) -> None:
         workers = min(workers, os.cpu_count() or 1)
         self.dataset, self.device, self.channels_last = dataset, device, channels_last
+        samples = batches.share if isinstance(batches, TrainBatches) else max(map(len, batches), default=0)
+        check_room(workers, samples * 3 * dataset.transform.size**2)
         self.batches: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=workers,
+            prefetch_factor=BATCHES_AHEAD if workers else None,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_obey_trainer_alone,

@@ -24,13 +24,14 @@ class Transform:
     """What is done to an image, and to the batch that it comes in.
 
     Attributes:
-        crop: from an image to (3, height, width) in uint8.
+        crop: from an image to (3, size, size) in uint8.
         mean, std: of the channels, over 255.
     """
 
     crop: Callable[[Image.Image], np.ndarray | Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    size: int
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(N, height, width, 3) in uint8 as (N, 3, height, width): (pixels / 255 - mean) / std in float32.
@@ -63,7 +64,7 @@ def train_transform(config: Any) -> Transform:
             interpolation="bilinear",
         )
     )
-    return Transform(crop, tuple(config.mean), tuple(config.std))  # type: ignore[arg-type]
+    return Transform(crop, tuple(config.mean), tuple(config.std), config.image_size)  # type: ignore[arg-type]
 
 
 def _padded_crop(config: Any) -> Callable[[Image.Image], Tensor]:
@@ -86,4 +87,4 @@ def eval_transform(config: Any) -> Transform:
         interpolation="bilinear",
         crop_pct=config.image_size / (config.resize + 0.5),  # timm rounds image_size / crop_pct down
     )
-    return Transform(crop, tuple(config.mean), tuple(config.std))  # type: ignore[arg-type]
+    return Transform(crop, tuple(config.mean), tuple(config.std), config.image_size)  # type: ignore[arg-type]

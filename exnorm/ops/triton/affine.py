@@ -27,8 +27,8 @@ def affine(
     x = tl.load(x_ptr + sample + at, mask=valid, other=0.0).to(tl.float32)
     mean = tl.load(mean_ptr + n * channels + c, mask=inside, other=0.0)
     scale = tl.load(scale_ptr + n * channels + c, mask=inside, other=0.0)
-    shift = tl.load(shift_ptr + n * channels + c, mask=inside, other=0.0)
-    u = (x - mean[None, :]) * scale[None, :] + shift[None, :]
-    if RESIDUAL:
-        u += tl.load(residual_ptr + sample + at, mask=valid, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + n * channels + c, mask=inside, other=0.0)[None, :]
+    if RESIDUAL:  # added to the shift first: in the other order ptxas spills registers for sm_80
+        shift = shift + tl.load(residual_ptr + sample + at, mask=valid, other=0.0).to(tl.float32)
+    u = (x - mean[None, :]) * scale[None, :] + shift
     tl.store(y_ptr + sample + at, activate(u, ACT).to(y_ptr.dtype.element_ty), mask=valid)
