@@ -61,7 +61,7 @@ def main() -> None:
 
     outlive_output()
     if os.environ.pop("EXNORM_END_WITH_PARENT", None):
-        from exnorm.runs.children import end_with_parent
+        from exnorm.runs.subprocesses import end_with_parent
 
         end_with_parent()
     from exnorm.runs.output import print_anything

@@ -17,13 +17,13 @@ from exnorm.norms import (
     InstanceNorm,
     Moments,
     Norm,
-    coefficient_code,
-    coefficient_graphs,
-    compiled_layer,
     set_progress,
 )
-from exnorm.norms.compile_key import tensors_of
-from exnorm.ops import ahead, native
+from exnorm.norms.compiled import coefficients as coefficient_code
+from exnorm.norms.compiled import graphs as coefficient_graphs
+from exnorm.norms.compiled import layer as compiled_layer
+from exnorm.norms.compiled.key import tensors_of
+from exnorm.ops import aot, native
 from exnorm.surgery import convert
 
 torch.set_num_threads(1)
@@ -234,7 +234,7 @@ def test_both_ways_to_compile_a_graph_agree() -> None:
     graph = coefficient_graphs.trace(norm, torch.float64, torch.device("cpu"), 2).coefficients
     moments = [torch.rand(4, 12, dtype=torch.float64) for _ in range(2)]
     results = []
-    for run in (lambda tensors: graph(*tensors), ahead.compile_here(graph)):
+    for run in (lambda tensors: graph(*tensors), aot.compile_here(graph)):
         learned, buffers = tensors_of(norm)
         tensors = [t.detach().clone() for t in (*learned.values(), *buffers.values())]
         sizes, length = torch.empty(4, 1), torch.tensor(5.0, dtype=torch.float64)

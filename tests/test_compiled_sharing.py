@@ -24,11 +24,11 @@ from exnorm.norms import (
     Moments,
     Norm,
     SwitchNorm,
-    coefficient_code,
-    compiled_layer,
 )
-from exnorm.norms.compile_key import MOST_OPTIONS
-from exnorm.ops import ahead, native, pieces
+from exnorm.norms.compiled import coefficients as coefficient_code
+from exnorm.norms.compiled import layer as compiled_layer
+from exnorm.norms.compiled.key import MOST_OPTIONS
+from exnorm.ops import aot, guardless, native
 from exnorm.surgery import norm_class
 
 torch.set_num_threads(1)
@@ -102,8 +102,8 @@ def graphs_for_libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Checked]:
         library.touch()
 
     monkeypatch.setattr(native, "compiled_meanwhile", contextlib.nullcontext)
-    monkeypatch.setattr(ahead, "build", build)
-    monkeypatch.setattr(ahead, "load", lambda library: made[str(library)])
+    monkeypatch.setattr(aot, "build", build)
+    monkeypatch.setattr(aot, "load", lambda library: made[str(library)])
     return made
 
 
@@ -303,7 +303,7 @@ def test_weights_that_are_made_in_each_forward_are_not_compiled(
     change: Callable[[Norm], Norm], graphs_for_libraries: dict[str, Checked]
 ) -> None:
     """They run eagerly, and nothing is kept for each value."""
-    warned_for = pieces._warned
+    warned_for = guardless._warned
     warned_for.clear()
     norm = LayerNorm(8)
     randomize(norm)
@@ -345,5 +345,5 @@ def test_an_option_that_can_change_unnoticed_is_not_compiled(graphs_for_librarie
 def test_code_for_a_whole_process_tells_apart_what_it_assumes() -> None:
     """Strides, and indices beyond 32 bits, are part of a compiled function's key."""
     plain, huge = torch.empty(4, 6, device="meta"), torch.empty(2**20, 2**12, device="meta")
-    facts = {pieces._facts(t) for t in (plain, plain.t().contiguous().t(), huge, plain.double())}
-    assert len(facts) == 4 and pieces._facts(plain) == pieces._facts(torch.empty(9, 5, device="meta"))
+    facts = {guardless._facts(t) for t in (plain, plain.t().contiguous().t(), huge, plain.double())}
+    assert len(facts) == 4 and guardless._facts(plain) == guardless._facts(torch.empty(9, 5, device="meta"))

@@ -10,7 +10,7 @@ from engine_cases import ROOT, WAIT_S, environment, make_image_folder, start, ti
 
 OUTER = """
 import subprocess, sys
-from exnorm.runs.children import importing_environment
+from exnorm.runs.subprocesses import importing_environment
 code = "import exnorm, my_norm; print(my_norm.answer)"
 sys.exit(subprocess.run([sys.executable, "-c", code], env=importing_environment()).returncode)
 """

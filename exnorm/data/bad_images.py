@@ -12,7 +12,7 @@ from PIL import Image
 
 from exnorm.config.errors import UserError
 from exnorm.data.files import BadImage
-from exnorm.data.places import BAD_IMAGES
+from exnorm.data.paths import BAD_IMAGES
 from exnorm.data.splits import Images
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.metrics import append_text

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from exnorm.config.errors import UserError
-from exnorm.data.places import root_of
+from exnorm.data.paths import root_of
 from exnorm.data.splits import Images, Splits
 
 ARCHIVES = {"cifar-10-batches-py": "cifar-10-python.tar.gz", "cifar-100-python": "cifar-100-python.tar.gz"}

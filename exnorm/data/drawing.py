@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from exnorm.runs.children import end_with_parent
+from exnorm.runs.subprocesses import end_with_parent
 
 VERSION = 1
 FINE = 2  # a character is drawn and sheared in a grid finer by this

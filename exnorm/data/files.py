@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from exnorm.config.errors import UserError
-from exnorm.data.entries import Entries
+from exnorm.data.sample_index import SampleIndex
 from exnorm.data.splits import Images
 
 # What is wrong with a file; any other error of the system is the machine's, and passes.
@@ -29,17 +29,17 @@ class BadImage(UserError):
         self.name, self.reason = name, reason
 
 
-def images(entries: Entries, root: Path) -> Images:
+def images(entries: SampleIndex, root: Path) -> Images:
     """Images that are opened one by one; a broken one raises BadImage."""
     return Images(entries.labels, partial(_open, entries, os.path.relpath(entries.base, root)))
 
 
-def _open(entries: Entries, prefix: str, index: int) -> Image.Image:
+def _open(entries: SampleIndex, prefix: str, index: int) -> Image.Image:
     name = os.path.normpath(os.path.join(prefix, entries.names[index]))
     return opened(name, partial(_file, entries, index))
 
 
-def _file(entries: Entries, index: int) -> BinaryIO:
+def _file(entries: SampleIndex, index: int) -> BinaryIO:
     if entries.spans is None:
         return open(os.path.join(entries.base, entries.names[index]), "rb")
     tar, offset, size = (int(number) for number in entries.spans[index])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from exnorm.config.errors import UserError
 from exnorm.data import files
-from exnorm.data.places import excluded_lines
+from exnorm.data.paths import excluded_lines
 from exnorm.data.splits import NO_IMAGES, Images, Splits
 
 STREAMS = ("hfids", "tfds", "torch")

@@ -15,14 +15,14 @@ import numpy as np
 
 from exnorm.config.errors import UserError
 from exnorm.data import files, index
-from exnorm.data.entries import Entries
-from exnorm.data.places import excluded_lines, excluded_places, file_of, paths_of, root_of
+from exnorm.data.paths import excluded_lines, excluded_mask, file_of, paths_of, root_of
+from exnorm.data.sample_index import SampleIndex
 from exnorm.data.splits import NO_IMAGES, Images, Splits
 
 LAYOUT = "expected DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg, as in data.root=DIR"
 SOURCES = ("tar", "wds")
 TRIED = 20  # files of a list, to see which folder it begins in
-Found = dict[str, Entries]  # by split
+Found = dict[str, SampleIndex]  # by split
 
 
 def fingerprint(config: Any, *, train: bool = True) -> str:
@@ -58,7 +58,7 @@ def found(config: Any, root: Path, *, train: bool) -> Found:
     return both
 
 
-def naming_split(config: Any, root: Path, both: Found) -> Entries:
+def naming_split(config: Any, root: Path, both: Found) -> SampleIndex:
     """The split whose classes have names: that of training, where it is there or validation has numbers alone."""
     there = config.train_list is not None or (root / "train").is_dir()
     if "train" not in both and both["val"].numbered and there:
@@ -66,7 +66,7 @@ def naming_split(config: Any, root: Path, both: Found) -> Entries:
     return both.get("train", both["val"])
 
 
-def entries(config: Any, root: Path, split: str) -> Entries:
+def entries(config: Any, root: Path, split: str) -> SampleIndex:
     """The files of a split, from its list, its tar files or its folder."""
     listed = config[f"{split}_list"]
     if listed is not None:
@@ -81,7 +81,7 @@ def entries(config: Any, root: Path, split: str) -> Entries:
     return index.of_folders(root / split)
 
 
-def from_list(file: Path, root: Path, split: str) -> Entries:
+def from_list(file: Path, root: Path, split: str) -> SampleIndex:
     """The files in a list, whose paths begin in the folder of the split or in the root."""
     listed = index.of_list(file, root / split)
     firsts = [listed.names[place] for place in range(min(TRIED, len(listed)))]
@@ -103,7 +103,7 @@ def named(both: Found, names: list[str], root: Path) -> Found:
     }
 
 
-def class_names(part: Entries) -> list[str]:
+def class_names(part: SampleIndex) -> list[str]:
     """The names of classes; of those that are numbers the folder that holds a class's images, if there is one."""
     names = list(part.classes)
     if not part.numbered:
@@ -142,9 +142,9 @@ def _check_that_train_has_all(parts: Found, classes: list[str], root: Path) -> N
         )
 
 
-def images(config: Any, root: Path, part: Entries) -> Images:
+def images(config: Any, root: Path, part: SampleIndex) -> Images:
     """The images of a split without those that the user excludes."""
-    excluded = excluded_places(part, config, root)
+    excluded = excluded_mask(part, config, root)
     kept = part.where(~excluded) if excluded.any() else part
     return replace(files.images(kept, root), excluded=int(excluded.sum()))
 
@@ -158,7 +158,7 @@ def fingerprint_of(config: Any, root: Path, both: Found) -> str:
     digest = hashlib.sha256()
     missed = excluded_lines(config, root)
     for split, part in sorted(both.items()):
-        excluded = excluded_places(part, config, root)
+        excluded = excluded_mask(part, config, root)
         digest.update(f"{split} {part.fingerprint()} {np.flatnonzero(excluded).tolist()}\n".encode())
         missed -= paths_of(part.where(excluded), root)
         if excluded.all():

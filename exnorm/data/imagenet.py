@@ -22,9 +22,9 @@ import numpy as np
 
 from exnorm.config.errors import UserError
 from exnorm.data import from_timm, imagefolder, index
-from exnorm.data.entries import Entries
 from exnorm.data.packed import Packed
-from exnorm.data.places import file_of, root_of
+from exnorm.data.paths import file_of, root_of
+from exnorm.data.sample_index import SampleIndex
 from exnorm.data.splits import Splits
 
 LAYOUT = "expected DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG"
@@ -82,7 +82,7 @@ def _truth_file(config: Any, root: Path) -> Path:
     )
 
 
-def ground_truth(file: Path, root: Path) -> Entries:
+def ground_truth(file: Path, root: Path) -> SampleIndex:
     """The images of `val/` with their labels from one of the files that go with them.
 
     Raises:
@@ -108,7 +108,7 @@ def ground_truth(file: Path, root: Path) -> Entries:
     classes = sorted({label for label in labels if label is not None})
     places = {name: place for place, name in enumerate(classes)}
     numbers = np.array([places[label] for label in labels if label is not None], np.int32)
-    return Entries(Packed.of(name.encode() for name in names), numbers, classes, str(root / "val"))
+    return SampleIndex(Packed.of(name.encode() for name in names), numbers, classes, str(root / "val"))
 
 
 def _devkit_ids(file: Path) -> dict[str, str]:
@@ -125,7 +125,7 @@ def _devkit_ids(file: Path) -> dict[str, str]:
         raise UserError(f"{file} is no meta.mat of the development kit ({problem})") from None
 
 
-def class_names(part: Entries, root: Path) -> list[str]:
+def class_names(part: SampleIndex, root: Path) -> list[str]:
     """The WordNet id of each label: its folder's, or else the one at its place among all thousand.
 
     Raises:

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from exnorm.config.errors import UserError
-from exnorm.data.entries import Entries
 from exnorm.data.packed import Packed
+from exnorm.data.sample_index import SampleIndex
 from exnorm.runs.cache import building_in, cache_folder
 
 VERSION = 2
@@ -40,11 +40,11 @@ ARRAYS = ("labels", "sizes", "spans")
 class Found(NamedTuple):
     """The result of a scan, and the folders and files whose change makes it stale."""
 
-    entries: Entries
+    entries: SampleIndex
     watched: list[bytes]
 
 
-def of_folders(folder: Path) -> Entries:
+def of_folders(folder: Path) -> SampleIndex:
     """`<class>/**/<image>`, sorted; the classes are the sorted names of the folders.
 
     Raises:
@@ -53,7 +53,7 @@ def of_folders(folder: Path) -> Entries:
     return _kept("folders", folder, lambda: _scan_folders(folder))
 
 
-def of_list(file: Path, base: Path) -> Entries:
+def of_list(file: Path, base: Path) -> SampleIndex:
     """A list file with a line `path label` for each image, paths relative to `base`.
 
     Labels that are all numbers are kept as they are, with the classes "0", "1", ...; others are names of classes.
@@ -65,7 +65,7 @@ def of_list(file: Path, base: Path) -> Entries:
     return replace(found, base=str(base))
 
 
-def of_tars(files: Sequence[Path], base: Path) -> Entries:
+def of_tars(files: Sequence[Path], base: Path) -> SampleIndex:
     """The images in tar files; labelled by a member of the same name with the suffix `.cls`, as in WebDataset's shards,
     or else by the folder that they are in, or else by the name of the tar file.
 
@@ -76,7 +76,7 @@ def of_tars(files: Sequence[Path], base: Path) -> Entries:
     return _kept("tars", key, lambda: _scan_tars(files, base))
 
 
-def _kept(kind: str, path: Path, scan: Callable[[], Found]) -> Entries:
+def _kept(kind: str, path: Path, scan: Callable[[], Found]) -> SampleIndex:
     """What a scan found, from the cache if nothing that it read has changed."""
     name = hashlib.sha256(f"{VERSION}/{kind}/{path.absolute()}".encode(errors="surrogateescape")).hexdigest()
     file = cache_folder() / f"index-{name[:24]}.npz"
@@ -103,7 +103,7 @@ def _stamps(paths: Sequence[bytes]) -> list[Stamp] | None:
     return [(os.fsdecode(path), stat.st_mtime_ns, stat.st_size) for path, stat in found]
 
 
-def _read(file: Path) -> Entries | None:
+def _read(file: Path) -> SampleIndex | None:
     """Kept entries; None where there are none, or something has changed, or the file is damaged."""
     try:
         with file.open("rb") as stream, np.load(stream) as stored:
@@ -112,13 +112,13 @@ def _read(file: Path) -> Entries | None:
             if _stamps([os.fsencode(path) for path, _, _ in stamps]) != stamps:
                 return None
             arrays = {name: stored[name] for name in ARRAYS if name in stored}
-            entries = Entries(Packed(stored["block"], stored["ends"]), **arrays, **facts["fields"])
+            entries = SampleIndex(Packed(stored["block"], stored["ends"]), **arrays, **facts["fields"])
             return entries if _same_sizes(entries) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def _same_sizes(entries: Entries) -> bool:
+def _same_sizes(entries: SampleIndex) -> bool:
     if entries.sizes is None:
         return True
     places = np.linspace(0, len(entries) - 1, min(SAMPLE, len(entries))).astype(int).tolist()
@@ -134,7 +134,7 @@ def _size(path: bytes) -> int:
         return -1
 
 
-def _write(file: Path, entries: Entries, stamps: list[Stamp]) -> None:
+def _write(file: Path, entries: SampleIndex, stamps: list[Stamp]) -> None:
     fields = {name: getattr(entries, name) for name in ("classes", "base", "numbered", "tars")}
     facts = {"fields": fields, "stamps": stamps}
     arrays = {name: value for name in ARRAYS if (value := getattr(entries, name)) is not None}
@@ -161,7 +161,7 @@ def _scan_folders(folder: Path) -> Found:
         sizes.extend(size for _, size in files)
         counts.append(len(files))
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    entries = Entries(_joined(names), labels, list(map(os.fsdecode, classes)), str(folder), sizes=np.array(sizes))
+    entries = SampleIndex(_joined(names), labels, list(map(os.fsdecode, classes)), str(folder), sizes=np.array(sizes))
     return Found(entries, watched)
 
 
@@ -228,7 +228,7 @@ def _scan_list(file: Path) -> Found:
     if not labels:
         raise UserError(f"{file} is empty: expected a line 'path label' for each image")
     classes, numbers, numbered = _classes([os.fsdecode(label) for label in ids], file)
-    return Found(Entries(names, numbers[np.array(labels)], classes, "", numbered=numbered), [os.fsencode(file)])
+    return Found(SampleIndex(names, numbers[np.array(labels)], classes, "", numbered=numbered), [os.fsencode(file)])
 
 
 def _are_numbers(labels: Iterable[str], source: Path) -> bool:
@@ -287,7 +287,7 @@ def _scan_tars(files: Sequence[Path], base: Path) -> Found:
     members.sort(key=lambda member: (member.span[0], member.name))
     labels = [member.label for member in members]
     classes, numbers, numbered = _classes(labels, base) if with_labels else (*_named(labels), False)
-    entries = Entries(
+    entries = SampleIndex(
         Packed.of(os.fsencode(f"{files[member.span[0]].name}/{member.name}") for member in members),
         numbers,
         classes,

@@ -20,7 +20,7 @@ from exnorm.data.files import BadImage
 from exnorm.data.loader_room import BATCHES_AHEAD, check_room
 from exnorm.data.splits import Images
 from exnorm.data.transforms import Transform
-from exnorm.runs.children import STOP_SIGNALS, stop_signals_blocked
+from exnorm.runs.subprocesses import STOP_SIGNALS, stop_signals_blocked
 
 Key = tuple[int, int]  # epoch, index
 

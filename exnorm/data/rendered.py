@@ -23,8 +23,8 @@ from PIL import Image
 from exnorm.data.drawing import VERSION, Plan, draw_into
 from exnorm.data.splits import Images
 from exnorm.runs.cache import cache_folder
-from exnorm.runs.children import available_cores, importing_environment
 from exnorm.runs.folder import flock
+from exnorm.runs.subprocesses import available_cores, importing_environment
 
 HEADER = 4096  # bytes
 FEW = 200  # images that are drawn before a process has started

@@ -15,9 +15,9 @@ from typing import Any
 
 from exnorm.config.errors import UserError
 from exnorm.data import imagefolder, index
-from exnorm.data.entries import Entries
 from exnorm.data.imagenet import WNID
-from exnorm.data.places import root_of
+from exnorm.data.paths import root_of
+from exnorm.data.sample_index import SampleIndex
 from exnorm.data.splits import Splits
 
 QUERY_MAP = "queries_synsets_map.txt"
@@ -59,7 +59,7 @@ def found(config: Any, root: Path, *, train: bool) -> imagefolder.Found:
     return {split: _first_classes(part, config.num_classes) for split, part in named.items()}
 
 
-def _first_classes(part: Entries, count: int) -> Entries:
+def _first_classes(part: SampleIndex, count: int) -> SampleIndex:
     return part.where(part.labels < count).labelled_as(part.classes[:count], source=part.base)
 
 

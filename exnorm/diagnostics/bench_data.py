@@ -26,7 +26,7 @@ from exnorm.data import fingerprint, load
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
 from exnorm.data.transforms import Transform, train_transform
 from exnorm.diagnostics.bench import TABLES, append, interleaved, print_rows, ratios
-from exnorm.runs.children import importing_environment
+from exnorm.runs.subprocesses import importing_environment
 
 BATCH = 64
 ENTRIES = 1_281_167  # ImageNet's training images

@@ -21,7 +21,7 @@ from exnorm.data.splits import Images
 from exnorm.data.transforms import eval_transform
 from exnorm.data.validation import matched
 from exnorm.engine import checkpoint
-from exnorm.engine.launch import evaluation_id, settle_evaluation
+from exnorm.engine.launch import evaluation_id, resolve_eval_config
 from exnorm.engine.worker import device_type
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.layer_ratios import CLASS_COLUMNS, bottom_middle_top, read_class_ratios
@@ -61,7 +61,7 @@ def measure_by_class(folder: RunFolder, overrides: Sequence[str], names: Sequenc
         raise UserError(f"{other[0]}: --by-class takes data=NAME and data.KEY=VALUE")
     config = checkpoint.read_config(folder)
     trained = folder.read_config()
-    wanted = settle_evaluation(trained, list(overrides))
+    wanted = resolve_eval_config(trained, list(overrides))
     last = checkpoint.find(folder, "last")
     file = folder.class_ratios_file(evaluation_id(wanted, trained) + _suffix(names), last["step"])
     if file.is_file():

@@ -21,7 +21,7 @@ from exnorm.data import fingerprint, load, noise, validation_sets, webvision
 from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
-from exnorm.data.places import listed_paths, root_of
+from exnorm.data.paths import listed_paths, root_of
 from exnorm.data.splits import Images, Splits
 from exnorm.data.transforms import eval_transform, train_transform
 from exnorm.runs.counted_warnings import counted_warnings

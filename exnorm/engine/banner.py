@@ -14,8 +14,8 @@ from exnorm.engine.learner import Learner
 from exnorm.engine.progress import duration
 from exnorm.models import count_parameters, gflops_per_image
 from exnorm.norms.batch_scope import BatchScopeNorm, take_pending
-from exnorm.runs.children import available_cores
 from exnorm.runs.provenance import cpu_model
+from exnorm.runs.subprocesses import available_cores
 
 BUSY = 0.75  # of the cores: the load, over a minute, from which on the hint is given
 TRIAL_STEPS = 2  # the first one warms up

@@ -108,7 +108,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
     """
     folder = RunFolder(run_path)
     trained = folder.read_config()
-    config = settle_evaluation(trained, overrides)
+    config = resolve_eval_config(trained, overrides)
     for key in ("inference", "precision", "device"):
         _check_choice(config[key], key, CHOICES[f"trainer.{key}"])
     for key in ("batch_size", "calibration_batches"):
@@ -128,7 +128,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
     print_evaluations(MetricsLog.read(folder.path / "evaluations.jsonl")[-sets:])
 
 
-def settle_evaluation(trained: dict[str, Any], overrides: list[str]) -> DictConfig:
+def resolve_eval_config(trained: dict[str, Any], overrides: list[str]) -> DictConfig:
     """The configuration of an evaluation of a run with the config `trained`, which says what is not overridden."""
     config = compose_eval(trained["data"], overrides)
     for key in ("inference", "calibration_batches", "precision"):

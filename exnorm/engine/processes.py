@@ -18,8 +18,8 @@ from typing import NoReturn
 
 from exnorm.config.errors import UserError
 from exnorm.engine.worker import CONTROLLED, ERROR_FILE, EXIT_LOCKED, EXIT_USER_ERROR
-from exnorm.runs.children import STOP_SIGNALS, heeded_signals, importing_environment, say_in_handler
 from exnorm.runs.folder import RunFolder, RunLocked
+from exnorm.runs.subprocesses import STOP_SIGNALS, heeded_signals, importing_environment, say_in_handler
 
 FIND_GPUS = """
 import json, torch

@@ -17,9 +17,9 @@ from typing import Any
 
 from exnorm.config.errors import BUG, UserError, first_line
 from exnorm.engine.shortage import shortage
-from exnorm.runs.children import available_cores, end_with_parent, heeded_signals
 from exnorm.runs.folder import RunFolder, RunLocked
 from exnorm.runs.output import outlive_output, print_anything
+from exnorm.runs.subprocesses import available_cores, end_with_parent, heeded_signals
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print

@@ -1,6 +1,6 @@
 """Normalizers: one file each, all the same affine map with other coefficients (`exnorm.norms.base`)."""
 
-from exnorm.norms.base import Norm
+from exnorm.norms.base import Norm, install
 from exnorm.norms.batch_norm import BatchNorm
 from exnorm.norms.batch_renorm import BatchRenorm
 from exnorm.norms.batch_scope import (
@@ -8,6 +8,7 @@ from exnorm.norms.batch_scope import (
     commit_running_stats,
     configure_scope,
 )
+from exnorm.norms.compiled import normalize
 from exnorm.norms.exemplar_norm import ExemplarNorm
 from exnorm.norms.group_norm import GroupNorm
 from exnorm.norms.instance_norm import InstanceNorm
@@ -16,6 +17,8 @@ from exnorm.norms.progress import progress_buffers, set_progress
 from exnorm.norms.sparse_switch_norm import SparseSwitchNorm
 from exnorm.norms.statistics import Moments
 from exnorm.norms.switch_norm import SwitchNorm
+
+install(normalize)
 
 __all__ = [
     "BatchNorm",

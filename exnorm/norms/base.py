@@ -2,10 +2,12 @@
 
 A normalizer is a subclass of `Norm` with `coefficients(moments) -> (scale, shift)`, both (N, C), of the map
 `scale * (x - mean) + shift` around each sample's and channel's own mean; one that mixes others also has
-`ratios(moments) -> dict[str, Tensor]`. Legend: N batch, C channels, L positions.
+`ratios(moments) -> dict[str, Tensor]`. `Norm.formula` is the whole layer in plain PyTorch; compiled code for the same
+formula is installed from outside by `install`. Legend: N batch, C channels, L positions.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,6 @@ from torch import Tensor, fx, nn
 
 from exnorm import ops
 from exnorm.config.errors import UserError
-from exnorm.norms import compiled_layer
 from exnorm.norms.statistics import Moments
 
 _LANES = 16  # floats of the widest vector registers
@@ -90,7 +91,7 @@ class Norm(nn.Module):
         return {"weight": shape, "bias": shape}
 
     def channel_multiple(self) -> int:
-        """A divisor of C, by which the small graph is compiled: for C = so many times a free size."""
+        """The compiled coefficients serve every C that is a multiple of this number."""
         return math.gcd(self.num_features, _LANES)
 
     def param_options(self) -> dict[str, dict[str, float]]:
@@ -148,15 +149,9 @@ class Norm(nn.Module):
                 Norm.check_input(self, x)
                 return self._empty(x)
             self.check_input(x)
-        y = compiled_layer.normalize_fused(self, x, residual, act)
-        # Autocast knows no meta device and raises there.
-        if y is not None:
-            pass
-        elif x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                y = self._normalize(x, residual, act)
-        else:
-            y = self._normalize(x, residual, act)
+        y = _faster(self, x, residual, act)
+        if y is None:
+            y = without_autocast(type(self).formula, self, x, residual, act)
         if self.drop is not None:
             y = self.drop(y)
         return y if self.act is None else self.act(y)
@@ -169,19 +164,18 @@ class Norm(nn.Module):
             anchors += [c.sum() for c in self.coefficients(self._scoped(sums_NC, sums_NC, x))]
         return x * torch.stack([anchor.to(x.dtype) for anchor in anchors]).sum() if anchors else x.clone()
 
-    def _normalize(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        if compiled_layer.runs_compiled(self, x):
-            y = compiled_layer.normalize(self, x, residual, act)
-            if y is not None:
-                return y
+    def formula(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+        """act(scale * (x - mean) + shift + residual), on the back end's passes: the layer without compiled code."""
         channel_dim = self.channel_dim
         source, moments = x, self.constant_moments(x)
         if moments is None:
             at_once = act if residual is None else None
             mean_NC, var_NC, source = ops.moments(x, channel_dim=channel_dim, act=at_once)
             moments = self._scoped(mean_NC, var_NC, x)
-        coefficients = self.coefficients(moments)
-        return ops.affine(source, moments.mean_NC, *coefficients, residual=residual, channel_dim=channel_dim, act=act)
+        scale_NC, shift_NC = self.coefficients(moments)
+        return ops.affine(
+            source, moments.mean_NC, scale_NC, shift_NC, residual=residual, channel_dim=channel_dim, act=act
+        )
 
     def constant_moments(self, x: Tensor) -> Moments | None:
         """What stands for the moments of an input where no coefficient depends on it."""
@@ -224,6 +218,27 @@ class Norm(nn.Module):
         text += "" if self.weight is not None else ", affine=False"
         text += "" if self.fused_act is None else f", act={self.fused_act!r}"
         return text + ("" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}")
+
+
+Normalize = Callable[[Norm, Tensor, Tensor | None, str | None], Tensor | None]
+
+
+def _faster(norm: Norm, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
+    return None
+
+
+def install(normalize: Normalize) -> None:
+    """Let all layers ask this function before their formula. It returns None where it has no code for a call."""
+    global _faster
+    _faster = normalize
+
+
+def without_autocast(function: Callable[..., Any], norm: Norm, x: Tensor, *args: Any) -> Any:
+    """`function(norm, x, *args)` with autocast off, as the formula chooses the dtype of its statistics itself."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
+        with torch.autocast(x.device.type, enabled=False):
+            return function(norm, x, *args)
+    return function(norm, x, *args)
 
 
 def fold(

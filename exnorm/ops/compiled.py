@@ -14,8 +14,8 @@ from torch import Tensor
 
 from exnorm.ops import eager, native
 from exnorm.ops.activations import through_relu
+from exnorm.ops.guardless import GuardlessFunction
 from exnorm.ops.layout import dense, like, statistics_dtype
-from exnorm.ops.pieces import Piece
 
 
 def _flatten(x: Tensor, channel_dim: int) -> tuple[Tensor, int]:
@@ -33,23 +33,23 @@ def _plain(*coefficients: Tensor) -> list[Tensor]:
 
 
 @functools.cache
-def _piece(primitive: Callable[..., Any], channel_dim: int, *act: str | None) -> Piece:
+def _piece(primitive: Callable[..., Any], channel_dim: int, *act: str | None) -> GuardlessFunction:
     """A primitive that returns (N, C) tensors."""
 
     def run(*args: Tensor) -> tuple[Tensor, Tensor]:
         return primitive(*args, channel_dim, *act)
 
-    return Piece(primitive.__name__, run)
+    return GuardlessFunction(primitive.__name__, run)
 
 
 @functools.cache
-def _writing_piece(primitive: Callable[..., Tensor], channel_dim: int, act: str | None) -> Piece:
+def _writing_piece(primitive: Callable[..., Tensor], channel_dim: int, act: str | None) -> GuardlessFunction:
     """A primitive whose result is written into its first argument."""
 
     def run(y: Tensor, *args: Tensor | None) -> None:
         y.copy_(primitive(*args, channel_dim, act))
 
-    return Piece(primitive.__name__, run)
+    return GuardlessFunction(primitive.__name__, run)
 
 
 def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from exnorm.config.errors import UserError
-from exnorm.runs.children import stop_signals_blocked
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.metrics import MetricsLog, append_text, plain
+from exnorm.runs.subprocesses import stop_signals_blocked
 
 
 class Sink(Protocol):

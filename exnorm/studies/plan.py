@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.config.study import Cell, Study
-from exnorm.engine.launch import check, evaluation_id, identity, settle_evaluation
+from exnorm.engine.launch import check, evaluation_id, identity, resolve_eval_config
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.identity import run_dir
 from exnorm.runs.metrics import MetricsLog
@@ -143,7 +143,7 @@ class Job:
         try:
             check(_config(self._own()))
             if self.cell is not None and self.cell.evaluate:
-                settle_evaluation(_values(self._own()), list(self.cell.evaluate))
+                resolve_eval_config(_values(self._own()), list(self.cell.evaluate))
         except UserError as problem:
             raise UserError(f"{self.name}: {problem}") from None
 
@@ -252,4 +252,4 @@ def _identified(settings: tuple[str, ...]) -> tuple[dict[str, Any], str]:
 @functools.cache
 def _evaluation_id(run_config: str, overrides: tuple[str, ...]) -> str:
     trained = json.loads(run_config)
-    return evaluation_id(settle_evaluation(trained, list(overrides)), trained)
+    return evaluation_id(resolve_eval_config(trained, list(overrides)), trained)

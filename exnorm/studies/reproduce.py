@@ -19,16 +19,16 @@ from typing import Any
 
 from exnorm.config.errors import BUG, UserError
 from exnorm.config.study import Study
-from exnorm.runs.children import (
+from exnorm.runs.folder import NOT_FINITE, RunFolder
+from exnorm.runs.provenance import STUDY
+from exnorm.runs.records import read_records, record_file
+from exnorm.runs.subprocesses import (
     END_WITH_PARENT,
     available_cores,
     heeded_signals,
     importing_environment,
     say_in_handler,
 )
-from exnorm.runs.folder import NOT_FINITE, RunFolder
-from exnorm.runs.provenance import STUDY
-from exnorm.runs.records import read_records, record_file
 from exnorm.studies.collect import add_to_record, collect
 from exnorm.studies.estimate import Speed, hours_left, measured_hours, speed_of
 from exnorm.studies.plan import Job, RunKey, by_run, trainings_of

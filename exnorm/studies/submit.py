@@ -13,7 +13,7 @@ from typing import Any
 
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.study import Study
-from exnorm.runs.children import importing_environment
+from exnorm.runs.subprocesses import importing_environment
 from exnorm.studies.plan import Job, RunKey, by_run
 from exnorm.studies.reproduce import check_data
 

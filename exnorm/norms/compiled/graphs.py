@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from exnorm.norms.compile_key import tensors_of
+from exnorm.norms.compiled.key import tensors_of
 from exnorm.norms.statistics import Moments
 from exnorm.ops.streaming import fitted
 
@@ -28,7 +28,7 @@ SAMPLES, GROUPS = 32, 17  # for which inductor decides what is worth a second th
 
 
 # The name of a tensor of the layer, its dtype, and each of its sizes as (a, b) for a + b * G.
-InputFacts = tuple[str, str, list[tuple[int, int]]]
+InputSpec = tuple[str, str, list[tuple[int, int]]]
 
 
 class Graphs(NamedTuple):
@@ -40,7 +40,7 @@ class Graphs(NamedTuple):
     names: tuple[str, ...]
 
 
-def input_facts(graphs: Graphs) -> list[InputFacts]:
+def input_specs(graphs: Graphs) -> list[InputSpec]:
     """What the graphs assume of a layer's parameters and buffers, in their order."""
     nodes = [node for node in graphs.coefficients.graph.nodes if node.op == "placeholder"]
     sizes, *_ = nodes

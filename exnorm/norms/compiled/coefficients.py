@@ -1,4 +1,4 @@
-"""The compiled small graph of a kind of layer: traced once, compiled once per machine, found again by what it is.
+"""The compiled coefficients of a kind of layer: traced once, compiled once per machine, then loaded from the cache.
 
 The libraries lie in the cache under a hash: for the normalizers of this package of the formula's options and of the
 package's sources, so that nothing is traced where they exist; for a class of somebody else's of the traced graphs and
@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from exnorm.norms.coefficient_graphs import Graphs, InputFacts, input_facts, trace
-from exnorm.norms.compile_key import options_of, tensors_of
-from exnorm.ops import ahead, native
+from exnorm.norms.compiled.graphs import Graphs, InputSpec, input_specs, trace
+from exnorm.norms.compiled.key import options_of, tensors_of
+from exnorm.ops import aot, native
+from exnorm.ops.guardless import warn_once, without_saved_tensor_hooks
 from exnorm.ops.layout import statistics_dtype
-from exnorm.ops.pieces import warn_once, without_saved_tensor_hooks
 from exnorm.runs.cache import cache_folder, processor
 from exnorm.runs.folder import write_json_atomic
 
+NORMS = Path(__file__).parents[1]
 _LOG = logging.getLogger(__name__)
 
 
@@ -32,17 +33,17 @@ class CoefficientCode:
     """The compiled coefficients of one kind of layer, and their gradient.
 
     Attributes:
-        coefficients, gradient: see `exnorm.norms.coefficient_graphs`; None until `prepare` has seen to them.
+        coefficients, gradient: see `exnorm.norms.compiled.graphs`; None until `prepare` has seen to them.
         read: the names of the buffers that the gradient reads.
         multiple: the number of channels of one of the graph's G groups.
     """
 
     def __init__(self, key: Hashable, multiple: int) -> None:
-        self.coefficients: ahead.Run | None = None
-        self.gradient: ahead.Run | None = None
+        self.coefficients: aot.Run | None = None
+        self.gradient: aot.Run | None = None
         self.read: tuple[str, ...] = ()
         self.multiple = multiple
-        self._inputs: list[InputFacts] = []
+        self._inputs: list[InputSpec] = []
         self._key = key
         self._graphs: Graphs | None = None
 
@@ -70,22 +71,22 @@ class CoefficientCode:
         if given != expected or groups * self.multiple != norm.num_features:
             raise RuntimeError(f"the compiled code is for layers with {expected}, and this one has {given}")
 
-    def _function(self, which: str, norm: Any, like: Tensor) -> ahead.Run:
+    def _function(self, which: str, norm: Any, like: Tensor) -> aot.Run:
         if like.device.type != "cpu":
             graphs = self._traced(norm, like)
-            self.read, self._inputs = graphs.read, input_facts(graphs)
-            return ahead.compile_here(getattr(graphs, which))
+            self.read, self._inputs = graphs.read, input_specs(graphs)
+            return aot.compile_here(getattr(graphs, which))
         folder = self._folder(norm, like)
         library, facts = folder / f"{which}.so", folder / "facts.json"
         if not library.exists():
             graphs = self._traced(norm, like)
-            write_json_atomic(facts, {"read": graphs.read, "inputs": input_facts(graphs)})
+            write_json_atomic(facts, {"read": graphs.read, "inputs": input_specs(graphs)})
             _LOG.info("compiling the %s of %s for this machine, once: a quarter minute", which, type(norm).__name__)
             with native.compiled_meanwhile():
-                ahead.build(getattr(graphs, which), library)
+                aot.build(getattr(graphs, which), library)
         assumed = json.loads(facts.read_text(encoding="utf-8"))
         self.read, self._inputs = tuple(assumed["read"]), [tuple(fact) for fact in assumed["inputs"]]
-        return ahead.load(library)
+        return aot.load(library)
 
     def _folder(self, norm: Any, like: Tensor) -> Path:
         packages = ("exnorm.norms.", "torch.", "builtins.")
@@ -95,7 +96,7 @@ class CoefficientCode:
             formula = [
                 _text(graph) for graph in (self._traced(norm, like).coefficients, self._traced(norm, like).gradient)
             ]
-        facts = repr((formula, ahead.OPTIONS, torch.__version__, processor()))
+        facts = repr((formula, aot.OPTIONS, torch.__version__, processor()))
         folder = cache_folder() / f"{type(norm).__name__}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
         folder.mkdir(exist_ok=True)
         return folder
@@ -138,8 +139,8 @@ def _key(norm: Any, like: Tensor) -> Hashable:
 
 @functools.cache
 def _sources() -> str:
-    """A hash of everything in this package from which a graph is made."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """A hash of the source files from which a graph is made."""
+    files = [file for folder in (NORMS, NORMS / "compiled") for file in sorted(folder.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

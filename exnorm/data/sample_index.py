@@ -15,7 +15,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Entries:
+class SampleIndex:
     """Files and their labels.
 
     Attributes:
@@ -40,7 +40,7 @@ class Entries:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def where(self, kept: np.ndarray) -> "Entries":
+    def where(self, kept: np.ndarray) -> "SampleIndex":
         """The files whose place in a mask is true."""
         return replace(
             self,
@@ -50,7 +50,7 @@ class Entries:
             spans=None if self.spans is None else self.spans[kept],
         )
 
-    def named(self, classes: Sequence[str], *, source: str) -> "Entries":
+    def named(self, classes: Sequence[str], *, source: str) -> "SampleIndex":
         """The same labels, which are numbers so far, with names.
 
         Raises:
@@ -64,7 +64,7 @@ class Entries:
             )
         return replace(self, classes=list(classes), numbered=False)
 
-    def labelled_as(self, classes: Sequence[str], *, source: str) -> "Entries":
+    def labelled_as(self, classes: Sequence[str], *, source: str) -> "SampleIndex":
         """The same files with labels that are indices into other classes, matched by name.
 
         Raises:

@@ -22,7 +22,7 @@ from exnorm.config.errors import first_line
 _LARGEST_INDEX = 2**31 - 1
 
 
-class Piece:
+class GuardlessFunction:
     """A function of tensors and None, compiled at its first call with arguments of a new kind.
 
     Where that fails, it runs as it is, after one warning with its name.

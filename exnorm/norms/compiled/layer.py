@@ -1,4 +1,4 @@
-"""A whole layer on the compiled back end: streaming passes, and the small graph between them as one compiled piece.
+"""A whole layer on the compiled back end: streaming passes, and between them the coefficients as one compiled function.
 
     forward    m, v = moments(x)        a, b = coefficients(m, v)         y = act(a * (x - m) + b + r)
     backward   da, db = sums(g, x)      dm, dv, parameters: the vector-Jacobian product of `coefficients`      dx
@@ -14,37 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from exnorm import ops
-from exnorm.norms.coefficient_code import CoefficientCode, code_of
-from exnorm.norms.compile_key import is_compilable, options_of, tensors_of
+from exnorm.norms.compiled.coefficients import CoefficientCode, code_of
+from exnorm.norms.compiled.key import is_compilable, options_of, tensors_of
 from exnorm.ops import plain
-
-
-def runs_compiled(norm: Any, x: Tensor) -> bool:
-    """Whether this call goes through the compiled layer: not where one scope spans processes, nor while tracing."""
-    return (
-        ops.get_backend() in ("compiled", "triton")
-        and type(x) in (Tensor, nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
-        and norm.scope()[1] is None
-        and not torch.compiler.is_compiling()
-        and not plain.is_transformed()
-        and not torch._C._len_torch_dispatch_stack()
-    )
-
-
-def normalize_fused(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
-    """The normalized input by kernels for the whole layer, which care for no autocast; None where there are none."""
-    if ops.get_backend() != "triton" or not runs_compiled(norm, x):
-        return None
-    from exnorm.norms.fused import layer  # imports Triton
-
-    return layer.normalize(norm, x, residual, act) if layer.serves(norm, x) else None
 
 
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
     """The normalized input, with residual and activation; None where the coefficients cannot be compiled."""
-    if ops.get_backend() == "triton" and x.device.type == "cpu":
-        return None
     parameters, buffers = tensors_of(norm)
     learned = list(parameters.values())
     tensors = [*learned, *buffers.values()]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from exnorm.config.errors import UserError
-from exnorm.data.entries import Entries
+from exnorm.data.sample_index import SampleIndex
 
 BAD_IMAGES = ("data", "index", "path", "reason")  # the columns of a run's bad_images.csv
 
@@ -53,7 +53,7 @@ def file_of(name: str, root: Path, key: str) -> Path:
     raise UserError(f"{key}={name}: there is no such file, neither here nor in {root}")
 
 
-def excluded_places(entries: Entries, config: Any, root: Path) -> np.ndarray:
+def excluded_mask(entries: SampleIndex, config: Any, root: Path) -> np.ndarray:
     """A mask of the files of a split that `data.exclude` names."""
     lines = excluded_lines(config, root)
     if not lines:
@@ -61,14 +61,14 @@ def excluded_places(entries: Entries, config: Any, root: Path) -> np.ndarray:
     return np.array([path in lines for path in _paths(entries, root)])
 
 
-def paths_of(entries: Entries, root: Path) -> set[bytes]:
+def paths_of(entries: SampleIndex, root: Path) -> set[bytes]:
     """The paths of files from the root, and absolute."""
     base = os.fsencode(os.path.abspath(root))
     paths = set(_paths(entries, root))
     return {*paths, *(os.path.join(base, path) for path in paths)}
 
 
-def _paths(entries: Entries, root: Path) -> Iterator[bytes]:
+def _paths(entries: SampleIndex, root: Path) -> Iterator[bytes]:
     folder = os.fsencode(os.path.relpath(entries.base, root))
     start = b"" if folder == b"." else folder + b"/"
     for place in range(len(entries)):

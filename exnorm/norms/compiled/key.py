@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from exnorm.ops.pieces import warn_once
+from exnorm.ops.guardless import warn_once
 
 _NOT_PART_OF_THE_FORMULA = (
     "num_features",
