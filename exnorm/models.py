@@ -99,33 +99,42 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str |
     Raises:
         UserError: the weights are of another architecture.
     """
-    own, norms = model.state_dict(), _norm_names(model)
+    own = model.state_dict()
     given, taken = _state_for(own, state)
-    for key, value in own.items():
-        other = given.get(key)
-        if other is not None and value.ndim == 2 and other.ndim == 1 and value.shape[1] == other.shape[0]:
-            given[key] = other.expand_as(value)
-        elif other is not None and key.rpartition(".")[0] in norms and value.numel() == other.numel():
-            given[key] = other.reshape(value.shape)  # (1, C, 1, 1) in the published SN code
-    resized = [key for key, value in given.items() if key in own and own[key].shape != value.shape]
-    head = {key for key in resized if key.rpartition(".")[0] in _classifiers(model)}
-    ratios = {
-        f"{name}.{key}" if name else key
-        for name, module in model.named_modules()
-        if isinstance(module, Norm)
-        for key in [
-            *dict(module.named_parameters(recurse=False)),
-            *dict(module.named_buffers(recurse=False)),
-        ]
-    }
-    missing = set(own) - set(given)
-    unexpected = {key for key in set(given) - set(own) if key.rpartition(".")[0] not in norms}
-    wrong = sorted((set(resized) - head) | (missing - ratios) | unexpected)
+    given = _in_own_shapes(given, own, _norm_names(model))
+    reshaped = {key for key, value in given.items() if key in own and own[key].shape != value.shape}
+    head = {key for key in reshaped if key.rpartition(".")[0] in _classifiers(model)}
+    _refuse_other_architecture(model, given, reshaped - head, source)
+    model.load_state_dict({k: v for k, v in given.items() if k in own and k not in head}, strict=False)
+    missing = len(own.keys() - given.keys())
+    notes = taken + [f"classifier {key} has another shape and starts anew" for key in sorted(head)]
+    return notes + ([f"{missing} parameters and buffers of the norms start anew"] if missing else [])
+
+
+def _in_own_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], norms: set[str]) -> dict[str, Tensor]:
+    """A source's tensors, those of norms in the shapes of the model: (C,) as (K, C), and (1, C, 1, 1) as (C,)."""
+    fitted = dict(given)
+    for key in own.keys() & given.keys():
+        value, other = own[key], given[key]
+        if value.ndim == 2 and other.ndim == 1 and value.shape[1] == other.shape[0]:
+            fitted[key] = other.expand_as(value)
+        elif key.rpartition(".")[0] in norms and value.numel() == other.numel():  # as in the published SN code
+            fitted[key] = other.reshape(value.shape)
+    return fitted
+
+
+def _refuse_other_architecture(
+    model: nn.Module, given: Mapping[str, Tensor], reshaped: set[str], source: str | Path
+) -> None:
+    """Raise UserError where weights do not fit; a norm's tensors may be missing or left over."""
+    own, norms = model.state_dict().keys(), _norm_names(model)
+
+    def of_a_norm(key: str) -> bool:
+        return key.rpartition(".")[0] in norms
+
+    wrong = sorted(reshaped | {key for key in own ^ given.keys() if not of_a_norm(key)})
     if wrong:
         raise UserError(f"{source} holds the weights of another architecture: {wrong[0]} ({len(wrong)} in all) differs")
-    model.load_state_dict({k: v for k, v in given.items() if k in own and k not in head}, strict=False)
-    notes = taken + [f"classifier {key} has another shape and starts anew" for key in sorted(head)]
-    return notes + ([f"{len(missing)} parameters and buffers of the norms start anew"] if missing else [])
 
 
 def _state_for(own: Mapping[str, Tensor], content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

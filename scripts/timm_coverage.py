@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 
 import exnorm
 from exnorm.config.errors import first_line
-from exnorm.diagnostics.bench import TABLES, saved_bytes, write_tables
+from exnorm.diagnostics.bench import TABLES, saved_bytes
+from exnorm.diagnostics.bench_tables import write_tables
 from exnorm.norms import Norm
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.provenance import collect

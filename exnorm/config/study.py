@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import first_comment
@@ -120,12 +120,13 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     file, values = read_study(name)
     shared, own = read_scale(scale), values.get("scales", {}).get(scale, {})
     axes = {axis: _axis_values(axis, given) for axis, given in values["axes"].items()}
+    layers = _SettingLayers(shared, values, own)
     cells = []
     for chosen in itertools.product(*(options.items() for options in axes.values())):
         key = tuple((axis, value) for axis, (value, _) in zip(axes, chosen, strict=True))
         if any(_meets(left_out, dict(key)) for left_out in own.get("leave_out", ())):
             continue
-        given = _settle(shared, values, own, [text for _, texts in chosen for text in texts], dict(key))
+        given = layers.resolve([text for _, texts in chosen for text in texts], dict(key))
         counted = seeds if seeds is not None else _seeds(values, dict(key), given)
         cells.append(
             Cell(
@@ -135,10 +136,7 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
                 seeds=tuple(range(counted)),
             )
         )
-    sources = {
-        source: tuple(_settle(shared, values, own, texts, {}).values())
-        for source, texts in values.get("sources", {}).items()
-    }
+    sources = {source: tuple(layers.resolve(texts, {}).values()) for source, texts in values.get("sources", {}).items()}
     study = Study(
         file.stem,
         name,
@@ -194,7 +192,7 @@ def compared_cells(side: Any) -> list[Mapping[Any, Any]]:
 
 def _check_rules(study: Study, own: Mapping[str, Any]) -> None:
     """Refuse a rule, of the study or of the study at its scale, that no cell can meet."""
-    keys = {_setting_key(text) for cell in study.cells for text in (*cell.train, *cell.evaluate)}
+    keys = {_option_of(text) for cell in study.cells for text in (*cell.train, *cell.evaluate)}
     where = f"study {study.id}: "
     conditions = [(where + "when", rule["if"], keys) for rule in study.values.get("when", ())]
     conditions += [(where + "more_seeds", rule["if"], keys) for rule in study.values.get("more_seeds", ())]
@@ -247,41 +245,47 @@ def _axis_values(axis: str, given: Any) -> dict[str, tuple[str, ...]]:
     return {str(value): (f"{axis}={value}",) for value in given}
 
 
-def _settle(
-    shared: Mapping[str, Any], values: Mapping[str, Any], own: Mapping[str, Any], texts: Iterable[str], key: Any
-) -> dict[str, str]:
-    """The settings that count, by their key: of a scale, a study, the study at that scale, and a cell or a source."""
-    base = _by_key(shared.get("set", ()))
-    given = _by_key([*values.get("set", ()), *own.get("set", ()), *texts])
-    met = _with_rules(base | given, shared.get("when", ()), key)
-    rules = [*values.get("when", ()), *own.get("when", ())]
-    return _with_rules(met | given, rules, key)
+class _SettingLayers(NamedTuple):
+    """The yaml values that the settings of a cell come from; a later one wins over an earlier one."""
+
+    scale: Mapping[str, Any]
+    study: Mapping[str, Any]
+    study_at_scale: Mapping[str, Any]
+
+    def resolve(self, texts: Iterable[str], key: Mapping[str, str]) -> dict[str, str]:
+        """The settings of a cell or a source, by option: `texts` are its own, `key` its values on the axes."""
+        scale = _by_option(self.scale.get("set", ()))
+        own = _by_option([*self.study.get("set", ()), *self.study_at_scale.get("set", ()), *texts])
+        scale_rules = self.scale.get("when", ())
+        own_rules = [*self.study.get("when", ()), *self.study_at_scale.get("when", ())]
+        # What a study sets wins over the scale's rules, and the study's rules win over all.
+        return _with_rules(_with_rules(scale | own, scale_rules, key) | own, own_rules, key)
 
 
 def _with_rules(given: dict[str, str], rules: Iterable[Any], key: Mapping[str, str]) -> dict[str, str]:
     """Settings with those of the rules that they and the cell's values meet, one rule after the other."""
     for rule in rules:
-        if _meets(rule["if"], _facts(given, key)):
-            given = given | _by_key(rule["set"])
+        if _meets(rule["if"], _answers(given, key)):
+            given = given | _by_option(rule["set"])
     return given
 
 
-def _by_key(texts: Iterable[str]) -> dict[str, str]:
-    return {_setting_key(text): text for text in texts}
+def _by_option(texts: Iterable[str]) -> dict[str, str]:
+    return {_option_of(text): text for text in texts}
 
 
-def _setting_key(text: str) -> str:
+def _option_of(text: str) -> str:
     return text.partition("=")[0].lstrip("+")
 
 
-def _facts(given: Mapping[str, str], key: Mapping[str, str]) -> dict[str, str]:
+def _answers(given: Mapping[str, str], key: Mapping[str, str]) -> dict[str, str]:
     """What a condition can ask about: the value of each setting, and of each axis."""
     return {**{name: text.partition("=")[2] for name, text in given.items()}, **key}
 
 
-def _meets(condition: Mapping[str, Any], facts: Mapping[str, str]) -> bool:
-    """Whether every fact that a condition names is the value, or one of the values, that it asks for."""
-    return all(facts.get(name) in [_text(value) for value in as_list(wanted)] for name, wanted in condition.items())
+def _meets(condition: Mapping[str, Any], answers: Mapping[str, str]) -> bool:
+    """Whether each setting or axis that a condition names has the value, or one of the values, that it asks for."""
+    return all(answers.get(name) in [_text(value) for value in as_list(wanted)] for name, wanted in condition.items())
 
 
 def _text(value: Any) -> str:
@@ -290,6 +294,6 @@ def _text(value: Any) -> str:
 
 
 def _seeds(values: Mapping[str, Any], key: Mapping[str, str], given: Mapping[str, str]) -> int:
-    facts = _facts(given, key)
-    more = [rule["seeds"] for rule in values.get("more_seeds", ()) if _meets(rule["if"], facts)]
+    answers = _answers(given, key)
+    more = [rule["seeds"] for rule in values.get("more_seeds", ()) if _meets(rule["if"], answers)]
     return max([values.get("seeds", 3), *more])

@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -211,24 +211,31 @@ def is_image(name: bytes) -> bool:
 
 
 def _scan_list(file: Path) -> Found:
-    ids: dict[bytes, int] = {}
+    numbers: dict[bytes, int] = {}  # of the labels, in the order in which they appear
     labels = array("i")
 
-    def read(lines: BinaryIO) -> Iterator[bytes]:
-        for number, line in enumerate(lines, 1):
-            parts = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rsplit(None, 1)
-            if len(parts) == 2:
-                labels.append(ids.setdefault(parts[1], len(ids)))
-                yield os.path.normpath(parts[0]) if b"./" in parts[0] or b"//" in parts[0] else parts[0]
-            elif parts:
-                raise UserError(f"{file}, line {number}: expected 'path label', found '{os.fsdecode(line).strip()}'")
+    def names() -> Iterator[bytes]:
+        for name, label in _list_lines(file):
+            labels.append(numbers.setdefault(label, len(numbers)))
+            yield name
 
-    with file.open("rb") as lines:
-        names = Packed.of(read(lines))
+    packed = Packed.of(names())
     if not labels:
         raise UserError(f"{file} is empty: expected a line 'path label' for each image")
-    classes, numbers, numbered = _classes([os.fsdecode(label) for label in ids], file)
-    return Found(SampleIndex(names, numbers[np.array(labels)], classes, "", numbered=numbered), [os.fsencode(file)])
+    classes, indices, numbered = _classes([os.fsdecode(label) for label in numbers], file)
+    return Found(SampleIndex(packed, indices[np.array(labels)], classes, "", numbered=numbered), [os.fsencode(file)])
+
+
+def _list_lines(file: Path) -> Iterator[tuple[bytes, bytes]]:
+    """The path and the label on each line of a list file; a path may hold spaces, and empty lines do not count."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            parts = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rsplit(None, 1)
+            if len(parts) == 1:
+                raise UserError(f"{file}, line {number}: expected 'path label', found '{os.fsdecode(line).strip()}'")
+            if parts:
+                path, label = parts
+                yield os.path.normpath(path) if b"./" in path or b"//" in path else path, label
 
 
 def _are_numbers(labels: Iterable[str], source: Path) -> bool:

@@ -47,10 +47,8 @@ def with_noise(splits: Splits, config: Any) -> Splits:
     clean, classes = np.asarray(splits.train.labels).tolist(), len(splits.classes)
     mistaken_for = splits.mistaken_for or [(label + 1) % classes for label in range(classes)]
     rng = random.Random(config.seed)
-    # Only random() is the same in every version of Python; sorting by it shuffles.
-    order = sorted(range(len(clean)), key=[rng.random() for _ in clean].__getitem__)
     labels = clean.copy()
-    for index in order[: int(config.rate * len(clean))]:
+    for index in _shuffled(len(clean), rng)[: int(config.rate * len(clean))]:
         if config.kind == "asymmetric":
             labels[index] = mistaken_for[clean[index]]
         elif config.kind == "symmetric":
@@ -60,6 +58,15 @@ def with_noise(splits: Splits, config: Any) -> Splits:
     return replace(
         splits, train=replace(splits.train, labels=np.array(labels, np.int32), clean_labels=np.array(clean, np.int32))
     )
+
+
+def _shuffled(count: int, rng: random.Random) -> list[int]:
+    """The numbers below `count` in a random order: each draws a number, and the draws are sorted.
+
+    `random.shuffle` could draw differently in another version of Python. `random.random` may not, by its documentation.
+    """
+    draws = [rng.random() for _ in range(count)]
+    return sorted(range(count), key=lambda index: draws[index])
 
 
 def wrong_labels(images: Images) -> list[tuple[int, int, int]]:

@@ -157,9 +157,9 @@ class ExemplarNorm(BatchScopeNorm):
     def _rows(self, moments: Moments) -> list[Row]:
         """xh_nk and 1 / sqrt(var_k + eps) of every normalizer k."""
         rows = []
-        for mean, var in mixed_statistics(self, self.normalizers, moments):
+        for name, (mean, var) in zip(self.normalizers, mixed_statistics(self, self.normalizers, moments), strict=True):
             rstd = torch.rsqrt(var + self.eps)
-            rows.append((None if mean is moments.mean_NC else (moments.mean_NC - mean) * rstd, rstd))
+            rows.append((None if name == "in" else (moments.mean_NC - mean) * rstd, rstd))
         return rows
 
     def _ratios(self, moments: Moments, rows: list[Row]) -> Tensor:

@@ -78,7 +78,8 @@ class SwitchNorm(BatchScopeNorm):
         self.initial = initial
         self.groups = largest_divisor(num_features, groups, f"{type(self).__name__}: groups")
         self.hard = hard
-        shape = (self.groups, len(self.normalizers))[self.groups == 1 :]
+        count = len(self.normalizers)
+        shape = (count,) if self.groups == 1 else (self.groups, count)
         self.mean_weight = nn.Parameter(torch.empty(shape, **factory), requires_grad=not hard)
         self.var_weight = nn.Parameter(torch.empty(shape, **factory), requires_grad=not hard)
         self.reset_ratios()

@@ -215,35 +215,39 @@ def collect(study: Study, jobs: Sequence[Job], results: Path) -> tuple[list[str]
     Returns:
         A line for each thing that was left out, and what is damaged, by the title of its job.
     """
+    found, damaged = _rows_of_runs(study, [job for job in jobs if job.cell is not None])
+    hashes = {job.name: job.result_hash for job in jobs if job.cell is not None}
+    outdated: dict[tuple[str, ...], str] = {}
+
+    def change(before: Rows) -> Rows:
+        problems = ((_key(row), _outdated(study, row, hashes)) for row in before["runs"])
+        outdated.update({key: problem for key, problem in problems if problem is not None})
+        return {kind: in_order(study, _changed(before[kind], found, outdated, kind)) for kind in COLUMNS}
+
+    change_records(results, study.id, change)
+    left_out = [problem for key, problem in outdated.items() if key not in found]
+    return [*left_out, *_other_runs(study, jobs), *_without_snapshots(jobs)], damaged
+
+
+def _rows_of_runs(study: Study, jobs: Iterable[Job]) -> tuple[dict[tuple[str, ...], Rows], dict[str, str]]:
+    """The rows of each finished run by its key, and what is damaged by the title of its job."""
     found: dict[tuple[str, ...], Rows] = {}
     damaged: dict[str, str] = {}
-    for job in (job for job in jobs if job.cell is not None):
+    for job in jobs:
         try:
             rows = rows_of(study, job)
         except UserError as problem:
             damaged[job.title] = str(problem)
-            continue
-        if rows["runs"]:
-            found[study.scale, job.name, str(job.seed)] = rows
-    hashes = {job.name: job.result_hash for job in jobs if job.cell is not None}
-    problems: dict[tuple[str, ...], str] = {}
+        else:
+            if rows["runs"]:
+                found[study.scale, job.name, str(job.seed)] = rows
+    return found, damaged
 
-    def change(before: Rows) -> Rows:
-        for row in before["runs"]:
-            if (problem := _outdated(study, row, hashes)) is not None:
-                problems[_key(row)] = problem
-        kept = {
-            kind: [row for row in before[kind] if _key(row) not in found and _key(row) not in problems]
-            for kind in COLUMNS
-        }
-        return {
-            kind: in_order(study, [*kept[kind], *(row for rows in found.values() for row in rows[kind])])
-            for kind in COLUMNS
-        }
 
-    change_records(results, study.id, change)
-    left_out = [problem for key, problem in problems.items() if key not in found]
-    return [*left_out, *_other_runs(study, jobs), *_without_snapshots(jobs)], damaged
+def _changed(before: list[Row], found: dict[tuple[str, ...], Rows], outdated: Iterable[Any], kind: str) -> list[Row]:
+    """A record's rows of one kind: those to keep, then those of the runs that were found."""
+    kept = [row for row in before if _key(row) not in found and _key(row) not in outdated]
+    return [*kept, *(row for rows in found.values() for row in rows[kind])]
 
 
 def stale_rows(results: Path) -> list[str]:

@@ -60,7 +60,7 @@ def input_specs(graphs: Graphs) -> list[InputSpec]:
 
 
 def trace(norm: Any, dtype: torch.dtype, device: torch.device, replicas: int) -> Graphs:
-    """The graphs of a layer's formula, for any number of samples and channels.
+    """Trace a layer's formula and its gradient, for any number of samples and channels.
 
     Args:
         dtype, device: of the moments.
@@ -75,40 +75,62 @@ def trace(norm: Any, dtype: torch.dtype, device: torch.device, replicas: int) ->
     with sizes.fake_mode:
         length = torch.empty((), dtype=torch.float64, device=device)
         moments_NC = [torch.empty(shape_NC, dtype=dtype, device=device) for _ in range(5)]
-    names, count = tuple(tensors), len(tensors_of(norm)[0])
+    names, learned = tuple(tensors), len(tensors_of(norm)[0])
+    formula = _Formula(template, names, replicas)
+    gradient = torch.func.functionalize(_gradient_of(formula, learned))
+    gradient_graph = _trace(gradient, sizes, length, *moments_NC, *tensors.values())
+    read = _drop_unread(gradient_graph, names[learned:])
+    # In training the forward moves buffers that the gradient reads, so it returns copies of them from before.
+    coefficients = _copying(formula, read if norm.training else ())
+    graph = _trace(coefficients, sizes, length, *moments_NC[:2], *tensors.values())
+    return Graphs(graph, gradient_graph, read, names)
 
-    def call(values: Sequence[Tensor], mean_NC: Tensor, var_NC: Tensor, length: Any) -> Any:
-        moments = Moments(mean_NC, var_NC, length, replicas)
-        named = {f"norm.{name}": value for name, value in zip(names, values, strict=True)}
-        coefficients = torch.func.functional_call(template, named, (moments,))
+
+class _Formula(NamedTuple):
+    """A layer's coefficients as a function of all that they depend on."""
+
+    template: nn.Module
+    names: tuple[str, ...]
+    replicas: int
+
+    def __call__(self, values: Sequence[Tensor], mean_NC: Tensor, var_NC: Tensor, length: Any) -> tuple[Tensor, ...]:
+        """(scale, shift), from parameters and buffers in the order of `names`."""
+        moments = Moments(mean_NC, var_NC, length, self.replicas)
+        named = {f"norm.{name}": value for name, value in zip(self.names, values, strict=True)}
+        coefficients = torch.func.functional_call(self.template, named, (moments,))
         return tuple([fitted(coefficient, mean_NC) for coefficient in coefficients])
 
-    def gradient(_: Tensor, length: Tensor, *given: Tensor) -> Any:
+
+def _copying(formula: _Formula, copied: Sequence[str]) -> Callable[..., list[Tensor]]:
+    """The coefficients, and copies of some tensors from before the formula ran."""
+
+    def coefficients(_: Tensor, length: Tensor, mean_NC: Tensor, var_NC: Tensor, *values: Tensor) -> list[Tensor]:
+        copies = [value.clone() for name, value in zip(formula.names, values, strict=True) if name in copied]
+        return [c.contiguous() for c in formula(values, mean_NC, var_NC, length)] + copies
+
+    return coefficients
+
+
+def _gradient_of(formula: _Formula, learned: int) -> Callable[..., list[Tensor]]:
+    """The vector-Jacobian product of a formula; the first `learned` of its tensors are parameters."""
+
+    def gradient(_: Tensor, length: Tensor, *given: Tensor) -> list[Tensor]:
         dscale_NC, dshift_NC, scale_NC, mean_NC, var_NC, *values = given
-        buffers = values[count:]
+        parameters, buffers = values[:learned], values[learned:]
         moved = [buffer for buffer in buffers if buffer.is_floating_point()]
 
-        def formula(mean_NC: Tensor, var_NC: Tensor, *primals: Tensor) -> Any:
+        def forward(mean_NC: Tensor, var_NC: Tensor, *primals: Tensor) -> tuple[Tensor, ...]:
             # The buffers move as they did in the forward, in copies: it may have read them before or after.
-            copies = iter([primal.clone() for primal in primals[count:]])
+            copies = iter([primal.clone() for primal in primals[learned:]])
             replayed = [next(copies) if buffer.is_floating_point() else buffer.clone() for buffer in buffers]
-            return call((*primals[:count], *replayed), mean_NC, var_NC, length)
+            return formula((*primals[:learned], *replayed), mean_NC, var_NC, length)
 
-        transpose: Any = torch.func.vjp(formula, mean_NC, var_NC, *values[:count], *moved)[1]
-        dmean_NC, dvar_NC, *dlearned = transpose((dscale_NC, dshift_NC))[: 2 + count]
+        transpose: Any = torch.func.vjp(forward, mean_NC, var_NC, *parameters, *moved)[1]
+        dmean_NC, dvar_NC, *dlearned = transpose((dscale_NC, dshift_NC))[: 2 + learned]
         results = dvar_NC * (2 / length), (dmean_NC - scale_NC * dshift_NC) / length, *dlearned
         return [result.contiguous() for result in results]
 
-    gradient_graph = _trace(torch.func.functionalize(gradient), sizes, length, *moments_NC, *tensors.values())
-    read = _drop_unread(gradient_graph, names[count:])
-
-    def coefficients(_: Tensor, length: Tensor, mean_NC: Tensor, var_NC: Tensor, *values: Tensor) -> Any:
-        # The backward must read what the forward read, also where the forward then changes it.
-        copies = [value.clone() for name, value in zip(names, values, strict=True) if name in read and norm.training]
-        return [c.contiguous() for c in call(values, mean_NC, var_NC, length)] + copies
-
-    graph = _trace(coefficients, sizes, length, *moments_NC[:2], *tensors.values())
-    return Graphs(graph, gradient_graph, read, names)
+    return gradient
 
 
 def _fakes(norm: nn.Module, growing: dict[str, tuple[int, ...]], sizes: Any) -> dict[str, Tensor]:

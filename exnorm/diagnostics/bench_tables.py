@@ -1,0 +1,110 @@
+"""The page `results/bench/README.md`: a table for each CSV file of the benchmarks, with the newest rows."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+
+TITLE = """# Speed and memory
+Measured by `exnorm bench norms`, `exnorm bench train` and `exnorm bench data`, which append to the CSV files here, with
+device, versions and commit, and write this page. A ratio is the median over rounds in which all candidates ran in turn.
+"""
+
+
+def write_tables(folder: Path) -> None:
+    """Write `README.md` with the newest row of each thing that the CSVs of a folder hold."""
+    parts = [TITLE.rstrip()]
+    for name, section in SECTIONS.items():
+        if (folder / name).exists():
+            parts += section(folder / name)
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _norms(path: Path) -> Iterator[str]:
+    for device, group in _by_device(path, ["shape", "layer"]):
+        ratio = group.pivot_table(index="layer", columns="shape", values="ratio", sort=False, aggfunc="last")
+        saved = group.pivot_table(index="layer", columns="shape", values="saved_mib", sort=False, aggfunc="last")
+        ratio["MiB saved"] = saved[saved.columns[0]]
+        yield "## One layer with its ReLU, forward and backward: time over `torch bn`"
+        yield f"On {device}; torch {group.torch.iloc[-1]}; last, MiB saved for backward at {saved.columns[0]}."
+        yield markdown(ratio)
+
+
+def _train(path: Path) -> Iterator[str]:
+    columns = ["image_size", "batch", "precision", "layers", "images_per_s", "ratio", "ratio_q25", "ratio_q75"]
+    columns += ["saved_mib", "peak_mib", "first_step_s"]
+    for device, group in _by_device(path, ["model", "image_size", "batch", "precision", "layers"]):
+        torch_version = group.torch.iloc[-1]
+        yield "## Training steps"
+        yield f"On {device}; torch {torch_version}; `ratio` is the time of a step over timm's: below 1 is faster."
+        yield markdown(group.set_index("model").filter(columns).fillna(""))
+
+
+def _data(path: Path) -> Iterator[str]:
+    columns = ["image_size", "workers", "loader", "bare_image_folder", "ratio", "ratio_q25", "ratio_q75"]
+    columns += ["decode", "augment"]
+    for device, group in _by_device(path, ["data", "image_size", "workers"]):
+        yield "## Loading images"
+        yield (
+            f"Images per second on {device}; `ratio` is the loader's speed over that of torchvision's ImageFolder "
+            "in a bare DataLoader with the same transforms, so above 1 is faster; decoding and augmentation are of "
+            "one core."
+        )
+        yield markdown(group.set_index("data").filter(columns).fillna(""))
+
+
+def _index(path: Path) -> Iterator[str]:
+    columns = ["first_s", "again_s", "mib_above_imports"]
+    for device, group in _by_device(path, ["entries"]):
+        yield "## The index of a data set"
+        yield f"A list file with so many entries, made ready by a process on {device}: first, and from the cache."
+        yield markdown(group.set_index("entries").filter(columns))
+
+
+def _timm_coverage(path: Path) -> Iterator[str]:
+    rows = pd.read_csv(path)
+    yield "## timm's architectures"
+    yield (
+        f"`scripts/timm_coverage.py`: {rows.architecture.nunique()} architectures of timm {rows.timm.iloc[-1]} so "
+        "far, each kind of their layers converted to EN and trained a step; what is too large for the memory on "
+        "the meta device."
+    )
+    yield markdown(coverage(rows))
+
+
+SECTIONS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "norms.csv": _norms,
+    "train.csv": _train,
+    "data.csv": _data,
+    "index.csv": _index,
+    "timm_coverage.csv": _timm_coverage,
+}
+
+
+def _by_device(path: Path, key: list[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The newest row of each key on each device, by device in the order of the file."""
+    yield from newest(path, ["device", *key]).groupby("device", sort=False)  # type: ignore[misc]
+
+
+def coverage(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per kind of layer, and in all: architectures, converted ones, those of them on the meta device, failed ones."""
+    rows = rows.query("result != 'nothing to convert'")
+    lines = {}
+    for kind, group in [*rows.fillna({"kind": "?"}).groupby("kind"), ("all", rows)]:
+        failed = group[group.result == "failed"].architecture.nunique()
+        total, on_meta = group.architecture.nunique(), group[group.device == "meta"].architecture.nunique()
+        lines[kind] = [total, total - failed, f"{100 * (total - failed) / total:.1f} %", on_meta, failed]
+    columns = ["architectures", "converted", "share", "on meta", "failed"]
+    return pd.DataFrame.from_dict(lines, orient="index", columns=columns).rename_axis("kind")
+
+
+def newest(path: Path, key: list[str]) -> pd.DataFrame:
+    """The last row of each key."""
+    return pd.DataFrame(pd.read_csv(path).drop_duplicates(key, keep="last"))
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A data frame as a Markdown table, its index first."""
+    lines = [[frame.index.name, *frame.columns], ["---"] * (len(frame.columns) + 1)]
+    lines += [[index, *row] for index, row in zip(frame.index, frame.itertuples(index=False), strict=True)]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
