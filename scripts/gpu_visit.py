@@ -238,8 +238,9 @@ class Visit:
         self.measure(norm, self.batches()[0], whole=True)
 
     def train(self) -> None:
-        """`exnorm train` on this device: precisions, and the same run twice with trainer.deterministic."""
-        for extra in (["trainer.precision=bf16"], ["trainer.precision=fp16"], ["trainer.deterministic=true"]):
+        """`exnorm train` on this device: in both half precisions, in a CUDA graph, and deterministic."""
+        options = ("trainer.precision=bf16", "trainer.cuda_graph=true", "trainer.precision=fp16")
+        for extra in ([option] for option in (*options, "trainer.deterministic=true")):
             runs = f"runs={tempfile.mkdtemp()}"
             command = ["train", "model=resnet18", "norm=en", "debug=fast", "logger=off", runs, *extra]
             start = time.monotonic()

@@ -1,9 +1,13 @@
 """The meaning of a batch setting: what fits, what does not, and what a run says about it."""
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from exnorm.config.errors import UserError
 from exnorm.engine.batch import fitting_devices, parse_batch, plan_batch
+from exnorm.engine.distributed import World
+from exnorm.engine.step import choose_passes
 
 
 @pytest.mark.parametrize("text", ["8x0", "0x8", "abc", "8", "8x", "x8", "8*4", "-1x8", "8x4.5", "08x4", ""])
@@ -55,3 +59,21 @@ def test_passes_must_divide_the_replicas_of_a_device(passes: int) -> None:
 def test_a_synchronized_scope_over_several_passes_is_impossible() -> None:
     with pytest.raises(UserError, match="trainer.passes=1"):
         plan_batch("8x4", devices=1, passes=2, sync=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "processes", "sync", "said"),
+    [
+        ("cpu", False, 1, False, "this run uses the CPU"),
+        ("cuda", True, 1, False, "and trainer.compile=true do not work together"),
+        ("cuda", False, 16, False, "BN's scope of 32 samples spans several"),
+        ("cuda", False, 2, True, "BN's scope of 256 samples spans several"),
+    ],
+)
+def test_what_a_cuda_graph_cannot_hold_is_refused(
+    device: str, compiled: bool, processes: int, sync: bool, said: str
+) -> None:
+    config = OmegaConf.create({"trainer": {"cuda_graph": True, "compile": compiled}})
+    plan = plan_batch("8x32", devices=processes, sync=sync)
+    with pytest.raises(UserError, match=f"trainer.cuda_graph=true .*{said}"):
+        choose_passes(config, plan, World(0, processes, torch.device(device)))

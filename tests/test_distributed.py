@@ -1,11 +1,16 @@
 """A batch setting fixes the mathematics: the same gradients and running statistics on any devices and passes."""
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_cases import last_state, make_image_folder, tiny, train
+
+from exnorm.engine.distributed import join, leave
+from exnorm.engine.step import average_gradients
 
 pytestmark = pytest.mark.slow
 ROUNDING = 1e-3  # of a tensor's largest value; up to 6e-5 was seen, and another scope of BN differs by tenths
@@ -58,3 +63,43 @@ def test_sync_is_one_scope_over_all_devices(images: Path, tmp_path: Path) -> Non
     for devices in (1, 2):
         synced = ["norm=en", "batch=2x16", "norm.sync=true", f"trainer.devices={devices}"]
         assert_close(one, state_after_a_step(images, tmp_path / f"synced-{devices}", *synced))
+
+
+def test_whole_model_compilation_keeps_the_mathematics_on_two_devices(images: Path, tmp_path: Path) -> None:
+    setting = ["norm=en", "batch=8x4"]
+    one = state_after_a_step(images, tmp_path / "one", *setting)
+    compiled = [*setting, "trainer.devices=2", "trainer.compile=true"]
+    assert_close(one, state_after_a_step(images, tmp_path / "two", *compiled))
+
+
+def _averaged(rank: int, port: int, queue: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    world = join("cpu")
+    gradients = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5))
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = model if own else torch.nn.parallel.DistributedDataParallel(model)
+        torch.manual_seed(rank)
+        net(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        if own:
+            average_gradients(model, world)
+        gradients.append([parameter.grad.tolist() for parameter in model.parameters() if parameter.grad is not None])
+    queue.put(gradients)
+    leave()
+
+
+def test_gradients_are_averaged_behind_a_graph_as_ddp_does() -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [context.Process(target=_averaged, args=(rank, port, queue)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    found = [queue.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert found[0][0] == found[0][1] == found[1][1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import make_image_folder, tiny, train
+from engine_cases import make_image_folder, metrics, tiny, train
 from norm_cases import NORMS, build
 from torch import Tensor, nn
 
@@ -213,6 +213,17 @@ def test_trainings_resume_and_repeat(tmp_path: Path) -> None:
     first, second = (train(arguments, tmp_path / name) for name in "ab")
     weights = [torch.load(next(run.glob("checkpoints/*.pt")), weights_only=True)["model"] for run in (first, second)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_cuda_graph_trains_as_single_launches_do(precision: str, tmp_path: Path) -> None:
+    data = make_image_folder(tmp_path / "data")
+    options = ("norm=en", "ops.backend=auto", "trainer.deterministic=true", f"trainer.precision={precision}")
+    runs = [
+        train(tiny(data, *options, "trainer.passes=2", "batch=4x4", f"trainer.cuda_graph={graph}"), tmp_path / graph)
+        for graph in ("false", "true")
+    ]
+    assert metrics(runs[0]) == metrics(runs[1])
 
 
 def test_one_process_over_nccl() -> None:

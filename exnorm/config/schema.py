@@ -92,6 +92,7 @@ class TrainerConfig:
     precision: str = "fp32"  # fp32 | bf16 | fp16
     channels_last: bool = True
     compile: bool = False  # whole-model torch.compile
+    cuda_graph: bool = False  # replay the passes of a step from a CUDA graph; for few images per GPU
     deterministic: bool = False  # deterministic algorithms on a GPU
     checkpoint_every: int = 1  # epochs
     checkpoint_every_steps: int | None = None  # further checkpoints inside an epoch

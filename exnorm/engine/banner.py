@@ -45,7 +45,7 @@ def describe_run(
     gflops = gflops_per_image(learner.model, config.data.image_size)
     left = steps - learner.step
     processes = f"{world.size} process{'es' if world.size > 1 else ''}"
-    compiled = ", compiled" if config.trainer.compile else ""
+    compiled = ", compiled" if config.trainer.compile else ", in a CUDA graph" if config.trainer.cuda_graph else ""
     resume = f"resumed after step {learner.step}, " if resumed else ""
     size = config.data.image_size
     lines = [

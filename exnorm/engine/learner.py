@@ -1,8 +1,6 @@
-"""What learns, and what is done with it: build, one step, check, save, restore."""
+"""What learns: how it is built, checked, saved and restored. `exnorm.engine.step` has the training step."""
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +14,8 @@ from exnorm.engine import checkpoint
 from exnorm.engine.batch import BatchPlan
 from exnorm.engine.calibrate import Calibrated
 from exnorm.engine.distributed import World, replica_group
-from exnorm.engine.evaluate import autocast
 from exnorm.models import build_model, load_ratios, load_weights
-from exnorm.norms import commit_running_stats, configure_scope
+from exnorm.norms import configure_scope
 from exnorm.optim import build_optimizer
 from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.tasks.classification import SUMS, Classification
@@ -28,10 +25,11 @@ NO_BAD_STEP = 2**62
 
 @dataclass
 class Learner:
-    """What learns: the bare model, the model as it is called (compiled, DDP), optimizer and scaler, and how far."""
+    """What learns: the bare model, the model as it is called (DDP, compiled), optimizer and scaler, and how far."""
 
     model: nn.Module
     net: nn.Module
+    ddp: DistributedDataParallel | None  # inside `net`; None with one process, or where a CUDA graph runs the passes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     task: Classification
@@ -70,16 +68,18 @@ def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]
     memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
     model = model.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
     configure_scope(model, replicas=plan.replicas_per_pass, group=replica_group(world, plan.span))
-    net: nn.Module = torch.compile(model) if config.trainer.compile else model  # type: ignore[assignment]
-    if world.size > 1:
-        net = DistributedDataParallel(
-            net,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,
-        )
+    ddp = None
+    if world.size > 1 and not config.trainer.cuda_graph:
+        device_ids = [world.device] if world.device.type == "cuda" else None
+        ddp = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    net: nn.Module = model if ddp is None else ddp
+    if config.trainer.compile:
+        # Around DDP: torch.compile then splits the backward where DDP starts to exchange gradients.
+        net = torch.compile(net)  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
     return Learner(
         model=model,
         net=net,
+        ddp=ddp,
         optimizer=build_optimizer(model, config.optim, total_batch=plan.total),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.trainer.precision == "fp16"),
         task=Classification(config.task),
@@ -90,35 +90,6 @@ def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]
         classes=classes,
         bad_step=torch.tensor(NO_BAD_STEP, device=world.device),
     )
-
-
-def train_step(learner: Learner, batch: Sequence[Tensor], *, seed: int) -> Tensor:
-    """One optimizer step over this worker's share of a global batch; returns the share's metric sums.
-
-    Args:
-        batch: images, labels and clean labels.
-    """
-    world, plan = learner.world, learner.plan
-    torch.manual_seed(mixed_seed(seed, learner.step, world.rank))  # dropout; no generator state to restore
-    passes = [tensor.chunk(plan.passes) for tensor in batch]
-    batch_sums = torch.zeros_like(learner.sums)
-    for index, (x, y, clean) in enumerate(zip(*passes, strict=True)):
-        last = index == plan.passes - 1
-        ddp = isinstance(learner.net, DistributedDataParallel)
-        with learner.net.no_sync() if ddp and not last else nullcontext():  # type: ignore[operator]
-            with autocast(world.device, learner.precision):
-                logits = learner.net(x)
-            loss = learner.task.loss(logits, y) / plan.passes
-            learner.scaler.scale(loss).backward()
-        first_bad = torch.where(loss.detach().isfinite(), NO_BAD_STEP, learner.step + 1)
-        learner.bad_step = torch.minimum(learner.bad_step, first_bad)
-        batch_sums += learner.task.sums(logits.detach(), y, clean)
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
-    commit_running_stats(learner.model)
-    learner.sums += batch_sums
-    return batch_sums
 
 
 def check(folder: RunFolder, learner: Learner, signum: int) -> int:

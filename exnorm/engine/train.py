@@ -20,8 +20,9 @@ from exnorm.engine.calibrate import Calibrated, batch_average, using
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import evaluate_all
 from exnorm.engine.images import RunImages, facts_of, keep_noise, open_images
-from exnorm.engine.learner import Learner, build_learner, check, restore, save, train_step
+from exnorm.engine.learner import Learner, build_learner, check, restore, save
 from exnorm.engine.progress import Progress
+from exnorm.engine.step import choose_passes, train_step
 from exnorm.norms import progress_buffers
 from exnorm.optim import learning_rate, set_learning_rate
 from exnorm.runs.folder import RunFolder, write_json_atomic
@@ -67,6 +68,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     batches, bad_images = images.batches, images.bad_images
 
     # Model, optimizer, and where the last checkpoint left them
+    passes = choose_passes(config, plan, world)
     learner = build_learner(config, plan, world, list(images.splits.classes))
     state = checkpoint.resume(folder, world)
     if state is not None:
@@ -127,7 +129,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             for progress_of_layer in layers_progress:
                 progress_of_layer.fill_(learner.step / steps)
             learner.calibrated = None  # the statistics of other weights
-            batch_sums = train_step(learner, batch, seed=config.seed)
+            batch_sums = train_step(learner, batch, seed=config.seed, passes=passes)
             learner.step += 1
             progress.step(learner.step, learner.epoch, batch_sums)
             if learner.step % ROW_EVERY == 0:

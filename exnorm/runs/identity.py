@@ -27,6 +27,7 @@ EXCLUDED = frozenset(
         "trainer.passes",
         "trainer.channels_last",
         "trainer.compile",
+        "trainer.cuda_graph",
         "trainer.deterministic",
         "trainer.checkpoint_every",
         "trainer.checkpoint_every_steps",

@@ -1,0 +1,145 @@
+"""One optimizer step. On a GPU its forward and backward passes can be replayed from a CUDA graph.
+
+At 2 to 32 images per GPU the time of a step is that of Python and of launching kernels, one by one. A graph is launched
+at once. It reads its images from, and leaves its gradients in, tensors that stay the same from step to step.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from exnorm.config.errors import UserError
+from exnorm.data.loader import mixed_seed
+from exnorm.engine.batch import BatchPlan
+from exnorm.engine.distributed import World
+from exnorm.engine.evaluate import autocast
+from exnorm.engine.learner import NO_BAD_STEP, Learner
+from exnorm.norms import commit_running_stats
+
+Batch = Sequence[Tensor]  # images, labels, clean labels
+Passes = Callable[[Learner, Batch], tuple[Tensor, Tensor]]
+UNCAPTURED = 3  # steps before the capture: they compile kernels, choose algorithms and allocate workspaces
+
+
+def train_step(learner: Learner, batch: Batch, *, seed: int, passes: Passes) -> Tensor:
+    """Do one optimizer step over this worker's share of a global batch; return the share's metric sums.
+
+    Args:
+        passes: `run_passes`, or a `GraphedPasses`.
+    """
+    torch.manual_seed(mixed_seed(seed, learner.step, learner.world.rank))  # dropout; no generator state to restore
+    batch_sums, finite = passes(learner, batch)
+    learner.bad_step = torch.minimum(learner.bad_step, torch.where(finite, NO_BAD_STEP, learner.step + 1))
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    if not isinstance(passes, GraphedPasses):
+        learner.optimizer.zero_grad(set_to_none=True)
+    commit_running_stats(learner.model)
+    learner.sums += batch_sums
+    return batch_sums
+
+
+def run_passes(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run the forward and the backward of each pass, which add up gradients.
+
+    Returns:
+        The metric sums of the batch, and whether the loss of each pass is finite.
+    """
+    count = learner.plan.passes
+    batch_sums = torch.zeros_like(learner.sums)
+    finite = torch.ones((), dtype=torch.bool, device=batch_sums.device)
+    for index, (x, y, clean) in enumerate(zip(*[tensor.chunk(count) for tensor in batch], strict=True)):
+        exchanges = learner.ddp is None or index == count - 1
+        with nullcontext() if exchanges else learner.ddp.no_sync():  # type: ignore[union-attr]
+            with autocast(learner.world.device, learner.precision):
+                logits = learner.net(x)
+            loss = learner.task.loss(logits, y) / count
+            learner.scaler.scale(loss).backward()
+        finite = finite & loss.detach().isfinite()
+        batch_sums += learner.task.sums(logits.detach(), y, clean)
+    return batch_sums, finite
+
+
+class GraphedPasses:
+    """`run_passes`, replayed from a CUDA graph after a few steps; all batches have the same shapes.
+
+    Gradients stay allocated: a replay overwrites them. With several processes they are averaged after the replay, for
+    a graph would have to hold the exchange.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.batch: list[Tensor] = []
+        self.results: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `run_passes`."""
+        self.steps += 1
+        if self.steps <= UNCAPTURED:
+            results = self._run_aside(learner, batch)
+        else:
+            if self.results is None:
+                self._capture(learner, batch)
+            for static, given in zip(self.batch, batch, strict=True):
+                static.copy_(given, non_blocking=True)
+            self.graph.replay()
+            assert self.results is not None
+            results = self.results[0].clone(), self.results[1]
+        average_gradients(learner.model, learner.world)
+        return results
+
+    def _run_aside(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run on a side stream, as a capture does: what is allocated now is then known there."""
+        learner.optimizer.zero_grad(set_to_none=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = run_passes(learner, batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
+
+    def _capture(self, learner: Learner, batch: Batch) -> None:
+        self.batch = [tensor.clone() for tensor in batch]
+        learner.optimizer.zero_grad(set_to_none=True)
+        # Only this thread's calls are captured: the loader's thread pins memory meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.results = run_passes(learner, self.batch)
+
+
+def average_gradients(model: nn.Module, world: World) -> None:
+    """Replace each gradient by its mean over all processes, with one exchange."""
+    if world.size == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]) / world.size
+    dist.all_reduce(flat)
+    means = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [mean.view(g.shape) for mean, g in zip(means, gradients, strict=True)])
+
+
+def choose_passes(config: Any, plan: BatchPlan, world: World) -> Passes:
+    """Choose how passes run, by `trainer.cuda_graph`.
+
+    Raises:
+        UserError: a CUDA graph cannot hold this run.
+    """
+    if not config.trainer.cuda_graph:
+        return run_passes
+    problem = None
+    if world.device.type != "cuda":
+        problem = "needs an NVIDIA GPU, and this run uses the CPU: leave it out, or set trainer.device=cuda"
+    elif config.trainer.compile:
+        problem = "and trainer.compile=true do not work together yet: set one of them"
+    elif plan.span > 1 or (plan.sync and world.size > 1):
+        problem = (
+            f"cannot capture statistics that are exchanged between GPUs: BN's scope of {plan.scope} samples spans "
+            "several. Use fewer trainer.devices, or leave trainer.cuda_graph out"
+        )
+    if problem is not None:
+        raise UserError(f"trainer.cuda_graph=true {problem}")
+    return GraphedPasses()
