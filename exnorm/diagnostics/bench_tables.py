@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 TITLE = """# Speed and memory
-Measured by `exnorm bench norms`, `exnorm bench train` and `exnorm bench data`, which append to the CSV files here, with
-device, versions and commit, and write this page. A ratio is the median over rounds in which all candidates ran in turn.
+`exnorm bench norms`, `exnorm bench train`, `exnorm bench data` and `scripts/gpu_visit.py` append rows to the CSV files
+here, with device, versions and commit. The first three write this page. A ratio is the median over rounds in which all
+candidates ran in turn.
 """
 
 
@@ -72,9 +73,62 @@ def _timm_coverage(path: Path) -> Iterator[str]:
     yield markdown(coverage(rows))
 
 
+# What is to be reached on a GPU: images, whether in a CUDA graph, whether torch.compile takes the model; speed / stock.
+GPU_BARS = {
+    (256, False, False): 1.03,
+    (256, False, True): 0.97,
+    (256, True, False): None,
+    (32, True, False): 1.0,
+    (32, False, False): None,
+    (8, True, False): 1.0,
+    (8, False, False): None,
+}
+GPU_NORMS = ("en", "sn", "gn", "bn")
+PEAK_BAR = 1.02
+
+
+def _gpu(path: Path) -> Iterator[str]:
+    rows = pd.read_csv(path).query("images_per_s.notna()").astype({"batch": int})
+    rows["graph"] = rows.graph.fillna(False).astype(bool)
+    rows["whole"] = rows.backend.fillna("").str.endswith("whole model")
+    for device, group in rows.groupby("device", sort=False):
+        lines = [_gpu_line(group, setting, "images_per_s", bar) for setting, bar in GPU_BARS.items()]
+        lines.append({"step": "peak memory, 256 images", **_gpu_ratios(group, (256, False, False), "peak_gib")})
+        lines[-1]["bar"] = f"at most {PEAK_BAR}"
+        yield f"## Training steps on one {device}"
+        yield (
+            f"`scripts/gpu_visit.py`; ResNet-50, 224 px, bfloat16, channels last, torch {group.torch.iloc[-1]}. Images "
+            "per second over those of timm's model with torch's BN, in the same visit, under the same conditions; the "
+            "range over visits where there are several."
+        )
+        yield markdown(pd.DataFrame(lines).set_index("step"))
+
+
+def _gpu_line(rows: pd.DataFrame, setting: tuple[int, bool, bool], column: str, bar: float | None) -> dict[str, str]:
+    batch, graph, whole = setting
+    how = ", CUDA graph" if graph else ", whole-model torch.compile" if whole else ""
+    target = "" if bar is None else f"at least {bar}"
+    return {"step": f"{batch} images{how}", **_gpu_ratios(rows, setting, column), "bar": target}
+
+
+def _gpu_ratios(rows: pd.DataFrame, setting: tuple[int, bool, bool], column: str) -> dict[str, str]:
+    """Each normalizer's value over stock's of the same visit; the lowest and highest of several visits."""
+    batch, graph, whole = setting
+    same = rows[(rows.batch == batch) & (rows.graph == graph) & (rows.whole == whole)]
+    values = same.pivot_table(index="commit", columns="norm", values=column, sort=False, aggfunc="last")
+    found = {}
+    for norm in GPU_NORMS:
+        there = {"stock", norm} <= set(values.columns)
+        ratios = sorted((values[norm] / values["stock"]).dropna()) if there else []
+        texts = dict.fromkeys(f"{ratio:.2f}" for ratio in (*ratios[:1], *ratios[-1:]))
+        found[norm.upper()] = " to ".join(texts) or "not measured"
+    return found
+
+
 SECTIONS: dict[str, Callable[[Path], Iterator[str]]] = {
     "norms.csv": _norms,
     "train.csv": _train,
+    "gpu.csv": _gpu,
     "data.csv": _data,
     "index.csv": _index,
     "timm_coverage.csv": _timm_coverage,
