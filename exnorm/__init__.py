@@ -1,4 +1,4 @@
-"""exnorm: learning to normalize. Importing it imports no torch; `convert`, `audit` and `load` do when they are used.
+"""exnorm: learning to normalize. `import exnorm` does not import torch; the first use of a function does.
 
 model = exnorm.convert(timm.create_model("resnet18"), norm="en")
 print(exnorm.audit(model))
@@ -20,7 +20,7 @@ PACKAGES = ("norms", "ops", "surgery")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public function or package when it is first asked for."""
+    """Import a public function or package at its first use."""
     if name in PACKAGES:
         return import_module(f"exnorm.{name}")
     if name not in ROOMS:

@@ -1,4 +1,4 @@
-"""Backbones: any model of timm by its name, torchvision's ShuffleNet v2, each with its normalization replaced."""
+"""Backbones with their normalization replaced: any model of timm by its name, and torchvision's ShuffleNet v2."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +15,14 @@ from exnorm.config.groups import option_values
 from exnorm.norms import Norm
 from exnorm.surgery import convert
 
-# Under what a file keeps a state dict: timm's and torchvision's averaged weights, ours, theirs and Lightning's.
+# The keys under which a file keeps a state dict: first averaged weights (timm, torchvision), then other weights.
 STATE_DICTS = ("state_dict_ema", "model_ema", "model", "state_dict")
-COMPILED = "_orig_mod."  # torch.compile's part of a name
+COMPILED = "_orig_mod."  # the part that torch.compile adds to names
 TORCHVISION_PREFIX = "shufflenet_v2_"  # timm has none
 
 
 def build_model(model_config: Any, norm_config: Mapping[str, Any], *, num_classes: int) -> nn.Module:
-    """The backbone with `num_classes` outputs, converted to the normalizer.
+    """Return the backbone with `num_classes` outputs, converted to the normalizer.
 
     Raises:
         UserError: an unknown name, an option that the constructor refuses, or nothing to convert.
@@ -36,17 +36,17 @@ def build_model(model_config: Any, norm_config: Mapping[str, Any], *, num_classe
 
 
 def _target(name: str) -> Any:
-    """The class of a normalizer by its full name; an error inside its module keeps its traceback."""
+    """Return the class of a normalizer from its full name. An error inside its module keeps its traceback."""
     try:
         return hydra.utils.get_class(name)
     except (ImportError, ValueError) as problem:
         if isinstance(problem.__cause__, ModuleNotFoundError | None):
-            raise UserError(f"norm._target_={name} is no class that can be imported; give module.Class") from problem
+            raise UserError(f"norm._target_={name} cannot be imported as a class; give module.Class") from problem
         raise
 
 
 def _backbone(config: Any, num_classes: int) -> nn.Module:
-    """The model of a library, whose refusal of a name or an option becomes a UserError."""
+    """Return the model of a library. If the library rejects a name or an option, the error becomes a UserError."""
     try:
         return _of_library(config, num_classes)
     except UserError:
@@ -56,7 +56,7 @@ def _backbone(config: Any, num_classes: int) -> nn.Module:
 
 
 def _chosen_options(norm_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that differ from the yaml's: with the others each layer keeps what it had, such as its eps."""
+    """Return the options that differ from the yaml's. For the others, each layer keeps its own value, such as eps."""
     defaults = option_values("norm", norm_config["name"])
     given = {key: value for key, value in norm_config.items() if key not in ("name", "_target_")}
     return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
@@ -138,14 +138,14 @@ def _refuse_other_architecture(
 
 
 def _state_for(own: Mapping[str, Tensor], content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in what a file holds, under a model's own names, and a line for each choice that was made.
+    """Return the state dict in a file's content, under the model's own names, and a note for each choice.
 
-    Of several state dicts that of averaged weights is taken, as timm does. The names may have what DataParallel
-    (`module.`), `torch.compile` (`_orig_mod.`) or a trainer's class (`model.` in Lightning) puts before them.
+    If there are several state dicts, the averaged weights are taken, as in timm. The names may have the prefix of
+    DataParallel (`module.`), `torch.compile` (`_orig_mod.`) or a trainer's class (`model.` in Lightning).
     """
     there = [key for key in STATE_DICTS if isinstance(content.get(key), Mapping) and content[key]]
     state = content[there[0]] if there else content
-    notes = [f"took {there[0]}; the file has {' and '.join(there[1:])}, too"] if len(there) > 1 else []
+    notes = [f"loaded {there[0]}; the file also has {' and '.join(there[1:])}"] if len(there) > 1 else []
     given = {key.replace(COMPILED, ""): value for key, value in state.items() if isinstance(value, Tensor)}
     end = f".{next(iter(own))}"
     prefixes = dict.fromkeys(["", *(key[: 1 - len(end)] for key in given if key.endswith(end))])
@@ -153,16 +153,16 @@ def _state_for(own: Mapping[str, Tensor], content: Mapping[str, Any]) -> tuple[d
     inside = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
     if prefix:
         others = sorted(key for key in given if not key.startswith(prefix))
-        left = f"; {len(others)} others, such as {others[0]}, are left" if others else ""
-        notes.append(f"took the weights whose names begin with {prefix}{left}")
+        left = f"; {len(others)} others, such as {others[0]}, were not loaded" if others else ""
+        notes.append(f"loaded the weights whose names begin with {prefix}{left}")
     return inside, notes
 
 
 def load_ratios(model: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Take from a state dict the parameters of the norms that decide their ratios, and nothing else.
+    """Load from a state dict only the parameters of the norms that determine their ratios.
 
     Raises:
-        UserError: the model has none, or the source has others.
+        UserError: the model has no such parameters, or the source has other ones.
     """
     own = {
         f"{name}.{key}": parameter
@@ -174,7 +174,7 @@ def load_ratios(model: nn.Module, state: Mapping[str, Tensor], *, source: str | 
     given, _ = _state_for(model.state_dict(), state)
     wrong = [key for key, parameter in own.items() if key not in given or given[key].shape != parameter.shape]
     if wrong or not own:
-        which = f"{source} has no {wrong[0]} like this model's" if wrong else "the layers of this model mix nothing"
+        which = f"{source} has no {wrong[0]} like this model's" if wrong else "no layer of this model mixes normalizers"
         raise UserError(f"model.init_ratios_from={source}: {which}; give a run with the same model and norm")
     model.load_state_dict({key: given[key] for key in own}, strict=False)
 
@@ -184,7 +184,7 @@ def _norm_names(model: nn.Module) -> set[str]:
 
 
 def _classifiers(model: nn.Module) -> set[str]:
-    """The names of the classifying layers: as timm says, which knows two of a distilled DeiT; else the last one."""
+    """Return the names of the classifiers: timm's (a distilled DeiT has two), else the last linear layer."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     if named:
         return {named} if isinstance(named, str) else set(named)
@@ -192,12 +192,12 @@ def _classifiers(model: nn.Module) -> set[str]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of learned values."""
+    """Return the number of learned values."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def gflops_per_image(model: nn.Module, image_size: int) -> float:
-    """Multiply-adds of one forward of one image, in 1e9 and counted once, as the papers count."""
+    """Return the multiply-adds of one forward of one image, in 1e9. Each counts as one operation, as in the papers."""
     from torch.utils.flop_counter import FlopCounterMode
 
     parameter = next(model.parameters())

@@ -15,13 +15,13 @@ from exnorm.config.errors import UserError, suggest
 from exnorm.config.schema import OptimConfig
 from exnorm.norms import Norm
 
-LIKE_SGD = ("momentum", "nesterov", "nesterovw", "lars", "nlars", "larc", "nlarc")  # SGD's rate fits them
+LIKE_SGD = ("momentum", "nesterov", "nesterovw", "lars", "nlars", "larc", "nlarc")  # SGD's learning rate works for them
 SCHEDULES = ("step", "cosine")
 ROUNDING = 1e-6  # of a step: 0.6 x 100 epochs is not exactly 60 in binary
 
 
 def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch.optim.Optimizer:
-    """SGD over all parameters, or any optimizer of timm by its name.
+    """Return SGD over all parameters, or any optimizer of timm by its name.
 
     Raises:
         UserError: an unknown optimizer or schedule.
@@ -41,7 +41,7 @@ def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch
         )
     names = [str(name) for name in timm.optim.list_optimizers()]
     if config.name not in names:
-        raise UserError(f"optim.name={config.name} is unknown; {suggest(config.name, names)} sgd is the papers'")
+        raise UserError(f"optim.name={config.name} is unknown; {suggest(config.name, names)} (the papers use sgd)")
     _refuse_rate_of_sgd(config)
     return timm.optim.create_optimizer_v2(
         parameters,
@@ -53,17 +53,17 @@ def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch
 
 
 def _refuse_rate_of_sgd(config: Any) -> None:
-    """With SGD's rate, Adam and its like make the ratios of EN one-hot within an epoch."""
+    """Raise an error if an optimizer like Adam would get SGD's rate. EN's ratios would be one-hot within an epoch."""
     like_sgd = "sgd" in config.name or config.name in LIKE_SGD
     if not like_sgd and config.lr is None and config.lr_per_256 == OptimConfig.lr_per_256:
         raise UserError(
             f"optim.name={config.name} would get the learning rate of SGD, {config.lr_per_256:g} for a batch of 256, "
-            "which is too high for it: give one, such as optim.lr=0.0005, or type optim=adamw, which has its own"
+            "which is too high for it; set one, such as optim.lr=0.0005, or type optim=adamw, which has its own rate"
         )
 
 
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """All parameters in one group, and in others those that a normalizer wants learned otherwise."""
+    """Return parameter groups: one for most parameters, and others for those with `Norm.param_options`."""
     own: dict[nn.Parameter, dict[str, float]] = {}
     for module in model.modules():
         if isinstance(module, Norm):
@@ -78,12 +78,12 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 
 
 def peak_lr(config: Any, *, total_batch: int) -> float:
-    """`lr`, or `lr_per_256` scaled with the batch of the gradient."""
+    """Return `lr`, or `lr_per_256` x (total batch / 256) if `lr` is None."""
     return config.lr if config.lr is not None else config.lr_per_256 * total_batch / 256
 
 
 def learning_rate(config: Any, *, step: int, steps_per_epoch: int, epochs: int, total_batch: int) -> float:
-    """The rate of optimizer step `step`, counted from 0.
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
     step: peak x gamma^(milestones passed), milestones being fractions of all steps. cosine: peak x (1 + cos(pi t)) / 2
     with t from 0 to 1 over the steps after the warm-up. Warm-up: linear from 0 over the fraction `warmup` of all steps.
@@ -101,6 +101,6 @@ def learning_rate(config: Any, *, step: int, steps_per_epoch: int, epochs: int, 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the rate of a step, times its own scale."""
+    """Set the rate of every parameter group to the rate of a step, times the group's scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)

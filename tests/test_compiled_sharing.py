@@ -336,7 +336,7 @@ def test_an_option_that_can_change_unnoticed_is_not_compiled(graphs_for_librarie
     """A list has no hash; the layer follows it all the same."""
     ops.set_backend("compiled")
     norm, x = Listed(8), draw(4, 8, 3, 3).float()
-    with pytest.warns(UserWarning, match="its attribute 'factors' is no number"):
+    with pytest.warns(UserWarning, match="its attribute 'factors' is not a number"):
         before = norm(x)
     norm.factors[0] = 3.0
     torch.testing.assert_close(norm(x), 3 * before)

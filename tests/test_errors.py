@@ -92,7 +92,7 @@ def test_a_bug_in_the_constructor_of_somebodys_norm_is_no_mistake_of_the_user(so
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("norm._target_=my_norms.Nothing", "norm._target_=my_norms.Nothing is no class that can be imported"),
+        ("norm._target_=my_norms.Nothing", "norm._target_=my_norms.Nothing cannot be imported as a class"),
         ("norm.eps=-1", "eps=-1"),
         ("+model.options.wdith=2", "model=test_resnet norm=bn: .*unexpected keyword argument 'wdith'"),
     ],

@@ -107,7 +107,7 @@ def test_within_its_limits_brn_trains_with_what_inference_uses() -> None:
 
 
 def test_limits_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="r_max=0.5, d_max=5.0: allowed: 1 or more"):
+    with pytest.raises(ValueError, match="r_max=0.5, d_max=5.0 is not possible; allowed: r_max >= 1"):
         BatchRenorm(4, r_max=0.5)
 
 

@@ -319,7 +319,7 @@ def test_only_exact_types_are_replaced() -> None:
     convert(model, "bn")
     assert type(model[0]) is MyBatchNorm and isinstance(model[1], BatchNorm)
     left = audit(model)[0]
-    assert left.replacement is None and left.original.endswith("MyBatchNorm") and "no known" in left.reason
+    assert left.replacement is None and left.original.endswith("MyBatchNorm") and "not a known" in left.reason
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "data parallel"])
@@ -353,7 +353,7 @@ def test_mistakes_name_what_is_allowed() -> None:
     with pytest.raises(ValueError, match="BatchNorm has no option 'num_groups'; allowed: .*momentum"):
         convert(model, "bn", num_groups=2)
     with pytest.raises(
-        ValueError, match=r"nothing to replace: no layer of kind group; this model's kinds: batch \(1\)"
+        ValueError, match=r"nothing to replace: there is no layer of kind group; this model's kinds: batch \(1\)"
     ):
         convert(model, "bn", replace=("group",))
     with pytest.raises(ValueError, match="kinds: none"):
@@ -391,7 +391,7 @@ def test_audit_lists_what_was_replaced_built_and_left() -> None:
     assert replaced.replacement is not None and replaced.replacement.startswith("ExemplarNorm(6, eps=1e-05")
     assert replaced.replacement.endswith(")") and replaced.reason == "replaced"
     assert rows["1"].replacement is None and "replace=('group',)" in rows["1"].reason
-    assert rows["2"].reason == "built" and rows["3"].reason == "no known normalization layer"
+    assert rows["2"].reason == "built" and rows["3"].reason == "not a known normalization layer"
     assert "convert the model before it is frozen" in rows["4"].reason
     assert rows["5.bn"].reason == "replaced"
 

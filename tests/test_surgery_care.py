@@ -62,7 +62,7 @@ def test_a_refused_conversion_leaves_the_model_untouched() -> None:
     """No residual is fused where there is nothing to replace."""
     model = Groups()
     before = structure(model)
-    with pytest.raises(ValueError, match="nothing to replace: no layer of kind group"):
+    with pytest.raises(ValueError, match="nothing to replace: there is no layer of kind group"):
         convert(model, "gn", replace=("group",))
     assert structure(model) == before
 
@@ -70,14 +70,14 @@ def test_a_refused_conversion_leaves_the_model_untouched() -> None:
 @pytest.mark.parametrize("given", [nn.InstanceNorm2d, nn.BatchNorm2d(3), 7])
 def test_what_is_no_normalizer_of_exnorm_is_refused_in_a_line(given: Any) -> None:
     """The message says what convert takes."""
-    with pytest.raises(ValueError, match=r"is no normalizer of exnorm; convert takes a subclass .* or a name: bn, "):
+    with pytest.raises(ValueError, match=r"is not a normalizer of exnorm; convert takes a subclass .* or a name: bn, "):
         convert(resnet(), given)
 
 
 @pytest.mark.parametrize(
     ("target", "problem"),
     [
-        ("torch.nn.InstanceNorm2d", "is no normalizer of exnorm"),
+        ("torch.nn.InstanceNorm2d", "is not a normalizer of exnorm"),
         ("nowhere.Norm", "cannot be imported"),
         ("Norm", "cann"),
     ],
@@ -103,7 +103,7 @@ def test_a_converted_model_can_be_converted_again(fuse: bool) -> None:
     torch.testing.assert_close(model.eval()(images()), want, rtol=1e-2, atol=1e-2)
     assert all("BatchNorm2d" in row.original for row in audit(model))
     assert_same(state(convert(copy.deepcopy(model), "en")), state(model), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"has a weight for each normalizer.*convert the model from before"):
+    with pytest.raises(ValueError, match=r"has a weight for each normalizer.*convert the original model"):
         convert(model, "sn")
     assert sum(type(m) is ExemplarNorm for m in model.modules()) == count
 
@@ -128,7 +128,7 @@ def test_frozen_batch_norms_are_named() -> None:
 
 
 def test_the_audit_says_how_to_treat_the_layers() -> None:
-    """Printed, it is a line for each layer, and names what takes the place of functions that pass over them."""
+    """Printed, it is a line for each layer, and names what takes the place of functions that skip them."""
     text = str(audit(convert(resnet(), "en")))
     assert len(text.splitlines()) == len(audit(convert(resnet(), "en"))) + 1
     assert all(f"exnorm.{name}" in text for name in ("freeze", "recalibrate", "convert_sync"))

@@ -80,7 +80,7 @@ def test_ratios_alone_are_taken_from_another_model() -> None:
     assert torch.equal(model[0].weight, torch.ones(6, dtype=torch.float64))
     with pytest.raises(UserError, match="init_ratios_from=there: there has no 0.mean_weight like this model's"):
         load_ratios(model, torch.nn.Sequential(SwitchNorm(6, normalizers=["in", "ln"])).state_dict(), source="there")
-    with pytest.raises(UserError, match="the layers of this model mix nothing"):
+    with pytest.raises(UserError, match="no layer of this model mixes normalizers"):
         load_ratios(torch.nn.Sequential(BatchNorm(6)), source.state_dict(), source="there")
 
 

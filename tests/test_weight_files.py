@@ -58,7 +58,7 @@ def test_a_checkpoint_that_timm_wrote_is_loaded_and_averaged_weights_are_said(tm
     target = build("bn")
     notes = load_weights(target, read_weights(tmp_path / "last.pth.tar"), source="last.pth.tar")
     assert_loaded(target, (ema.module if ema is not None else model).state_dict())
-    assert notes == (["took state_dict_ema; the file has state_dict, too"] if averaged else [])
+    assert notes == (["loaded state_dict_ema; the file also has state_dict"] if averaged else [])
 
 
 @pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "module._orig_mod.", "model._orig_mod.", "net.backbone."])
@@ -90,7 +90,9 @@ def test_a_checkpoint_of_lightning_is_loaded_and_what_is_left_is_said(tmp_path: 
     torch.save(content, tmp_path / "last.ckpt")
     notes = load_weights(target, read_weights(tmp_path / "last.ckpt"), source="last.ckpt")
     assert_loaded(target, source.state_dict())
-    assert notes == ["took the weights whose names begin with model.; 1 others, such as criterion.weight, are left"]
+    assert notes == [
+        "loaded the weights whose names begin with model.; 1 others, such as criterion.weight, were not loaded"
+    ]
 
 
 def test_averaged_weights_of_torchvisions_references_are_loaded(tmp_path: Path) -> None:

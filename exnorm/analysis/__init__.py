@@ -1,1 +1,1 @@
-"""What the trained layers chose: ratios."""
+"""Measure the ratios of trained layers."""

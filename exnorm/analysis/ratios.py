@@ -1,6 +1,6 @@
 """The ratios of every layer that mixes normalizers, measured on a probe batch.
 
-The layers are asked from outside, through hooks: a tensor kept on a module would break deepcopy, EMA and
+Hooks compute the ratios, and no layer stores them: a tensor stored on a module would break deepcopy, EMA and
 `torch.compile`.
 """
 
@@ -25,14 +25,14 @@ class LayerRatio(NamedTuple):
 
 
 def mixing_layers(model: nn.Module) -> dict[str, Norm]:
-    """The layers with ratios, by name."""
+    """Return the layers with ratios, by name."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, Norm) and hasattr(module, "ratios")
     }
 
 
 def measure_ratios(model: nn.Module, images: Tensor) -> list[LayerRatio]:
-    """The ratios of every mixing layer on a batch of images, in evaluation mode; the mode is restored."""
+    """Return the ratios of every mixing layer on a batch of images, in evaluation mode. The mode is restored."""
     layers = mixing_layers(model)
     rows = []
     for layer, ratios in read_ratios(model, images).items():
@@ -49,7 +49,7 @@ def measure_ratios(model: nn.Module, images: Tensor) -> list[LayerRatio]:
 
 @torch.no_grad()
 def read_ratios(model: nn.Module, images: Tensor) -> dict[str, dict[str, Tensor]]:
-    """What every mixing layer's `ratios` says of a batch, in evaluation mode; the mode is restored."""
+    """Return the tensors of every mixing layer's `ratios` on a batch, in evaluation mode. The mode is restored."""
     layers = mixing_layers(model)
     captured: dict[str, dict[str, Tensor]] = {}
     if layers:
@@ -78,7 +78,10 @@ def _capture(layers: dict[str, Norm], captured: dict[str, dict[str, Tensor]]) ->
 
 
 def as_metrics(rows: list[LayerRatio]) -> dict[str, float]:
-    """Rows as metrics: `ratio/<layer>/<normalizer>`, with `mean/` or `var/` before SN's, and `/std` behind EN's."""
+    """Return rows as metrics `ratio/<layer>/<normalizer>`.
+
+    SN's have `mean/` or `var/` before the normalizer. The names of deviations end in `/std`.
+    """
     metrics: dict[str, float] = {}
     for row in rows:
         kind = "" if row.ratio == "lambda" else f"{row.ratio}/"
@@ -90,7 +93,7 @@ def as_metrics(rows: list[LayerRatio]) -> dict[str, float]:
 
 
 def mean_ratios(rows: list[LayerRatio]) -> dict[str, float]:
-    """The mean over layers (and over SN's two sets) of each normalizer's share."""
+    """Return each normalizer's mean share over layers (and over SN's two sets of ratios)."""
     shares: dict[str, list[float]] = {}
     for row in rows:
         shares.setdefault(row.normalizer, []).append(row.mean)

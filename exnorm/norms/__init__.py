@@ -1,4 +1,4 @@
-"""Normalizers: one file each, all the same affine map with other coefficients (`exnorm.norms.base`)."""
+"""The normalizers, one file each. All apply the same affine map, with different coefficients (`exnorm.norms.base`)."""
 
 from exnorm.norms.base import Norm, install
 from exnorm.norms.batch_norm import BatchNorm

@@ -1,9 +1,9 @@
-"""What every normalizer shares: from an input to its moments, and from coefficients to an output.
+"""The base class of all normalizers: it computes the moments of an input, and the output from coefficients.
 
-A normalizer is a subclass of `Norm` with `coefficients(moments) -> (scale, shift)`, both (N, C), of the map
-`scale * (x - mean) + shift` around each sample's and channel's own mean; one that mixes others also has
-`ratios(moments) -> dict[str, Tensor]`. `Norm.formula` is the whole layer in plain PyTorch; compiled code for the same
-formula is installed from outside by `install`. Legend: N batch, C channels, L positions.
+A normalizer is a subclass of `Norm` that defines `coefficients(moments) -> (scale, shift)`, both (N, C). They belong to
+the map `scale * (x - mean) + shift`, where `mean` is the mean of each sample and channel. A normalizer that mixes
+others also defines `ratios(moments) -> dict[str, Tensor]`. `Norm.formula` is the complete layer in plain PyTorch.
+`install` adds compiled code for the same formula. Legend: N batch, C channels, L positions.
 """
 
 import math
@@ -26,24 +26,24 @@ class Norm(nn.Module):
     Args:
         num_features: C.
         eps: added to a variance before its square root.
-        affine: whether `weight` and `bias` are learned; without them they are 1 and 0.
+        affine: learn `weight` and `bias`; if False, they are 1 and 0.
         act: an activation fused into the affine pass: None or one of `exnorm.ops.ACTIVATIONS`.
         channel_dim: 1 for (N, C, *spatial), -1 for (N, *spatial, C).
         device, dtype: of the parameters.
 
     Shape: inputs of 2 to 5 dimensions; the output has the input's shape, dtype and memory format. An input without
-    elements gives an output without elements, and moves no statistics.
+    elements gives an output without elements, and does not change the running statistics.
 
     Raises:
-        ValueError: an input of other dimensions or channels.
+        ValueError: an input with another number of dimensions or channels.
     """
 
     replicas: int = 1
     group: Any = None
-    replaced: str | None = None  # the type of the layer in whose place surgery put this one
-    took_over: str | None = None  # where the activation was that this layer applies instead
+    replaced: str | None = None  # the type of the layer that surgery replaced by this one
+    took_over: str | None = None  # the path of the activation that this layer applies instead
     adds_residual_of: str | None = None  # the block whose residual this layer adds
-    frozen: bool = False  # stays in evaluation mode, whatever `train` is told; see `exnorm.freeze`
+    frozen: bool = False  # stays in evaluation mode, also after `train()`; see `exnorm.freeze`
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Norm(nn.Module):
         self.eps = eps
         self.channel_dim = channel_dim
         self.fused_act = act
-        # What a norm-act layer does behind its norm; set by surgery where it is not fused.
+        # The drop and activation of a norm-act layer; set by surgery where they are not fused.
         self.drop: nn.Module | None = None
         self.act: nn.Module | None = None
         shape = self.affine_shape()
@@ -78,7 +78,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape, **factory)) if affine else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process group can be neither copied nor pickled: a copy (EMA, torch.save) has its scope on this device.
+        # A process group can be neither copied nor pickled. In a copy (EMA, torch.save), BN's scope is one device.
         return {**self.__dict__, "group": None}
 
     def affine_shape(self) -> tuple[int, ...]:
@@ -95,38 +95,38 @@ class Norm(nn.Module):
         return math.gcd(self.num_features, _LANES)
 
     def param_options(self) -> dict[str, dict[str, float]]:
-        """`lr_scale` and `weight_decay` of parameters that are learned unlike the others."""
+        """Return `lr_scale` and `weight_decay`, by name, of the parameters that need other values than the rest."""
         return {}
 
     def train(self, mode: bool = True) -> "Norm":
-        """As `nn.Module.train`; a frozen layer stays in evaluation mode."""
+        """Like `nn.Module.train`, but a frozen layer stays in evaluation mode."""
         super().train(mode)
         self.training = mode and not self.frozen
         return self
 
     def reset_parameters(self) -> None:
-        """All values as at construction; here weight 1, bias 0."""
+        """Reset all values to those at construction; here weight 1, bias 0."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """scale_NC and shift_NC of the affine map, in the moments' dtype; `shift` is its value at the mean."""
+        """Return scale_NC and shift_NC of the affine map, in the moments' dtype; `shift` is its value at the mean."""
         raise NotImplementedError
 
     def constant_mean(self) -> Tensor | None:
-        """The (C,) mean to centre on where the coefficients depend on no input; None where moments are needed."""
+        """Return the (C,) mean to subtract if the coefficients do not depend on the input, else None."""
         return None
 
     def moments(self, x: Tensor) -> Moments:
-        """The moments of an input, for `ratios`; looking at them moves no running statistics."""
+        """Return the moments of an input, for `ratios`. They do not change the running statistics."""
         self.check_input(x)
         mean_NC, var_NC, _ = ops.moments(x, channel_dim=self.channel_dim)
         return self._scoped(mean_NC, var_NC, x)._replace(record=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The normalized input; `residual` is added before the activation, in the same pass where that can be."""
+        """Return the normalized input. `residual` is added before the activation, in the same pass if possible."""
         if isinstance(x, fx.Proxy):
             return _leaf(self, x, residual)
         if residual is None or self._can_add(residual, x):
@@ -135,7 +135,7 @@ class Norm(nn.Module):
         return y if self.fused_act is None else ops.ACTIVATIONS[self.fused_act].apply_(y)
 
     def _can_add(self, residual: Tensor, x: Tensor) -> bool:
-        """Whether the affine pass adds a residual. Behind a sum, only a ReLU's derivative follows from the output."""
+        """Whether the affine pass can add a residual. After a sum, only a ReLU's derivative follows from the output."""
         if self.fused_act not in (None, "relu"):
             return False
         if torch.jit.is_tracing():
@@ -143,7 +143,7 @@ class Norm(nn.Module):
         return residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
 
     def _forward(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        # The sizes of a trace are tensors: looking at them is warned of, and fixes nothing.
+        # In a trace the sizes are tensors: checking them would warn, and check nothing.
         if not torch.jit.is_tracing():
             if x.numel() == 0:
                 Norm.check_input(self, x)
@@ -157,7 +157,7 @@ class Norm(nn.Module):
         return y if self.act is None else self.act(y)
 
     def _empty(self, x: Tensor) -> Tensor:
-        """An output without elements: its gradients are zero, and a scope of several processes gets its share."""
+        """Return an output without elements. Its gradients are zero; it takes part in BN's scope over processes."""
         anchors = [parameter.sum() for parameter in self._parameters.values() if parameter is not None]
         if self.scope()[1] is not None:
             sums_NC = x.to(ops.statistics_dtype(x)).sum(ops.spatial_dims(x, self.channel_dim))
@@ -165,7 +165,7 @@ class Norm(nn.Module):
         return x * torch.stack([anchor.to(x.dtype) for anchor in anchors]).sum() if anchors else x.clone()
 
     def formula(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-        """act(scale * (x - mean) + shift + residual), on the back end's passes: the layer without compiled code."""
+        """act(scale * (x - mean) + shift + residual), by the back end's passes: the layer without compiled code."""
         channel_dim = self.channel_dim
         source, moments = x, self.constant_moments(x)
         if moments is None:
@@ -178,7 +178,7 @@ class Norm(nn.Module):
         )
 
     def constant_moments(self, x: Tensor) -> Moments | None:
-        """What stands for the moments of an input where no coefficient depends on it."""
+        """Return placeholder moments if the coefficients do not depend on the input, else None."""
         mean_C = self.constant_mean()
         if mean_C is None:
             return None
@@ -193,13 +193,15 @@ class Norm(nn.Module):
         return Moments(mean_NC, var_NC, ops.length(x, self.channel_dim), *self.scope())
 
     def check_input(self, x: Tensor) -> None:
-        """Refuse an input that this layer cannot normalize.
+        """Raise an error for an input that this layer cannot normalize.
 
         Raises:
-            ValueError: see the class; what was given and what is allowed.
+            ValueError: see the class. The message says what was given and what is allowed.
         """
         if not 2 <= x.ndim <= 5:
-            raise UserError(f"{type(self).__name__} takes 2 to 5 dimensions, (N, C, *spatial), not {tuple(x.shape)}")
+            raise UserError(
+                f"{type(self).__name__} takes inputs of 2 to 5 dimensions, (N, C, *spatial), not {tuple(x.shape)}"
+            )
         if x.shape[self.channel_dim] != self.num_features:
             raise UserError(
                 f"{type(self).__name__}({self.num_features}) got {x.shape[self.channel_dim]} channels in dimension "
@@ -207,7 +209,7 @@ class Norm(nn.Module):
             )
 
     def affine_parameters(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """weight and bias in the dtype of `like`; 1 and 0 where there is none."""
+        """Return weight and bias in the dtype of `like`; 1 and 0 if the layer has none."""
         dtype = like.dtype
         weight = like.new_ones(()) if self.weight is None else self.weight.to(dtype)
         bias = like.new_zeros(()) if self.bias is None else self.bias.to(dtype)
@@ -231,13 +233,13 @@ _faster: Normalize = _no_code
 
 
 def install(normalize: Normalize) -> None:
-    """Let all layers ask this function before their formula. It returns None where it has no code for a call."""
+    """Make all layers call this function before their formula. It returns None if it has no code for a call."""
     global _faster
     _faster = normalize
 
 
 def without_autocast(function: Callable[..., Any], norm: Norm, x: Tensor, *args: Any) -> Any:
-    """`function(norm, x, *args)` with autocast off, as the formula chooses the dtype of its statistics itself."""
+    """Call `function(norm, x, *args)` with autocast off: the formula chooses the dtype of its statistics itself."""
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
         with torch.autocast(x.device.type, enabled=False):
             return function(norm, x, *args)
@@ -253,17 +255,17 @@ def fold(
 
 
 def _leaf(norm: Norm, x: fx.Proxy, *others: Any) -> Any:
-    """One call in a symbolic trace, as of torch's own layers, whatever tracer runs."""
+    """Record the layer as one call in a symbolic trace, as for torch's own layers, with any tracer."""
     tracer: Any = x.tracer
     args = (x, *[other for other in others if other is not None])
     return tracer.create_proxy("call_module", tracer.path_of_module(norm), args, {})
 
 
 def check_options(owner: str, **options: Any) -> None:
-    """Refuse impossible values of the options that all normalizers share.
+    """Raise an error for impossible values of the options that all normalizers share.
 
     Raises:
-        ValueError: naming the option, its value and what is allowed.
+        ValueError: the message names the option, its value and what is allowed.
     """
     rules = {
         "num_features": (lambda v: isinstance(v, int) and v > 0, "a positive integer"),
@@ -294,7 +296,7 @@ def largest_divisor(number: int, limit: int, option: str) -> int:
     """The largest divisor of `number` that is at most `limit`.
 
     Raises:
-        ValueError: a limit that is no positive integer, under the name `option`.
+        ValueError: the limit is not a positive integer; the message calls it `option`.
     """
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise UserError(f"{option}={limit!r} is not possible; allowed: an integer from 1 up")

@@ -5,9 +5,11 @@ ICML 2015.
 
     y = weight * (x - mu) / sqrt(var + eps) + bias,   mu, var over the samples and positions of one replica
 
-The running variance is the unbiased one, n / (n - 1) of the batch's, as in `torch.nn.BatchNorm2d`, which this layer
-equals in output, gradients, buffers and state dict. Differences from it: virtual replicas and groups as BN's scope,
-and `sync` without another module.
+BN is the usual normalizer of convolutional networks. It needs more than a few samples per replica.
+
+This layer equals `torch.nn.BatchNorm2d` in output, gradients, buffers and state dict. As there, the running variance
+is the unbiased one: the batch's variance times n / (n - 1). In addition, BN's scope can be a virtual replica or a group
+of processes, and `sync` needs no other module.
 """
 
 from typing import Any
@@ -25,7 +27,7 @@ class BatchNorm(BatchScopeNorm):
     Parameters: weight, bias (C,). Arguments: see `BatchScopeNorm` and `Norm`.
 
     Raises:
-        ValueError: one value per channel in training.
+        ValueError: only one value per channel in training.
     """
 
     def constant_mean(self) -> Tensor | None:

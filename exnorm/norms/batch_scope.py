@@ -1,8 +1,9 @@
 """Normalizers that use BN's scope: batch statistics per replica, running statistics, and their bookkeeping.
 
-Outside the engine such a layer behaves as `torch.nn.BatchNorm2d` does: each training forward moves the running
-statistics. After `configure_scope` a forward only adds to a pending sum, and `commit_running_stats`, called once per
-optimizer step, moves them by the plain mean over replicas, passes and processes of each replica's statistics.
+Outside the engine such a layer behaves like `torch.nn.BatchNorm2d`: each training forward updates the running
+statistics. After `configure_scope`, a forward only adds its statistics to a pending sum. `commit_running_stats`, called
+once per optimizer step, then updates the running statistics once. It uses the plain mean of each replica's statistics
+over all replicas, passes and processes.
 """
 
 import functools
@@ -26,12 +27,12 @@ class BatchScopeNorm(Norm):
     """A norm with running statistics of BN's scope.
 
     Args (beyond `Norm`'s):
-        momentum: running = (1 - momentum) * running + momentum * batch, torch's sense; None for the cumulative mean.
-        sync: widen BN's scope to the whole batch, over all replicas and processes.
-        track_running_stats: without, batch statistics are used in evaluation too; set to False later, as an
-            attribute, the running statistics stay as they are.
+        momentum: running = (1 - momentum) * running + momentum * batch, as in torch; None for the cumulative mean.
+        sync: BN's scope is the complete batch, over all replicas and processes.
+        track_running_stats: if False, batch statistics are used in evaluation too. If the attribute is set to False
+            later, the running statistics stay as they are.
 
-    Buffers: running_mean, running_var (C,), num_batches_tracked; the pending sums are not saved.
+    Buffers: running_mean, running_var (C,), num_batches_tracked. The pending sums are not in the state dict.
     """
 
     running_mean: Tensor | None
@@ -78,13 +79,13 @@ class BatchScopeNorm(Norm):
         return {**super().channel_shapes(), **dict.fromkeys(names, (self.num_features,))}
 
     def reset_parameters(self) -> None:
-        """All values as at construction: parameters, running statistics, and what is pending of them."""
+        """Reset all values to those at construction: parameters, running statistics and pending sums."""
         super().reset_parameters()
         self.reset_running_stats()
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
-        """running_mean 0, running_var 1, num_batches_tracked 0, and nothing pending."""
+        """Set running_mean to 0, running_var to 1, and num_batches_tracked and the pending sums to 0."""
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.running_mean.zero_()
             self.running_var.fill_(1)
@@ -92,19 +93,19 @@ class BatchScopeNorm(Norm):
                 counted.zero_()
 
     def has_batch_scope(self) -> bool:
-        """Whether BN's scope is among those that it normalizes over; a mix may do without."""
+        """Whether the layer normalizes over BN's scope; a mixture without BN does not."""
         return True
 
     def uses_batch_statistics(self) -> bool:
-        """Whether BN's scope is the current batch, rather than the running statistics."""
+        """Whether BN's statistics are those of the current batch, not the running ones."""
         return self.has_batch_scope() and (self.training or self.running_mean is None)
 
     def stored_variance(self, var_RC: Tensor, count: Any) -> Tensor:
-        """The variance that goes into `running_var`, of `count` values of a channel: here the biased one."""
+        """Return the variance for `running_var`, from `count` values of a channel: here the biased one."""
         return var_RC
 
     def batch_statistics(self, moments: Moments) -> Statistics:
-        """BN's mean and variance for each sample, (N, C) or (1, C); records them in training."""
+        """Return BN's mean and variance for each sample, (N, C) or (1, C). In training, record them."""
         if self.running_mean is not None and self.running_var is not None and not self.training:
             like = moments.mean_NC
             return Statistics(
@@ -121,7 +122,7 @@ class BatchScopeNorm(Norm):
         return Statistics(replica_to_sample(mean_RC, moments), replica_to_sample(var_RC, moments))
 
     def scope(self) -> tuple[int, Any]:
-        # Outside the engine nobody configures the scope, and `sync` means all processes all the same.
+        # Outside the engine nothing configures the scope; `sync` means all processes there, too.
         return (1, world_group()) if self.sync and not self.deferred else super().scope()
 
     def check_input(self, x: Tensor) -> None:
@@ -130,7 +131,7 @@ class BatchScopeNorm(Norm):
             return
         samples, (replicas, group) = x.shape[0], self.scope()
         if samples % replicas:
-            raise UserError(f"{samples} samples do not split into {replicas} replicas; give a multiple of it")
+            raise UserError(f"{samples} samples do not split into {replicas} replicas; give a multiple of {replicas}")
         if self.training and samples == replicas and x[0].numel() == self.num_features and group is None:
             others = ", or normalizers=[in,ln]" if hasattr(self, "normalizers") else ""
             raise UserError(
@@ -148,7 +149,7 @@ class BatchScopeNorm(Norm):
 
     @torch.no_grad()
     def update_running_stats(self, mean_C: Tensor, var_C: Tensor) -> None:
-        """Move the running statistics by one step towards the given ones."""
+        """Update the running statistics once, with the given ones."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked += 1
@@ -182,7 +183,7 @@ def configure_scope(model: nn.Module, *, replicas: int = 1, group: Any = None) -
         replicas: replicas in one forward of this device, N / replicas consecutive samples each.
         group: the process group that one replica spans; None if it lies on this device.
 
-    Layers with `sync` take the whole batch of all processes, whatever is given.
+    Layers with `sync` ignore both: their scope is the complete batch of all processes.
     """
     world = world_group()
     for module in batch_scope_norms(model):
@@ -191,7 +192,7 @@ def configure_scope(model: nn.Module, *, replicas: int = 1, group: Any = None) -
 
 
 def take_pending(module: BatchScopeNorm) -> tuple[Tensor, Tensor]:
-    """The mean of a layer's pending statistics, which are cleared; the running ones if it did not run."""
+    """Return the mean of a layer's pending statistics and clear them; return the running ones if it did not run."""
     assert module.running_mean is not None and module.running_var is not None
     count = module.pending_count.clamp(min=1)
     ran = module.pending_count > 0
@@ -204,10 +205,11 @@ def take_pending(module: BatchScopeNorm) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def commit_running_stats(model: nn.Module) -> None:
-    """Move the running statistics once, by the mean over replicas, passes and processes. After each optimizer step.
+    """Update the running statistics once, with the mean over replicas, passes and processes.
 
-    A layer that did not run moves towards its own running statistics, that is, not at all. All layers move together:
-    on a GPU the number of launches does not grow with the number of layers (beyond torch's limit per foreach kernel).
+    Call it after each optimizer step. Where a layer did not run, its running statistics take the place of the pending
+    ones. All layers are updated together: on a GPU, the number of launches does not grow with the number of layers (up
+    to torch's limit per foreach kernel).
     """
     kinds: dict[Any, list[BatchScopeNorm]] = {}
     for module in batch_scope_norms(model):
@@ -244,7 +246,7 @@ def _buffer(module: BatchScopeNorm, name: str) -> Tensor:
 
 
 def _weight(module: BatchScopeNorm, like: Tensor) -> Tensor:
-    """How far the running statistics move towards the new ones; after `num_batches_tracked` has counted."""
+    """Return the weight of the new statistics. Call it after `num_batches_tracked` has been increased."""
     if module.momentum is None:
         return 1 / _buffer(module, "num_batches_tracked").to(like.dtype)
     return _constant(module.momentum, like.dtype, like.device)
@@ -252,7 +254,7 @@ def _weight(module: BatchScopeNorm, like: Tensor) -> Tensor:
 
 @functools.cache  # never dropped: a CUDA graph may read it
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number on the device: copied there once, not in every step."""
+    """Return a number as a tensor on the device; it is copied there once, not in every step."""
     return torch.tensor(value, dtype=dtype, device=device)
 
 

@@ -4,8 +4,10 @@ Y. Wu, K. He, "Group Normalization", ECCV 2018.
 
     y = weight * (x - mu) / sqrt(var + eps) + bias,   mu, var over the positions and the channels of one group
 
-Equals `torch.nn.GroupNorm` where `num_groups` divides the channels. Where it does not, torch refuses; here the
-largest divisor of C that is at most `num_groups` is taken, so that one setting fits every layer of a backbone.
+GN does not depend on the batch, so it also works with one sample per device.
+
+This layer equals `torch.nn.GroupNorm` if `num_groups` divides the number of channels C. If it does not, torch raises an
+error. This layer then takes the largest divisor of C below `num_groups`, so one setting fits all layers of a backbone.
 """
 
 import math
@@ -27,7 +29,7 @@ class GroupNorm(Norm):
         num_groups: the largest number of groups; lowered to a divisor of C.
 
     Raises:
-        ValueError: one value per group, of which only `bias` would be left.
+        ValueError: only one value per group; the output would always be `bias`.
     """
 
     def __init__(self, num_features: int, *, num_groups: int = 32, device: Any = None, **options: Any) -> None:
@@ -41,12 +43,12 @@ class GroupNorm(Norm):
         super().check_input(x)
         if x[0].numel() == self.num_groups:
             raise UserError(
-                f"GroupNorm needs more than 1 value per group: {self.num_features} channels in {self.num_groups} "
-                "groups of 1 position leave nothing; use fewer groups (norm.num_groups) or larger images"
+                f"GroupNorm needs more than 1 value per group, but {self.num_features} channels of 1 position in "
+                f"{self.num_groups} groups have only 1; use fewer groups (norm.num_groups=...) or larger images"
             )
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        # By groups, (N, G, C / G): an index over all channels would be divided for each value of a statistic.
+        # In groups, (N, G, C / G): an index over all channels would need a division for each value of a statistic.
         weight, bias = (
             p.unflatten(0, (self.num_groups, -1)) if p.ndim else p for p in self.affine_parameters(moments.mean_NC)
         )

@@ -4,7 +4,9 @@ D. Ulyanov, A. Vedaldi, V. Lempitsky, "Instance Normalization: The Missing Ingre
 
     y = weight * (x - mu) / sqrt(var + eps) + bias,   mu, var over the positions of one sample and channel
 
-Equals `torch.nn.InstanceNorm2d(C, affine=True)`, which has no affine map by default; here it is learned.
+IN removes the contrast of each image. It was made for image stylization.
+
+This layer equals `torch.nn.InstanceNorm2d(C, affine=True)`. The affine map is on by default; in torch it is off.
 """
 
 from torch import Tensor
@@ -20,15 +22,15 @@ class InstanceNorm(Norm):
     Parameters: weight, bias (C,). Arguments: see `Norm`.
 
     Raises:
-        ValueError: one position per sample and channel, of which only `bias` would be left.
+        ValueError: only one position per sample and channel; the output would always be `bias`.
     """
 
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
         if x[0].numel() == self.num_features:
             raise UserError(
-                "InstanceNorm needs more than 1 position per sample and channel: of one value nothing is left; "
-                "use larger images (data.image_size=64 or more for ResNets) or a norm with another scope (norm=sn, en)"
+                "InstanceNorm needs more than 1 position per sample and channel, because it maps a single value to 0; "
+                "use larger images (data.image_size=64 or more for ResNets), or another norm (norm=sn or norm=en)"
             )
 
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:

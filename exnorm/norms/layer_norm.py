@@ -4,7 +4,8 @@ J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer Normalization", 2016.
 
     y = weight * (x - mu) / sqrt(var + eps) + bias,   mu, var over the channels and positions of one sample
 
-Equals `torch.nn.GroupNorm(1, C)`. It is not `torch.nn.LayerNorm`, which normalizes each token on its own.
+LN does not depend on the batch. This layer equals `torch.nn.GroupNorm(1, C)`. It differs from `torch.nn.LayerNorm`,
+which normalizes each token on its own.
 """
 
 from torch import Tensor

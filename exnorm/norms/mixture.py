@@ -1,4 +1,4 @@
-"""What normalizers that mix IN, LN and BN share: which ones, in which order, and where the ratios start."""
+"""Shared code of the normalizers that mix IN, LN and BN: their names, their order, and the initial ratios."""
 
 from collections.abc import Sequence
 
@@ -16,16 +16,16 @@ from exnorm.norms.statistics import (
 
 NORMALIZERS = ("in", "ln", "bn")  # the order of the published SN code
 
-# The logit by which `initial` leads the others: exp(-10), about 5e-5, is left for each of them. Large enough to
-# reproduce a pretrained network to four digits, small enough that the ratios can still move.
+# The logit of `initial` minus the others'. Each of those gets a ratio of exp(-10), about 5e-5. It is large enough to
+# reproduce a pretrained network to four digits, and small enough that the ratios can still be learned.
 INITIAL_LEAD = 10.0
 
 
 def check_normalizers(owner: str, normalizers: Sequence[str], initial: str | None) -> tuple[str, ...]:
-    """The normalizers as a tuple.
+    """Return the normalizers as a tuple.
 
     Raises:
-        ValueError: none, an unknown or a repeated one, or an `initial` that is not among them.
+        ValueError: no normalizer, an unknown or a repeated one, or an `initial` that is not among them.
     """
     names = tuple(normalizers)
     if not names or len(set(names)) != len(names) or not set(names) <= set(NORMALIZERS):
@@ -35,13 +35,14 @@ def check_normalizers(owner: str, normalizers: Sequence[str], initial: str | Non
         )
     if initial is not None and initial not in names:
         raise UserError(
-            f"{owner}: initial={initial!r} is not among normalizers={list(names)}; or null for equal ratios"
+            f"{owner}: initial={initial!r} is not among normalizers={list(names)}; give one of them, or null for "
+            "equal ratios"
         )
     return names
 
 
 def initial_logits(normalizers: Sequence[str], initial: str | None, base: float) -> Tensor:
-    """(K,) logits: `base` for all, and INITIAL_LEAD more for `initial`."""
+    """Return (K,) logits: `base` for all, and INITIAL_LEAD more for `initial`."""
     return torch.tensor([base + (INITIAL_LEAD if name == initial else 0.0) for name in normalizers])
 
 

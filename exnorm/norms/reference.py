@@ -1,7 +1,7 @@
-"""The normalizers written down as the papers write them: slow, memory-hungry, independent of `exnorm.ops`.
+"""The normalizers, written exactly as in the papers: slow, memory-hungry, independent of `exnorm.ops`.
 
-For tests and benchmarks. Every statistic is taken from `x` itself and every normalized map is built, in the dtype of
-`x`; autograd does the rest. Legend: N batch, C channels, K normalizers.
+They are for tests and benchmarks. Every statistic is computed from `x` itself, and every normalized map is stored, in
+the dtype of `x`. Autograd computes the gradients. Legend: N batch, C channels, K normalizers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ Running = tuple[Tensor, Tensor]
 
 
 def _over(x: Tensor, scope: str) -> tuple[int, ...]:
-    """The dimensions of (N, C, *spatial) that one value of a statistic of this scope covers."""
+    """Return the dimensions of (N, C, *spatial) over which a statistic of this scope is taken."""
     spatial = tuple(range(2, x.ndim))
     return {"in": spatial, "ln": (1, *spatial), "bn": (0, *spatial)}[scope]
 
@@ -69,7 +69,7 @@ def switch_norm(
     running: Running | None = None,
     ratios: Callable[[Tensor], Tensor] = softmax,
 ) -> Tensor:
-    """SN: one normalization with mixed statistics; the ratios are their softmax, or `ratios` of the logits."""
+    """SN: one normalization with mixed statistics. `ratios` maps the logits to ratios; the default is softmax."""
     mean_ratio, var_ratio = ratios(parameters["mean_weight"]), ratios(parameters["var_weight"])
     pairs = [statistics(x, scope, running) for scope in normalizers]
     mean = torch.stack([(w * m).expand_as(x) for w, (m, _) in zip(mean_ratio, pairs, strict=True)]).sum(0)

@@ -23,7 +23,7 @@ class Moments(NamedTuple):
         length: L, the number of positions behind each moment.
         replicas: how many replicas this batch holds, of N / replicas consecutive samples each.
         group: the process group that one replica spans, or None if it lies on this device.
-        record: whether batch statistics taken from them in training move the running ones.
+        record: whether, in training, batch statistics taken from them update the running statistics.
     """
 
     mean_NC: Tensor
@@ -42,7 +42,7 @@ class Statistics(NamedTuple):
 
 
 class ReplicaStatistics(NamedTuple):
-    """BN's mean and biased variance of each replica, and how many values of one channel lie in its scope."""
+    """BN's mean and biased variance of each replica, and the number of values of one channel in its scope."""
 
     mean_RC: Tensor
     var_RC: Tensor
@@ -50,7 +50,7 @@ class ReplicaStatistics(NamedTuple):
 
 
 def _total(mean: Tensor, var: Tensor, dim: int, weight: Tensor | None = None) -> Statistics:
-    """Mean and variance of the union of sets, given along `dim`, which is kept.
+    """Return mean and variance of the union of sets. The sets lie along `dim`, which is kept.
 
     Args:
         weight: each set's share of the values times the number of sets; None for equally large ones.
@@ -80,7 +80,7 @@ def group_statistics(moments: Moments, num_groups: int) -> Statistics:
 
 
 def replica_statistics(moments: Moments) -> ReplicaStatistics:
-    """BN: over the samples and positions of each replica, weighed by their number in each process."""
+    """BN: over the samples and positions of each replica, weighted by their number in each process."""
     samples, channels = moments.mean_NC.shape
     count = samples // moments.replicas * moments.length
     shape = (moments.replicas, samples // moments.replicas, channels)
@@ -88,18 +88,18 @@ def replica_statistics(moments: Moments) -> ReplicaStatistics:
     if moments.group is None:
         mean, var = _total(mean, var, 1)
     else:
-        # A process without a value still takes part, forward and backward: its sums are 0, with a gradient.
+        # A process without values still takes part in forward and backward: its sums are 0, with a gradient.
         mean, var = _total(mean, var, 1) if count else Statistics(mean.sum(1, keepdim=True), var.sum(1, keepdim=True))
         mean, var, count = _over_group(mean, var, count, moments.group)
     return ReplicaStatistics(mean.reshape(-1, channels), var.reshape(-1, channels), count)
 
 
 def _over_group(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics over all processes of a group, and the number of values in it; without asking a GPU for one."""
+    """Return the statistics over all processes of a group, and the number of values in it, without a GPU sync."""
     local = torch.cat((torch.stack((mean, var)).flatten(), mean.new_full((1,), count)))
     gathered = _GatherOverGroup.apply(local, group)
     counts = gathered[:, -1].detach().double()
-    # In float64, in which it is exactly 1 where all counts are equal.
+    # In float64 the weight is exactly 1 if all counts are equal.
     weight = (counts * len(counts) / counts.sum()).to(mean.dtype).reshape(-1, *(1,) * mean.ndim)
     means, variances = gathered[:, :-1].unflatten(1, (2, *mean.shape)).unbind(1)
     mean_all, var_all = _total(means, variances, 0, weight)

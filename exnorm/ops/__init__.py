@@ -2,10 +2,10 @@
 
     x : (N, C, *spatial) or (N, *spatial, C)
     m, v = moments(x)                 mean and biased variance over the L positions, (N, C)
-    y = act(a * (x - m) + b + r)      a, b : (N, C), any differentiable function of m and v; r a residual, or none
+    y = act(a * (x - m) + b + r)      a, b : (N, C), any differentiable function of m and v; r an optional residual
 
-Four passes over the big tensor in all (two forward, two backward) and one saved tensor, `x`, however many
-normalizers are mixed. See `exnorm.ops.streaming` for the gradient.
+Together they take four passes over the big tensor (two forward, two backward) and save one tensor, `x`. Both numbers
+are the same for any number of mixed normalizers. See `exnorm.ops.streaming` for the gradient.
 """
 
 from exnorm.ops.activations import ACTIVATIONS, through_relu

@@ -24,12 +24,12 @@ class Activation(NamedTuple):
 
 
 def _relu_(u: Tensor) -> Tensor:
-    # torch 2.11 compiles an output that was overwritten to a zero gradient.
+    # torch.compile (2.11) gives a zero gradient if the output is overwritten in place.
     return torch.relu(u) if torch.compiler.is_compiling() else torch.relu_(u)
 
 
 def through_relu(grad: Tensor, y: Tensor) -> Tensor:
-    """The gradient in front of a ReLU with the output y."""
+    """Return the gradient at the input of a ReLU whose output is y."""
     return _aten.threshold_backward(grad, y, 0)
 
 

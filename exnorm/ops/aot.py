@@ -1,7 +1,7 @@
-"""FX graphs of small tensors compiled by inductor: on the CPU into a shared library that outlives the process.
+"""Compile FX graphs of small tensors with inductor ahead of time: on the CPU into a shared library for later processes.
 
-What torch.compile adds to a call (guards, Python that allocates each buffer) and to a start (importing the compiler,
-tracing) costs more than the arithmetic of such a graph. A library is called directly and loaded in a millisecond.
+For such graphs, the overhead of torch.compile exceeds the arithmetic. Each call checks guards and allocates each buffer
+in Python; each start imports the compiler and traces. A library is called directly and loaded in a millisecond.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from exnorm.runs.cache import building_in
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
-# Inductor recomputes what is cheap in every loop that reads it; between small tensors storing it is cheaper. It tries
-# out the compiler's vector instructions for 9 seconds; where they fail, the build fails, and that is seen as well. On
-# two cores a second thread gains nothing, and where another process holds its core each of 20 loops waits for it.
+# realize_*: inductor recomputes cheap values in every loop that reads them; for small tensors, storing them is faster.
+# vec_isa_ok: skips inductor's test of the vector instructions, which takes 9 seconds. If they fail, the build fails.
+# threads: on two cores a second thread gains nothing, and each of 20 loops waits if another process uses its core.
 OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 2,
     "realize_opcount_threshold": 8,
@@ -29,15 +29,15 @@ OPTIONS: dict[str, Any] = {
 
 
 def load(library: Path) -> Run:
-    """The function in a library that `build` made."""
+    """Load the function from a library that `build` made."""
     runners: Any = getattr(torch._C, "_aoti")  # noqa: B009  # not in torch's stubs
     return runners.AOTIModelContainerRunnerCpu(str(library), 1).run  # type: ignore[no-any-return]
 
 
 def build(graph: fx.GraphModule, library: Path) -> None:
-    """Compile a graph, traced with symbolic sizes, into a library at this path. The CPU only.
+    """Compile a graph, traced with symbolic sizes, into a library at this path. CPU only.
 
-    The caller answers for what the library assumes: contiguous inputs, and sizes as in the graph.
+    The library does not check its inputs. The caller must give contiguous ones, with sizes that fit the graph.
     """
     import torch._inductor
 
@@ -47,7 +47,7 @@ def build(graph: fx.GraphModule, library: Path) -> None:
 
 
 def compile_here(graph: fx.GraphModule) -> Run:
-    """The function of a graph, traced with symbolic sizes, compiled for this process."""
+    """Compile a graph, traced with symbolic sizes, for this process only, and return its function."""
     from torch._inductor.compile_fx import compile_fx
 
     with _quiet():
@@ -61,7 +61,7 @@ def _inputs(graph: fx.GraphModule) -> list[Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch's own deprecations, which are no business of who trains a network."""
+    """Hide torch's own deprecation warnings, which do not concern the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

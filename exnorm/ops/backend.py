@@ -1,4 +1,4 @@
-"""Which implementation of the streaming primitives runs: one setting for the process (`ops.backend`)."""
+"""Choose which implementation of the streaming primitives runs: one setting per process (`ops.backend`)."""
 
 import importlib
 import os
@@ -17,12 +17,13 @@ _module: ModuleType = eager
 
 
 def set_backend(name: str) -> str:
-    """Choose the back end of every normalizer in this process and return the name of what was chosen.
+    """Choose the back end of every normalizer in this process, and return the name of the chosen one.
 
-    `auto` is the fastest one here: `triton` on an NVIDIA GPU, `compiled` on a machine without a GPU that has a C++
-    compiler, else `eager`. A back end that cannot run here is replaced by `eager`, with a warning. `compiled` compiles
-    for up to a minute where a kind of layer is new to the machine; so where nobody chooses, as in a notebook, the back
-    end is `eager`.
+    `auto` chooses the fastest one: `triton` on an NVIDIA GPU, `compiled` on a machine that has no GPU but a C++
+    compiler, else `eager`. If a back end cannot run on this machine, `eager` replaces it, with a warning.
+
+    `compiled` compiles each new kind of layer once per machine, for up to a minute. So it is never the default: without
+    a call of this function, as in a notebook, the back end is `triton` on an NVIDIA GPU, else `eager`.
 
     Raises:
         ValueError: an unknown name.
@@ -34,7 +35,7 @@ def set_backend(name: str) -> str:
         name = ("triton" if _has_triton() else "eager") if torch.cuda.is_available() else "compiled"
         name = name if _can_run(name) else "eager"
     if not _can_run(name):
-        warnings.warn(f"the {name} back end needs {_NEEDS[name]}: the eager back end runs", stacklevel=2)
+        warnings.warn(f"the {name} back end needs {_NEEDS[name]}; the eager back end runs instead", stacklevel=2)
         name = "eager"
     _name, _module = name, importlib.import_module(f"exnorm.ops.{name}")
     return name
@@ -55,7 +56,7 @@ def _can_run(name: str) -> bool:
 
 
 def _has_triton() -> bool:
-    """Whether Triton's kernels run on the GPU of this machine."""
+    """Whether this machine has a GPU that can run Triton's kernels."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return False
     from torch.utils._triton import has_triton
@@ -64,7 +65,7 @@ def _has_triton() -> bool:
 
 
 def get_backend() -> str:
-    """The name of the back end in use: what was set, else `triton` on an NVIDIA GPU, else `eager`."""
+    """Return the name of the current back end: the one that was set, else `triton` on an NVIDIA GPU, else `eager`."""
     if _name is None:
         set_backend("triton" if _has_triton() else "eager")
     assert _name is not None
@@ -72,13 +73,16 @@ def get_backend() -> str:
 
 
 def running() -> ModuleType:
-    """The module that holds the primitives of the back end in use."""
+    """Return the module with the primitives of the current back end."""
     get_backend()
     return _module
 
 
 def implementation() -> ModuleType:
-    """`running()`, or what torch.compile shall see of it: operators; of back ends that are formulas those."""
+    """Return the module whose primitives a layer calls: under `torch.compile` the operators, else `running()`.
+
+    The eager and the plain back end are formulas that `torch.compile` can trace. For them it is always `running()`.
+    """
     if not torch.compiler.is_compiling() or get_backend() in ("eager", "plain"):
         return running()
     from exnorm.ops import library  # registers the operators

@@ -1,7 +1,7 @@
-"""The streaming primitives compiled: our C++ on the CPU, what inductor makes of the eager formulas elsewhere.
+"""The compiled streaming primitives: C++ (`native.cpp`) on the CPU, inductor's code of the eager formulas elsewhere.
 
-Both run on dense tensors, contiguous or channels last; another is copied first. Inductor's see a three-dimensional
-view, (N, C, L) or (N, L, C), so that one compiled function serves any number of dimensions and both memory formats.
+Both need dense tensors (contiguous or channels last) and copy others first. Inductor's code gets a three-dimensional
+view, (N, C, L) or (N, L, C). So one compiled function serves any number of dimensions and both memory formats.
 Legend: see `exnorm.ops.eager`.
 """
 
@@ -19,7 +19,7 @@ from exnorm.ops.layout import dense, like, statistics_dtype
 
 
 def _flatten(x: Tensor, channel_dim: int) -> tuple[Tensor, int]:
-    """A dense tensor as (N, C, L) with channel_dim 1, or (N, L, C) with -1."""
+    """Return a dense tensor as (N, C, L) and channel_dim 1, or as (N, L, C) and -1."""
     if channel_dim == -1:
         return x.view(x.shape[0], -1, x.shape[-1]), -1
     if x.is_contiguous():
@@ -28,13 +28,13 @@ def _flatten(x: Tensor, channel_dim: int) -> tuple[Tensor, int]:
 
 
 def _plain(*coefficients: Tensor) -> list[Tensor]:
-    """Coefficients as torch.compile takes them without looking: contiguous, and outside of any graph."""
+    """Return the coefficients as the compiled functions assume them: contiguous, and detached from autograd."""
     return [coefficient.detach().contiguous() for coefficient in coefficients]
 
 
 @functools.cache
 def _piece(primitive: Callable[..., Any], channel_dim: int, *act: str | None) -> GuardlessFunction:
-    """A primitive that returns (N, C) tensors."""
+    """Return a compiled primitive that returns (N, C) tensors."""
 
     def run(*args: Tensor) -> tuple[Tensor, Tensor]:
         return primitive(*args, channel_dim, *act)
@@ -44,7 +44,7 @@ def _piece(primitive: Callable[..., Any], channel_dim: int, *act: str | None) ->
 
 @functools.cache
 def _writing_piece(primitive: Callable[..., Tensor], channel_dim: int, act: str | None) -> GuardlessFunction:
-    """A primitive whose result is written into its first argument."""
+    """Return a compiled primitive that writes its result into its first argument."""
 
     def run(y: Tensor, *args: Tensor | None) -> None:
         y.copy_(primitive(*args, channel_dim, act))

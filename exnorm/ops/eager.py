@@ -1,8 +1,8 @@
 """The streaming primitives as plain torch operations, on any device.
 
 Legend: N batch, C channels, L positions. Big tensors have the shape of `x`; means, coefficients and sums are (N, C)
-in float32 (float64 for float64 input), whatever the dtype of `x`. Everything is taken from `x - mean`, so that a mean
-far larger than the deviation costs no digits.
+in float32 (float64 for float64 input), whatever the dtype of `x`. All formulas use `x - mean`, so a mean far larger
+than the deviation costs no precision.
 """
 
 import torch
@@ -13,7 +13,7 @@ from exnorm.ops.layout import cast, expand_coefficients, spatial_dims, statistic
 
 
 def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over the positions of each (sample, channel); two passes, centred."""
+    """Return the mean and biased variance over the positions of each (sample, channel); two passes, centred."""
     dims = spatial_dims(x, channel_dim)
     x = cast(x, statistics_dtype(x))
     if not dims:
@@ -70,20 +70,20 @@ def affine_sums(
     channel_dim: int,
     act: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """sum_L g * (x - mean) and sum_L g, the gradients of scale and shift; g is the gradient behind the activation."""
+    """sum_L g * (x - mean) and sum_L g, the gradients of scale and shift; g: the gradient at the activation's input."""
     centred = _centred(x, mean_NC, channel_dim)
     grad = _through_activation(grad, centred, scale_NC, shift_NC, channel_dim, act)
     dims = spatial_dims(x, channel_dim)
     product = grad * centred
     if not dims:
-        return product, grad.clone()  # the operators of torch's library return no alias
+        return product, grad.clone()  # a custom operator must not return an alias
     return product.sum(dims), grad.sum(dims)
 
 
 def gated_sums(
     grad: Tensor, x: Tensor, y: Tensor, mean_NC: Tensor, scale_NC: Tensor, shift_NC: Tensor, channel_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`affine_sums` behind a residual and a ReLU whose output is `y`, and the gradient in front of the ReLU."""
+    """`affine_sums` where a residual and a ReLU with the output `y` follow, and the gradient at the ReLU's input."""
     gated = through_relu(grad, y)
     return *affine_sums(gated, x, mean_NC, scale_NC, shift_NC, channel_dim, None), gated
 

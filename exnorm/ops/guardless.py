@@ -1,10 +1,10 @@
-"""Functions of tensors compiled by torch's inductor: once for each set of facts about the arguments, and no guards.
+"""Compile functions of tensors with torch's inductor, once for each kind of arguments and without guards.
 
-torch.compile guards every call with a check of all that was assumed, which for a layer of small tensors costs more
-than the layer. Here the assumptions are few and known: they are the key under which a compiled function is kept. Sizes
-are dynamic, but a size of 1 is a fact; so are dtypes, devices, strides that are not contiguous, and whether an index
-into the tensor fits 32 bits, for which code on a GPU is made. A function given here must not branch on a size in any
-other way.
+At every call, torch.compile checks all its assumptions (its guards). For a layer of small tensors, this takes longer
+than the layer. Here the assumptions are few and known, so they are the key under which a compiled function is kept:
+the dtypes, the devices, the strides that are not contiguous, which sizes are 1, and whether an index into the tensor
+fits 32 bits (code for a GPU depends on it). Other sizes are dynamic: a function must not branch on a size in any other
+way.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ _LARGEST_INDEX = 2**31 - 1
 
 
 class GuardlessFunction:
-    """A function of tensors and None, compiled at its first call with arguments of a new kind.
+    """A function of tensors and None that is compiled at its first call with each new kind of arguments.
 
-    Where that fails, it runs as it is, after one warning with its name.
+    If the compilation fails, the function runs uncompiled, after one warning with its name.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -39,12 +39,12 @@ class GuardlessFunction:
         if compiled is not None:
             try:
                 return compiled(*args)
-            except BackendCompilerFailed:  # torch.compiler.reset() has thrown the compiled code away
+            except BackendCompilerFailed:  # torch.compiler.reset() has discarded the compiled code
                 del self.compiled[key]
         return self._first_call(key, args)
 
     def _first_call(self, key: Hashable, args: tuple[Any, ...]) -> Any:
-        # torch keeps compiled code per code object; a copy for each key needs no guards to tell them apart.
+        # torch keeps compiled code per code object. Each key has its own copy, so no guards must distinguish the keys.
         code = self.function.__code__.replace()
         copy = types.FunctionType(code, self.function.__globals__, code.co_name, None, self.function.__closure__)
         options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
@@ -52,7 +52,7 @@ class GuardlessFunction:
         try:
             with without_saved_tensor_hooks(), _independent_sizes():
                 result = compiled(*args)
-        except Exception as problem:  # noqa: BLE001  # whatever a compiler stumbles over, the function is there
+        except Exception as problem:  # noqa: BLE001  # whatever the error, the uncompiled function still works
             warn_once(self.name, problem)
             compiled, result = self.function, self.function(*args)
         self.compiled[key] = compiled
@@ -67,7 +67,7 @@ class GuardlessFunction:
 
 
 def _facts(arg: Any) -> Hashable:
-    """All that the compiled code may assume of an argument besides its number of dimensions."""
+    """Return the part of the key for one argument: all that the compiled code may assume of it."""
     if isinstance(arg, Tensor):
         shape = arg.shape
         sizes = tuple([size == 1 for size in shape]) if 1 in shape else len(shape)
@@ -77,7 +77,7 @@ def _facts(arg: Any) -> Hashable:
 
 @contextlib.contextmanager
 def without_saved_tensor_hooks() -> Iterator[None]:
-    """Those of activation checkpointing, say, which `torch.func` refuses to be traced under."""
+    """Disable saved-tensor hooks (such as activation checkpointing's): `torch.func` cannot be traced under them."""
     autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009  # not in torch's stubs
     hooks = []
     while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
@@ -95,7 +95,7 @@ _sizes_are_independent = False
 
 @contextlib.contextmanager
 def _independent_sizes() -> Iterator[None]:
-    """Sizes that happen to be equal at the first call get symbols of their own; floats are constants."""
+    """Make torch use separate symbols for sizes that are equal at the first call, and treat floats as constants."""
     import torch._dynamo.config as dynamo
     import torch.fx.experimental._config as symbolic
 
@@ -112,7 +112,7 @@ _warned: set[str] = set()
 
 
 def warn_once(what: str, problem: Exception) -> None:
-    """Say why something runs eagerly, once in a process."""
+    """Warn, once per process, that something runs eagerly, and why."""
     if what not in _warned:
         _warned.add(what)
         why = f"{type(problem).__name__}: {first_line(problem)}"

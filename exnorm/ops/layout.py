@@ -1,4 +1,4 @@
-"""Where samples, channels and positions lie in a tensor.
+"""The layout of samples, channels and positions in a tensor.
 
 Legend: N batch, C channels, L positions. `channel_dim` is 1 for (N, C, *spatial) and -1 for (N, *spatial, C).
 """
@@ -33,7 +33,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in a dtype; no call where it has it, which torch 2.11 would compile to a zero gradient."""
+    """Return `x` in a dtype. If it has it already, no operation runs: torch.compile (2.11) makes its gradient zero."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -41,18 +41,18 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def dense(x: Tensor, channel_dim: int) -> Tensor:
-    """A tensor that is contiguous or, with its channels second, channels last in memory: `x` itself or a copy."""
+    """Return `x` if it is contiguous or (with channel_dim 1) channels last in memory, else a contiguous copy."""
     if x.is_contiguous():
         return x
     if channel_dim == 1 and x.ndim > 2:
-        last = _CHANNELS_LAST.get(x.ndim)  # a third of the time of a view
+        last = _CHANNELS_LAST.get(x.ndim)  # this check takes a third of the time of a view
         if x.is_contiguous(memory_format=last) if last is not None else x.movedim(1, -1).is_contiguous():
             return x
     return x.contiguous()
 
 
 def like(other: Tensor, x: Tensor) -> Tensor:
-    """A tensor of the shape of `x`, which is dense, in its layout and dtype."""
+    """Return `other` in the layout and dtype of `x`, a dense tensor of the same shape."""
     if other.dtype == x.dtype and other.stride() == x.stride():
         return other
     return torch.empty_like(x).copy_(other)

@@ -1,8 +1,8 @@
-"""The streaming primitives as operators of torch's library, which `torch.compile` puts into its graphs as they are.
+"""The streaming primitives as custom operators (`torch.library`), which `torch.compile` does not trace into.
 
-A traced formula lets the compiler decide what to save for backward, and it saves x - mean in float32, two to four times
-the bytes of x. Of an operator it knows only inputs and outputs: x itself is saved, once. When it runs, an operator
-calls the back end in use. Legend: see `exnorm.ops.eager`.
+If the compiler traces a formula, it decides what to save for backward. It saves x - mean in float32, two to four times
+the bytes of x. Of an operator it knows only the inputs and outputs, so it saves x itself, once. At run time, an
+operator calls the current back end. Legend: see `exnorm.ops.eager`.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The streaming primitives for the CPU in C++ (`native.cpp`), compiled once per machine and called through ctypes.
 
-On 2 cores the four passes of a layer with its ReLU take a fifth to a third of `nn.BatchNorm2d` + `nn.ReLU`, where what
-inductor makes of the same formulas takes half as long or, on small images, longer. Float32, float64 and bfloat16; other
-dtypes and activations are inductor's.
+On 2 cores, the four passes of a layer with its ReLU take a fifth to a third of the time of `nn.BatchNorm2d` +
+`nn.ReLU`. Inductor's code for the same formulas takes half of that time, and more on small images. The library supports
+float32, float64 and bfloat16. Inductor's code runs for other dtypes and activations.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ MOMENTS, AFFINE, SUMS, GRADIENT = range(4)
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler of this machine: $CXX, else g++ or clang++."""
+    """Return the path of the C++ compiler: $CXX, else g++ or clang++; None if there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     return next((path for path in map(shutil.which, names) if path), None)
 
 
 def runs(x: Tensor, act: str | None) -> bool:
-    """Whether the library serves this input with this activation."""
+    """Whether the library supports this input with this activation."""
     return x.device.type == "cpu" and x.dtype in DTYPES and act in ACTIVATIONS and _library() is not None
 
 
@@ -53,13 +53,14 @@ def call(
     *,
     other: Tensor | None = None,
 ) -> None:
-    """One pass over `x`.
+    """Run one pass over `x`, and write its results into `out` and `out2`.
 
     Args:
-        x: dense: contiguous, or channels last in memory with channel_dim 1.
-        coefficients: mean, scale, shift, slope, offset as far as the pass reads them, (N, C) in the moments' dtype.
+        what: the pass: MOMENTS, AFFINE, SUMS or GRADIENT.
+        x: a dense tensor: contiguous, or channels last in memory with channel_dim 1.
+        coefficients: those of mean, scale, shift, slope, offset that the pass reads, (N, C) in the moments' dtype.
         out, out2: one or two results: contiguous moments or sums, or a tensor in the layout of `x`.
-        other: in the layout of `x`: the gradient of the output; for AFFINE the residual.
+        other: the gradient of the output, or for AFFINE the residual, in the layout of `x`.
     """
     library = _library()
     assert library is not None
@@ -67,8 +68,8 @@ def call(
     length = x.numel() // (samples * channels)
     columns = channel_dim == -1 or not x.is_contiguous()
     shape, dtype = (samples, channels), statistics_dtype(x)
-    plain = [c.contiguous() for c in coefficients]  # kept: the pass reads them through their addresses
-    assert all(c.shape == shape and c.dtype == dtype for c in plain), "memory of others would be read"
+    plain = [c.contiguous() for c in coefficients]  # a reference: the pass reads them by their addresses
+    assert all(c.shape == shape and c.dtype == dtype for c in plain), "the pass would read outside of these tensors"
     pointers = [c.data_ptr() for c in plain] + [None] * (5 - len(plain))
     first = None if other is None else other.data_ptr()
     last = None if out2 is None else out2.data_ptr()
@@ -78,7 +79,7 @@ def call(
 
 @contextlib.contextmanager
 def compiled_meanwhile() -> Iterator[None]:
-    """Compile the library, where it is missing, while something else is compiled; a failure shows at its first use."""
+    """Compile a missing library in a second thread while the body runs. A failure shows at the library's first use."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pool.submit(_built)
         yield
@@ -90,7 +91,10 @@ def _library() -> Callable[..., None] | None:
         path = _built()
     except (OSError, subprocess.SubprocessError) as problem:
         text = getattr(problem, "stderr", None) or str(problem)
-        warnings.warn(f"the CPU kernels could not be compiled; inductor's are used: {text.strip()[:300]}", stacklevel=2)
+        warnings.warn(
+            f"the CPU kernels could not be compiled, and slower code of inductor runs instead: {text.strip()[:300]}",
+            stacklevel=2,
+        )
         return None
     function = ctypes.CDLL(str(path)).exnorm_pass
     function.restype = None
@@ -99,10 +103,10 @@ def _library() -> Callable[..., None] | None:
 
 
 def _built() -> Path:
-    """The compiled library, from the cache if this machine has built this source before."""
+    """Return the path of the compiled library. Compile it if the cache has none of this source for this machine."""
     compiler = find_compiler()
     if compiler is None:
-        raise FileNotFoundError("no C++ compiler (g++ or clang++; or set CXX)")
+        raise FileNotFoundError("no C++ compiler was found; install g++ or clang++, or set CXX")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     facts = [SOURCE.read_text(), *FLAGS, version, processor()]
     path = cache_folder() / f"native-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"

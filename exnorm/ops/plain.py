@@ -1,8 +1,8 @@
-"""The streaming primitives as plain differentiable operations, for all that cannot see through an autograd function.
+"""The streaming primitives as plain differentiable operations, for tools that do not support autograd functions.
 
-`torch.func`, `vmap`, forward-mode derivatives, `torch.jit.trace` and the ONNX exporter built on it get these formulas
-without being asked. Second derivatives need them from the forward on: `exnorm.ops.set_backend("plain")`. They keep
-several tensors of the size of the input for the backward, where the other back ends keep one.
+`torch.func`, `vmap`, forward-mode derivatives, `torch.jit.trace` and the ONNX exporter built on it use these formulas
+automatically. Second derivatives need them already in the forward: call `exnorm.ops.set_backend("plain")` before it.
+The formulas keep several tensors of the input's size for the backward; the other back ends keep one.
 """
 
 import functools
@@ -18,7 +18,7 @@ from exnorm.ops.layout import cast, expand_coefficients, spatial_dims, statistic
 
 
 def is_transformed() -> bool:
-    """Whether somebody traces or transforms what runs now, and an autograd function would fail or be lost."""
+    """Whether torch traces or transforms the running code, so that an autograd function would fail or be lost."""
     if torch.compiler.is_compiling():
         return False
     functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # not in torch's stubs
@@ -53,7 +53,7 @@ def affine(
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward whose results say, when they are differentiated again, what to do instead."""
+    """Wrap a backward: differentiating its results again raises an error that says what to do instead."""
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:

@@ -8,12 +8,13 @@ With `g` the gradient at a * (x - m) + b:
     dm, dv                                                     (autograd on the (N, C) tensors in between)
     dx = a * g + p * (x - m) + q,   p = 2 dv / L,   q = dm / L (Moments; dm is the sum of both)
 
-`x'` aliases `x`, and `ca`, `cb` are zero (N, C) carriers: `Affine.backward` returns the untouched gradient of `y`
-for `x'` and the *values* of a and b as the carriers' "gradients", so that `Moments.backward` holds all that it
-needs to write dx in one pass. Only `x` is saved. First order only; for the rest see `exnorm.ops.plain`.
+`x'` aliases `x`; `ca` and `cb` are carriers: (N, C) tensors of zeros. `Affine.backward` returns the unchanged gradient
+of `y` for `x'`, and the *values* of a and b as the carriers' "gradients". So `Moments.backward` has all that it needs
+to write dx in one pass. Only `x` is saved. There are no second derivatives; for those see `exnorm.ops.plain`.
 
-With a residual r, the activation is none or a ReLU, whose gradient follows from y (saved then, as `nn.ReLU` does): it
-is applied first, for it is the gradient of r too, and all else goes on as without activation.
+With a residual r, the activation is None or a ReLU. The ReLU's gradient follows from y, which is saved then, as in
+`nn.ReLU`. The backward first computes the gradient at the ReLU's input, which is also the gradient of r. Then it
+continues as without an activation.
 """
 
 from types import ModuleType
@@ -30,7 +31,7 @@ from exnorm.ops.layout import length
 
 
 class Streamed(NamedTuple):
-    """What `moments` hands to `affine`: the input with its gradient path, and the carriers."""
+    """The input that `moments` returns for `affine`, with its gradient path, and the carriers."""
 
     x: Tensor
     scale_carrier_NC: Tensor | None
@@ -38,12 +39,12 @@ class Streamed(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The gradients of scale and shift, and with what the backward goes on."""
+    """The gradients of scale and shift, and the gradient and activation for the next pass of the backward."""
 
     dscale_NC: Tensor
     dshift_NC: Tensor
-    grad: Tensor  # where a ReLU follows a residual, the gradient in front of it, which is the residual's too
-    act: str | None  # the activation that is still to be passed
+    grad: Tensor  # if a ReLU follows a residual, the gradient at the ReLU's input, which is also the residual's
+    act: str | None  # the activation whose derivative is not yet applied
 
 
 def sums(
@@ -55,7 +56,7 @@ def sums(
     channel_dim: int,
     act: str | None,
 ) -> Sums:
-    """The third pass of a back end; `y` is the output where a ReLU follows a residual, else None."""
+    """Run the third pass of a back end. `y` is the output if a ReLU follows a residual, else None."""
     if y is None:
         dscale_NC, dshift_NC = passes.affine_sums(grad, x, *coefficients, channel_dim, act)
         return Sums(dscale_NC, dshift_NC, grad, act)
@@ -129,11 +130,11 @@ def moments(x: Tensor, *, channel_dim: int = 1, act: str | None = None) -> tuple
     Args:
         x: (N, C, *spatial), or (N, *spatial, C) with `channel_dim=-1`.
         act: the activation that the following `affine` will apply: its derivative is part of the gradient of `x`. None
-            where a residual is added.
+            if `affine` adds a residual.
 
     Returns:
-        mean_NC, var_NC in float32 (float64 for float64 input), and what `affine` takes in place of `x`. The gradient
-        of `x` is right only if `affine` is called exactly once with it, and with this mean.
+        mean_NC, var_NC in float32 (float64 for float64 input), and a `Streamed`, which `affine` takes in place of `x`.
+        The gradient of `x` is correct only if `affine` is called exactly once with the `Streamed`, and with this mean.
     """
     _check_activation(act)
     if needs_plain_autograd():
@@ -155,11 +156,11 @@ def affine(
     """act(scale * (x - mean) + shift + residual), one pass, in the dtype of `x`.
 
     Args:
-        x: what `moments` returned, or a plain tensor where the coefficients do not depend on its moments.
+        x: the `Streamed` of `moments`, or a plain tensor if the coefficients do not depend on its moments.
         mean_NC: the mean that `moments` returned; for a plain tensor any centre.
         scale_NC, shift_NC: of the shape of the mean, or broadcastable to it; `shift` is the preactivation at the mean.
-        residual: added before the activation, of the shape of `x`; None for nothing.
-        act: None or a key of `ACTIVATIONS`, the same that `moments` was given; with a residual None or "relu".
+        residual: a tensor of the shape of `x` that is added before the activation, or None.
+        act: None or a key of `ACTIVATIONS`, the same as in the call of `moments`; with a residual None or "relu".
     """
     _check_activation(act)
     if residual is not None and act not in (None, "relu"):
@@ -180,7 +181,7 @@ def needs_plain_autograd() -> bool:
 
 
 def fitted(coefficient: Tensor, mean_NC: Tensor) -> Tensor:
-    """A coefficient in the shape and dtype of the mean, as the passes read it."""
+    """Return a coefficient in the shape and dtype of the mean, as the passes need it."""
     if coefficient.shape == mean_NC.shape and coefficient.dtype == mean_NC.dtype:
         return coefficient
     return coefficient.to(mean_NC.dtype).expand(mean_NC.shape)

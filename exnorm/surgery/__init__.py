@@ -1,4 +1,4 @@
-"""Put a normalizer into any model: replace its normalization layers, and say what was replaced."""
+"""Put a normalizer into any model: replace its normalization layers, and report what was replaced."""
 
 from exnorm.surgery.audit_rows import Audit, AuditRow
 from exnorm.surgery.layers import KINDS, audit, constructor_options, convert, norm_class

@@ -1,15 +1,15 @@
-"""What `audit` says: a row for each normalization layer, and how to treat those of exnorm."""
+"""The result of `audit`: a row for each normalization layer, and a note on functions that skip exnorm's layers."""
 
 from typing import NamedTuple
 
 NOTE = (
-    "Functions that look for torch's batch normalization pass over these layers: use exnorm.freeze, exnorm.recalibrate "
-    "and exnorm.convert_sync in place of freeze_batch_norm_2d, update_bn and convert_sync_batchnorm."
+    "Functions that look for torch's batch normalization skip these layers: use exnorm.freeze, exnorm.recalibrate and "
+    "exnorm.convert_sync instead of freeze_batch_norm_2d, update_bn and convert_sync_batchnorm."
 )
 
 
 class AuditRow(NamedTuple):
-    """One normalization layer of a model: what it was, what it is now (None if left), and why."""
+    """One normalization layer of a model: its original type, its replacement (None if it was left), and the reason."""
 
     name: str
     original: str
@@ -18,7 +18,7 @@ class AuditRow(NamedTuple):
 
 
 class Audit(list[AuditRow]):
-    """The rows; printed, a line for each."""
+    """The rows of an audit. Printing it gives one line per row."""
 
     def __str__(self) -> str:
         lines = [f"{row.name}: {row.original} -> {row.replacement or 'left'} ({row.reason})" for row in self]

@@ -1,4 +1,4 @@
-"""Put a normalizer into any model: replace its normalization layers, and say what was replaced.
+"""Put a normalizer into any model: replace its normalization layers, and report what was replaced.
 
 Types are matched exactly: a swap by `isinstance(m, nn.BatchNorm2d)` would delete the activations that timm's
 `BatchNormAct2d` carries.
@@ -95,10 +95,10 @@ _WRAPPERS = (
 
 
 def norm_class(norm: str | type[Norm]) -> type[Norm]:
-    """The class of a normalizer's short name, a file name in `conf/norm`; a class is returned as it is.
+    """Return the class of a normalizer from its short name, a file name in `conf/norm`. A class is returned unchanged.
 
     Raises:
-        ValueError: an unknown name, or a class that is no `Norm`.
+        ValueError: an unknown name, or a class that is not a subclass of `Norm`.
     """
     names = group_options("norm")
     if not isinstance(norm, str):
@@ -107,7 +107,7 @@ def norm_class(norm: str | type[Norm]) -> type[Norm]:
         raise UserError(f"unknown norm {norm!r}; allowed: {', '.join(names)}")
     target: str = option_values("norm", norm)["_target_"]
     module, _, name = target.rpartition(".")
-    advice = f"write the class of a subclass of exnorm.norms.Norm as _target_ in conf/norm/{norm}.yaml"
+    advice = f"give the full name of a subclass of exnorm.norms.Norm as _target_ in conf/norm/{norm}.yaml"
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as problem:
@@ -117,7 +117,7 @@ def norm_class(norm: str | type[Norm]) -> type[Norm]:
 
 def _checked(cls: Any, advice: str) -> type[Norm]:
     if not (isinstance(cls, type) and issubclass(cls, Norm)):
-        raise UserError(f"{cls!r} is no normalizer of exnorm; {advice}")
+        raise UserError(f"{cls!r} is not a normalizer of exnorm; {advice}")
     return cls
 
 
@@ -129,22 +129,22 @@ def convert(
     fuse: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """Replace a model's normalization layers in place and return the model. Before the optimizer is built.
+    """Replace a model's normalization layers in place and return the model. Call it before you build the optimizer.
 
-    Affine and running values, zero-initialised weights, device, dtype, mode, `requires_grad`, and the activation and
-    drop of norm-act layers are kept; a layer with two parents stays one layer. With `norm="bn"` the model's function
-    does not change. With `initial="bn"` (SN, EN) a pretrained network with BN starts as that network, up to the weight
-    of 1e-4 that each layer leaves to the other normalizers. A layer that `convert` made before is replaced like the
-    layer in whose place it stands; if its class stays the same, its ratios are kept too.
+    The new layers keep the affine and running values (also zero-initialised weights), device, dtype, mode,
+    `requires_grad`, and the activation and drop of norm-act layers. A layer that two modules share stays one layer.
+    With `norm="bn"` the model's function does not change. With `initial="bn"` (SN, EN), a pretrained network with BN
+    starts as that network: each layer gives the other normalizers a weight of only 1e-4 in total. A layer that
+    `convert` made is treated like the layer that it replaced. If its class stays the same, its ratios are kept too.
 
     Args:
         norm: a short name (see `exnorm list norms`) or a subclass of `Norm`.
-        replace: the kinds to replace, of batch, group, layer2d, layer, rms. `layer` and `rms` normalize each token on
-            its own, which is no scope of ours: replacing them changes the function.
-        fuse: apply activations inside the affine pass: those of norm-act layers, and those behind a layer where
-            `exnorm.surgery.pairs` proves the pair; a module whose work was taken over becomes an `nn.Identity`. Add
-            residuals in it too, where `exnorm.surgery.residuals` proves the addition; such a block gets a subclass.
-        options: of the normalizer's constructor.
+        replace: the kinds to replace: batch, group, layer2d, layer, rms. `layer` and `rms` normalize each token on its
+            own, and no normalizer of exnorm does. So replacing them changes the function.
+        fuse: apply activations inside the affine pass: those of norm-act layers, and those that follow a layer if
+            `exnorm.surgery.pairs` proves it. The activation's module then becomes an `nn.Identity`. The pass also adds
+            residuals if `exnorm.surgery.residuals` proves the addition. The class of such a block becomes a subclass.
+        options: keyword options of the normalizer's constructor.
 
     Raises:
         ValueError: an unknown norm, kind or option, a wrapped model, or nothing to replace. The model is unchanged.
@@ -153,11 +153,11 @@ def convert(
     _check_request(model, cls, replace, options)
     places = [place for place in _normalization_layers(model) if _kind_of(place[2]) in replace]
     if not places:
-        raise UserError(f"nothing to replace: no layer of kind {'/'.join(replace)}; {_what_there_is(model)}")
+        raise UserError(f"nothing to replace: there is no layer of kind {'/'.join(replace)}; {_what_there_is(model)}")
     single = [child for _, _, child in places if _has_no_activation(child)]
     followers = following_activations(model, single) if fuse else {}
-    like = next(model.parameters(), None)  # for layers without values of their own
-    # All are built before the first is put in, so that an error leaves the model as it was.
+    like = next(model.parameters(), None)  # for layers without parameters and buffers
+    # All layers are built before the first is replaced, so an error leaves the model unchanged.
     built: dict[int, Norm] = {}
     for _, _, child in places:
         if id(child) not in built:
@@ -183,7 +183,7 @@ def _what_there_is(model: nn.Module) -> str:
 
 
 def audit(model: nn.Module) -> Audit:
-    """Every normalization layer of a model: what `convert` replaced, what it left, and why."""
+    """List every normalization layer of a model: what `convert` replaced, what it left, and why."""
     rows = Audit()
     for name, module in model.named_modules():
         kind = _kind_of(module)
@@ -209,12 +209,12 @@ def audit(model: nn.Module) -> Audit:
         elif type(module) in _FROZEN:
             rows.append(AuditRow(name, original, None, _UNFREEZE))
         elif "norm" in type(module).__name__.lower() and _is_layer(module):
-            rows.append(AuditRow(name, original, None, "no known normalization layer"))
+            rows.append(AuditRow(name, original, None, "not a known normalization layer"))
     return rows
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module is no mere container: it has no children, or values of its own (a norm-act layer has both)."""
+    """Whether a module is more than a container: it has no submodules, or it has parameters or buffers of its own."""
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return bool(own) or next(module.children(), None) is None
 
@@ -235,7 +235,7 @@ def _check_request(model: nn.Module, cls: type[Norm], replace: Sequence[str], op
 
 
 def constructor_options(cls: type[Norm]) -> dict[str, Any]:
-    """The keyword options of a normalizer's constructor with their defaults, those of its bases included."""
+    """Return the keyword options of a normalizer's constructor and its base classes, with their defaults."""
     found: dict[str, Any] = {}
     for base in cls.__mro__:
         if base is nn.Module:
@@ -249,7 +249,7 @@ def constructor_options(cls: type[Norm]) -> dict[str, Any]:
 def _normalization_layers(
     model: nn.Module,
 ) -> Iterator[tuple[nn.Module | None, str, nn.Module]]:
-    """Each place of a known normalization layer as (parent, name, layer); a shared layer once per place."""
+    """Yield each known normalization layer as (parent, name, layer); a shared layer once per parent and name."""
     if _kind_of(model) is not None:
         yield None, "", model
     for parent in list(model.modules()):
@@ -259,7 +259,7 @@ def _normalization_layers(
 
 
 def _kind_of(layer: nn.Module) -> str | None:
-    """The kind of a known layer; of one that `convert` made, the kind of what it replaced."""
+    """Return the kind of a known layer. For a layer that `convert` made, it is the kind of the layer it replaced."""
     return _KIND_OF_NAME.get(layer.replaced or "") if isinstance(layer, Norm) else _KIND_OF.get(type(layer))
 
 
@@ -272,7 +272,8 @@ def _num_features(layer: nn.Module) -> int:
             if len(value) == 1:
                 return int(value[0])
             raise UserError(
-                f"{type(layer).__name__} over the last {len(value)} dimensions has no channels to normalize"
+                f"a {type(layer).__name__} normalizes over the last {len(value)} dimensions, so it has no channel "
+                "dimension and cannot be replaced; leave its kind out of replace"
             )
     assert isinstance(layer.weight, torch.Tensor)
     return layer.weight.shape[0]
@@ -285,7 +286,7 @@ def _has_no_activation(layer: nn.Module) -> bool:
 
 
 def _fused_activation(layer: nn.Module, followers: dict[nn.Module, nn.Module]) -> str | None:
-    """The activation that the new layer applies itself: the layer's own, or the one behind it."""
+    """Return the activation that the new layer applies itself: the layer's own, or the one that follows it."""
     if layer in followers:
         return activation_name(followers[layer])
     if isinstance(layer, Norm):
@@ -295,7 +296,7 @@ def _fused_activation(layer: nn.Module, followers: dict[nn.Module, nn.Module]) -
 
 
 def _take_over(model: nn.Module, norms: dict[nn.Module, Norm]) -> None:
-    """Put an `nn.Identity` in the place of each activation, and note in its norm where it was."""
+    """Replace each activation by an `nn.Identity`, and store its path in its norm."""
     for path, module in model.named_modules():
         if module in norms:
             norms[module].took_over = path
@@ -331,7 +332,7 @@ def _replacement(
 
 
 def _inherited(layer: nn.Module, cls: type[Norm], fallback: Tensor | None) -> dict[str, Any]:
-    """The options that a layer hands on to the one in its place."""
+    """Return the options that the new layer takes from the layer that it replaces."""
     weight, running_mean = (getattr(layer, name, None) for name in ("weight", "running_mean"))
     like = next((tensor for tensor in (weight, running_mean, fallback) if tensor is not None), None)
     inherited: dict[str, Any] = {
@@ -362,8 +363,8 @@ def _carry_over(old: nn.Module, new: Norm) -> None:
         elif target is not None:
             if source.ndim > 1 and source.shape != target.shape:
                 raise UserError(
-                    f"a {type(old).__name__} has a {name} for each normalizer, {tuple(source.shape)}, which do not fit "
-                    f"{type(new).__name__}'s {tuple(target.shape)}; convert the model from before that conversion"
+                    f"a {type(old).__name__} has a {name} for each normalizer, of shape {tuple(source.shape)}, "
+                    f"which does not fit {type(new).__name__}'s {tuple(target.shape)}; convert the original model"
                 )
             target.copy_(source)
             target.requires_grad_(source.requires_grad)

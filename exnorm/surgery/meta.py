@@ -1,4 +1,4 @@
-"""A copy of a model on the meta device, where a forward costs no arithmetic: what surgery looks at before it cuts."""
+"""Copy a model to the meta device, where a forward costs no arithmetic. Surgery analyses the copy beforehand."""
 
 import copy
 import random
@@ -12,12 +12,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody watches what goes in or comes out; of a copy, whether that is so in the model."""
+    """Whether a module has hooks; for a module of a copy, whether the original has hooks."""
     return any(getattr(module, name) for name in HOOKS) or getattr(module, "was_hooked", False)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The model without its values and hooks."""
+    """Return a copy of the model on the meta device, without values and forward hooks."""
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(t): _meta(t) for t in tensors}
     clone = copy.deepcopy(model, memo)
@@ -34,7 +34,7 @@ def _meta(tensor: Tensor) -> Tensor:
 
 
 def example_input(model: nn.Module) -> Tensor:
-    """An input of the size that the model was made for, or one that fits its first layer."""
+    """Return an input of the size that the model was made for, or one that fits its first layer."""
     config = getattr(model, "pretrained_cfg", None) or {}
     for module in model.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -44,11 +44,11 @@ def example_input(model: nn.Module) -> Tensor:
             return torch.zeros(2, module.in_channels, *spatial, device="meta", dtype=module.weight.dtype)
         if isinstance(module, nn.Linear):
             return torch.zeros(2, module.in_features, device="meta", dtype=module.weight.dtype)
-    raise ValueError("no layer from which the input's shape could be told")
+    raise ValueError("the model has no convolution or linear layer that shows the input's shape")
 
 
 def run(forward: Callable[..., Any], *args: Any) -> Any:
-    """A forward on the meta device, which moves no random number generator and needs no gradient."""
+    """Run a forward on the meta device, without gradients. The random number generators keep their states."""
     state = random.getstate()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""For layers of exnorm what others do for torch's batch normalization: freeze, calibrate anew, synchronize."""
+"""Freeze, recalibrate and synchronize exnorm's layers, like functions of torch and timm for batch normalization."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ from exnorm.norms.batch_scope import batch_scope_norms, world_group
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Fix every layer of exnorm: its parameters are not learned, its running statistics are used and never move.
+    """Freeze every layer of exnorm: do not learn its parameters, and use its running statistics without updates.
 
-    It stays so when `model.train()` is called. Layers of torch are left alone. In place; returns the model.
+    `model.train()` does not undo this. Layers of torch do not change. The model is changed in place and returned.
     """
     for module in model.modules():
         if isinstance(module, Norm):
@@ -28,10 +28,10 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def convert_sync(model: nn.Module) -> nn.Module:
-    """Let every layer of exnorm normalize over the batches of all processes, weighed by their sizes.
+    """Make every layer of exnorm normalize over the batches of all processes, weighted by their sizes.
 
-    Layers of torch are left alone; `nn.SyncBatchNorm.convert_sync_batchnorm` converts those. In place; returns the
-    model.
+    Layers of torch do not change; `nn.SyncBatchNorm.convert_sync_batchnorm` converts those. The model is changed in
+    place and returned.
     """
     for module in batch_scope_norms(model):
         module.sync = True
@@ -43,20 +43,21 @@ def convert_sync(model: nn.Module) -> nn.Module:
 def recalibrate(model: nn.Module, loader: Iterable[Any], *, device: Any = None) -> nn.Module:
     """Replace the running statistics by their mean over the batches of a loader, for exnorm's and torch's layers.
 
-    As `torch.optim.swa_utils.update_bn`, but all other layers stay in evaluation mode, so that dropout is off. Frozen
-    layers keep their statistics. In place; returns the model, in the modes that it had.
+    It works like `torch.optim.swa_utils.update_bn`, but all other layers stay in evaluation mode, so dropout is off.
+    Frozen layers keep their statistics. The model is changed in place and returned, with its modes as before.
 
     Args:
-        loader: gives batches, or tuples of a batch and something else.
-        device: where the batches are moved to; None to leave them where they are.
+        loader: yields batches, or tuples whose first element is a batch.
+        device: the device to which the batches are moved; None to leave them where they are.
 
     Raises:
-        ValueError: a model without running statistics, or a loader without batches; the statistics stay as they were.
+        ValueError: no layer has running statistics that are not frozen, or the loader has no batches. The statistics
+            stay as they were.
     """
     layers = [module for module in model.modules() if isinstance(module, BatchScopeNorm | _BatchNorm)]
     layers = [layer for layer in layers if layer.running_mean is not None and not getattr(layer, "frozen", False)]
     if not layers:
-        raise UserError("recalibrate found no layer with running statistics that are not frozen")
+        raise UserError("recalibrate found no layer with running statistics, or all such layers are frozen")
     count = 0
     with _collecting(model, layers):
         for batch in loader:
@@ -70,7 +71,10 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, device: Any = None) 
 
 @contextmanager
 def _collecting(model: nn.Module, layers: list[Any]) -> Iterator[None]:
-    """These layers alone train, from nothing and with a cumulative mean; on an error their statistics are restored."""
+    """Put only these layers into training mode, with reset statistics and a cumulative mean.
+
+    All modes are restored at the end. The statistics are restored on an error.
+    """
     modes = {module: module.training for module in model.modules()}
     options = [{name: getattr(layer, name) for name in _COLLECTING if hasattr(layer, name)} for layer in layers]
     values = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]

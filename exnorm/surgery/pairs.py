@@ -1,7 +1,7 @@
-"""Which activation follows which normalization layer: seen on a forward of a copy of the model on the meta device.
+"""Find which activation follows which normalization layer, by a forward of a copy of the model on the meta device.
 
-A pair is proven if, in training and in evaluation mode, the layer runs once, its output goes into the activation
-before anything else touches it, nothing reads it afterwards, and the activation runs for nothing else.
+A pair is proven if these conditions hold in training and in evaluation mode. The layer runs once. Its output goes into
+the activation before any other operation reads it, and no operation reads it afterwards. The activation runs once.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from exnorm.surgery.meta import is_hooked
 
 
 def activation_name(module: nn.Module | None) -> str | None:
-    """The name under which the affine pass applies this activation module itself; None if it cannot."""
+    """Return the name under which the affine pass applies this activation module itself; None if it cannot."""
     if type(module) in (nn.GELU, timm.layers.GELU) and getattr(module, "approximate", "none") == "none":
         return "gelu"
     names = [name for name, activation in ACTIVATIONS.items() if type(module) is activation.module]
@@ -27,7 +27,7 @@ def activation_name(module: nn.Module | None) -> str | None:
 
 
 def following_activations(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
-    """The activation behind each of these layers, where the pair is proven; empty if the model cannot be traced."""
+    """Return the activation after each of these layers, if the pair is proven; empty if the model cannot be traced."""
     modules = dict(model.named_modules())
     paths = {module: path for path, module in modules.items()}
     candidates = {paths[layer] for layer in layers if not is_hooked(layer)}
@@ -38,7 +38,7 @@ def following_activations(model: nn.Module, layers: Iterable[nn.Module]) -> dict
         clone = meta.meta_copy(model)
         example = meta.example_input(model)
         pairs = [_trace(clone.train(mode), example, candidates, activations) for mode in (True, False)]
-    except Exception:  # noqa: BLE001  # what the meta device cannot run proves nothing
+    except Exception:  # noqa: BLE001  # a model that the meta device cannot run proves nothing
         return {}
     return {modules[k]: modules[v] for k, v in pairs[0].items() if pairs[1].get(k) == v}
 
@@ -62,7 +62,7 @@ def _trace(model: nn.Module, example: Tensor, candidates: set[str], activations:
 
 
 class _Trace(TorchDispatchMode):
-    """Follows the outputs of normalization layers by identity."""
+    """Track the outputs of normalization layers by identity."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What others would do to a converted model silently wrong, and is refused instead."""
+"""Raise an error where code of other packages would silently break a converted model."""
 
 import functools
 from typing import Any
@@ -12,10 +12,10 @@ _FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm's `repara
 
 
 def refuse_folding(model: nn.Module) -> None:
-    """Let blocks that fold a batch normalization into a convolution refuse it where the norm is one of exnorm.
+    """Make blocks that fold a batch normalization into a convolution raise an error if the norm is one of exnorm.
 
-    Most normalizers are no constant affine map, and a layer of exnorm may apply an activation or add a residual; what a
-    block computes from its running statistics would be another function.
+    Most normalizers are not a constant affine map. Also, a layer of exnorm may apply an activation or add a residual.
+    So the folded block would compute another function.
     """
     for path, module in model.named_modules():
         inside = [child for child in module.modules() if isinstance(child, Norm)]
@@ -28,6 +28,6 @@ def refuse_folding(model: nn.Module) -> None:
 
 def _refuse(method: str, norm: str, *args: Any, **kwargs: Any) -> None:
     raise UserError(
-        f"{method} would fold a batch normalization into a convolution, and there is a {norm} of exnorm, which cannot "
-        "be folded; use the converted model as it is, or reparameterize the model before it is converted"
+        f"{method} would fold a batch normalization into a convolution, but exnorm's {norm} cannot be folded; use the "
+        "converted model as it is, or reparameterize the model before you convert it"
     )

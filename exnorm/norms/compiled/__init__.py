@@ -1,6 +1,6 @@
-"""Whole layers as compiled code: Triton kernels on a GPU, code of torch's inductor elsewhere.
+"""Complete layers as compiled code: Triton kernels on a GPU, code of torch's inductor elsewhere.
 
-`normalize` is installed into `exnorm.norms.base`, which knows the formula alone.
+`exnorm.norms` installs `normalize` into `exnorm.norms.base`, which itself has only the formula.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ from exnorm.ops import plain
 
 
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
-    """What `Norm.formula` returns, by compiled code; None where there is none for this call.
+    """Compute the result of `Norm.formula` with compiled code. Return None if there is no code for this call.
 
-    There is none on the eager and the plain back end, where BN's scope spans several processes, under
-    `torch.compile`, and under transformations such as those of `torch.func`.
+    There is none on the eager and the plain back end, if BN's scope spans several processes, under `torch.compile`, and
+    under transformations such as those of `torch.func`.
     """
     backend = ops.get_backend()
     if backend not in ("compiled", "triton") or not _is_plain_call(norm, x):

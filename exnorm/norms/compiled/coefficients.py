@@ -1,9 +1,9 @@
 """The compiled coefficients of a kind of layer: traced once, compiled once per machine, then loaded from the cache.
 
-The libraries lie in the cache under a hash: for the normalizers of this package of the formula's options and of the
-package's sources, so that nothing is traced where they exist; for a class of somebody else's of the traced graphs and
-of the dtypes and shapes of their inputs. Beside each library lies what it assumes of its inputs; it is compared with
-the layer before the library is used.
+The cache keeps the libraries under a hash. For the normalizers of this package, the hash covers the formula's options
+and the package's sources, so nothing is traced if a library exists. For other classes, it covers the traced graphs and
+the dtypes and shapes of their inputs. A file next to each library lists what the library assumes of its inputs. Before
+a library is used, these assumptions are compared with the layer.
 """
 
 import functools
@@ -33,9 +33,9 @@ class CoefficientCode:
     """The compiled coefficients of one kind of layer, and their gradient.
 
     Attributes:
-        coefficients, gradient: see `exnorm.norms.compiled.graphs`; None until `prepare` has seen to them.
+        coefficients, gradient: see `exnorm.norms.compiled.graphs`; None until `prepare` has loaded them.
         read: the names of the buffers that the gradient reads.
-        multiple: the number of channels of one of the graph's G groups.
+        multiple: the number of channels in each of the graph's G groups.
     """
 
     def __init__(self, key: Hashable, multiple: int) -> None:
@@ -48,7 +48,7 @@ class CoefficientCode:
         self._graphs: Graphs | None = None
 
     def prepare(self, norm: Any, like: Tensor, *, gradient: bool) -> None:
-        """Load or compile what is missing, with a layer of this kind and an input as the pattern."""
+        """Load or compile the missing functions, for a layer of this kind and an input like this."""
         with without_saved_tensor_hooks():
             if self.coefficients is None:
                 self.coefficients = self._function("coefficients", norm, like)
@@ -62,14 +62,14 @@ class CoefficientCode:
         """Compare a layer's tensors with what the code assumes, in the order in which the code takes them.
 
         Raises:
-            RuntimeError: the code was made for others.
+            RuntimeError: the code was compiled for other tensors.
         """
         learned, buffers = tensors_of(norm)
         groups = norm.num_features // self.multiple
         given = [(name, str(t.dtype), list(t.shape)) for name, t in (*learned.items(), *buffers.items())]
         expected = [(name, dtype, [a + b * groups for a, b in sizes]) for name, dtype, sizes in self._inputs]
         if given != expected or groups * self.multiple != norm.num_features:
-            raise RuntimeError(f"the compiled code is for layers with {expected}, and this one has {given}")
+            raise RuntimeError(f"the compiled code is for layers with tensors {expected}; this layer has {given}")
 
     def _function(self, which: str, norm: Any, like: Tensor) -> aot.Run:
         if like.device.type != "cpu":
@@ -81,7 +81,7 @@ class CoefficientCode:
         if not library.exists():
             graphs = self._traced(norm, like)
             write_json_atomic(facts, {"read": graphs.read, "inputs": input_specs(graphs)})
-            _LOG.info("compiling the %s of %s for this machine, once: a quarter minute", which, type(norm).__name__)
+            _LOG.info("compiling the %s of %s, once per machine (about 15 seconds)", which, type(norm).__name__)
             with native.compiled_meanwhile():
                 aot.build(getattr(graphs, which), library)
         assumed = json.loads(facts.read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ class CoefficientCode:
 
 
 def code_of(norm: Any, like: Tensor, *, gradient: bool) -> CoefficientCode | None:
-    """The code of a layer for an input like this, ready to run; None where it cannot be compiled, said once."""
+    """Return the code of a layer for an input like this. If it cannot be compiled, warn once and return None."""
     key = _key(norm, like)
     if key not in _codes:
         _codes[key] = CoefficientCode(key, norm.channel_multiple())
@@ -116,7 +116,7 @@ def code_of(norm: Any, like: Tensor, *, gradient: bool) -> CoefficientCode | Non
     try:
         if code is not None:
             code.prepare(norm, like, gradient=gradient)
-    except Exception as problem:  # noqa: BLE001  # whatever a compiler stumbles over, the eager formula is there
+    except Exception as problem:  # noqa: BLE001  # whatever the error, the eager formula still works
         warn_once(type(norm).__name__, problem)
         code = _codes[key] = None
     return code
@@ -126,7 +126,7 @@ _codes: dict[Hashable, CoefficientCode | None] = {}
 
 
 def _key(norm: Any, like: Tensor) -> Hashable:
-    """What the layers that share their code have in common: class, options, mode, and tensors up to C."""
+    """Return the key under which layers share code: class, options, mode, and tensors, without the value of C."""
     growing = norm.channel_shapes()
     learned, buffers = tensors_of(norm)
     tensors = [
@@ -139,13 +139,13 @@ def _key(norm: Any, like: Tensor) -> Hashable:
 
 @functools.cache
 def _sources() -> str:
-    """A hash of the source files from which a graph is made."""
+    """Return a hash of the source files that define the graphs."""
     files = [file for folder in (NORMS, NORMS / "compiled") for file in sorted(folder.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _text(graph: fx.GraphModule) -> str:
-    """A graph with all that its code leaves out: the constants, and the dtypes and shapes of its inputs."""
+    """Return a graph's code, with the constants and the dtypes and shapes of its inputs, which the code leaves out."""
     constants = [getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"]
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     facts = [(str(t.dtype), str(t.device), str(tuple(t.shape)), str(t.stride())) for t in inputs]

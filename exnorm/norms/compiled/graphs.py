@@ -1,13 +1,13 @@
-"""The small graph of a normalizer, moments -> coefficients, and its gradient, as FX graphs with symbolic sizes.
+"""A normalizer's coefficient computation, moments -> coefficients, and its gradient, as FX graphs with symbolic sizes.
 
-Both are traced from `coefficients`, so nothing is written by hand for a normalizer. The sizes are N and C = G times
-`channel_multiple()`, with N and G symbols that all inputs share: inductor then knows what divides what, without which
-its loops over (N, C) tensors are several times slower.
+Both are traced from `Norm.coefficients`, so a new normalizer needs no code here. The sizes are N and C = G times
+`channel_multiple()`, where N and G are symbols that all inputs share. So inductor knows which sizes divide which.
+Otherwise its loops over (N, C) tensors would be several times slower.
 
     coefficients   (sizes, length, m, v, parameters, buffers)                -> a, b, copies of the buffers in `read`
     gradient       (sizes, length, da, db, a, m, v, parameters, `read`)      -> 2 dv / L, dm / L, dparameters
 
-`sizes` is any (N, G) tensor, which binds the symbols; `length` a 0-dimensional one with L.
+`sizes` is any (N, G) tensor; its shape sets the symbols. `length` is a 0-dimensional tensor with L.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from exnorm.norms.compiled.key import tensors_of
 from exnorm.norms.statistics import Moments
 from exnorm.ops.streaming import fitted
 
-SAMPLES, GROUPS = 32, 17  # for which inductor decides what is worth a second thread; any sizes above 1 are right
+SAMPLES, GROUPS = 32, 17  # inductor decides for these sizes where to use a second thread; any sizes above 1 are correct
 
 
 # The name of a tensor of the layer, its dtype, and each of its sizes as (a, b) for a + b * G.
@@ -41,7 +41,7 @@ class Graphs(NamedTuple):
 
 
 def input_specs(graphs: Graphs) -> list[InputSpec]:
-    """What the graphs assume of a layer's parameters and buffers, in their order."""
+    """Return what the graphs assume of a layer's parameters and buffers, in their order."""
     nodes = [node for node in graphs.coefficients.graph.nodes if node.op == "placeholder"]
     sizes, *_ = nodes
     groups = sizes.meta["val"].shape[1].node.expr
@@ -134,7 +134,7 @@ def _gradient_of(formula: _Formula, learned: int) -> Callable[..., list[Tensor]]
 
 
 def _fakes(norm: nn.Module, growing: dict[str, tuple[int, ...]], sizes: Any) -> dict[str, Tensor]:
-    """A layer's parameters, then its buffers, without values; those that grow with C in symbolic shapes."""
+    """Return a layer's parameters, then its buffers, without values. Those that grow with C have symbolic shapes."""
     learned, buffers = tensors_of(norm)
     named = {**learned, **buffers}
     with sizes.fake_mode:
@@ -144,7 +144,7 @@ def _fakes(norm: nn.Module, growing: dict[str, tuple[int, ...]], sizes: Any) -> 
 
 
 class _Coefficients(nn.Module):
-    """`norm.coefficients` as a forward, which `torch.func.functional_call` can give other tensors."""
+    """`norm.coefficients` as a forward, in which `torch.func.functional_call` can replace the tensors."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class _Coefficients(nn.Module):
 
 
 def _template(norm: nn.Module, num_features: Any) -> _Coefficients:
-    """A copy of a layer's options with a symbolic number of channels."""
+    """Return a copy of a layer with a symbolic number of channels."""
     template = object.__new__(type(norm))
     learned, buffers = tensors_of(norm)
     template.__dict__ = {
@@ -169,7 +169,7 @@ def _template(norm: nn.Module, num_features: Any) -> _Coefficients:
 
 
 def _symbolic_sizes(samples: int) -> Any:
-    """A fake (N, G) tensor with symbols for sizes; it knows its `fake_mode`."""
+    """Return a fake (N, G) tensor with symbols as sizes. It has its mode as `fake_mode`."""
     environment = ShapeEnv(duck_shape=False)
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
     mode = FakeTensorMode(shape_env=environment)
@@ -188,7 +188,7 @@ def _trace(function: Callable[..., Any], sizes: Tensor, *args: Tensor) -> fx.Gra
 
 
 def _drop_unread(graph: fx.GraphModule, buffers: Sequence[str]) -> tuple[str, ...]:
-    """Remove the buffers, which are the last inputs, that a graph does not read; the names of the others."""
+    """Remove the buffers that a graph does not read from its last inputs. Return the names of the others."""
     graph.graph.eliminate_dead_code()
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][-len(buffers) :] if buffers else []
     read = []

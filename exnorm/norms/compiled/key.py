@@ -1,8 +1,8 @@
-"""What the compiled coefficients of a layer depend on, and which layers can be compiled at all.
+"""Find out what the compiled coefficients of a layer depend on, and whether a layer can be compiled.
 
 Two layers may run the same compiled code only if they agree in everything that the code assumes: the class, the
-options, the mode, and the dtypes and shapes of their tensors. `momentum` is no such option: it is an input of the code,
-so that a schedule of it compiles nothing anew.
+options, the mode, and the dtypes and shapes of their tensors. `momentum` is not one of these options. It is an input of
+the code, so a schedule of `momentum` compiles nothing again.
 """
 
 import enum
@@ -44,13 +44,13 @@ MOST_OPTIONS = 4  # sets of options that one layer object may have before it run
 
 
 def options_of(norm: Any) -> tuple[type, tuple[tuple[str, Hashable], ...], int]:
-    """Class, options and mode of a layer as far as its coefficients may depend on them."""
+    """Return class, options and mode of a layer, as far as its coefficients may depend on them."""
     values = [(n, v) for n, v in norm.__dict__.items() if n[0] != "_" and n not in _NOT_PART_OF_THE_FORMULA]
     return type(norm), tuple(values), norm.scope()[0]
 
 
 def tensors_of(norm: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors that the coefficients read: the parameters, and the buffers with `momentum` as one more."""
+    """Return the tensors that the coefficients read: the parameters, and the buffers together with `momentum`."""
     learned = {name: t for name, t in norm._parameters.items() if t is not None}
     buffers = {name: t for name, t in norm._buffers.items() if t is not None}
     momentum = getattr(norm, "momentum", None)
@@ -65,16 +65,16 @@ def _scalar(value: float, device: torch.device) -> Tensor:
 
 
 def is_compilable(norm: Any) -> bool:
-    """Whether all that a layer's formula reads can be told from `options_of` and `tensors_of`; a warning if not.
+    """Whether `options_of` and `tensors_of` cover all that a layer's formula reads. Warn if they do not.
 
-    Tensors among its attributes (pruning, replicas of DataParallel), parametrizations, options that can change
-    unnoticed, and options that do change again and again make a layer run eagerly.
+    A layer runs eagerly if it has tensors among its attributes (pruning, replicas of DataParallel), parametrizations,
+    options that can change unnoticed, or options that change again and again.
     """
     own = [(n, v) for n, v in norm.__dict__.items() if n[0] != "_"]
     unknown = [n for n, v in own if n not in _SET_BY_THE_TRAINING and not _is_plain(v)]
     unknown += [n for n in norm._modules if n not in ("act", "drop")]
     if unknown:
-        why = f"its attribute {unknown[0]!r} is no number, string or tuple of these, nor a parameter or buffer"
+        why = f"its attribute {unknown[0]!r} is not a number, string, tuple of these, parameter or buffer"
         warn_once(type(norm).__name__, ValueError(why))
         return False
     fixed = tuple([(n, v) for n, v in options_of(norm)[1] if n not in _SET_BY_THE_TRAINING])

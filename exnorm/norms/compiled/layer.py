@@ -1,9 +1,10 @@
-"""A whole layer on the compiled back end: streaming passes, and between them the coefficients as one compiled function.
+"""A complete layer on the compiled back end: streaming passes, and one compiled function for the coefficients.
 
     forward    m, v = moments(x)        a, b = coefficients(m, v)         y = act(a * (x - m) + b + r)
     backward   da, db = sums(g, x)      dm, dv, parameters: the vector-Jacobian product of `coefficients`      dx
 
-Saved for backward are x and (N, C) tensors; and y where a ReLU follows a residual r (see `exnorm.ops.streaming`).
+The forward saves x and (N, C) tensors for backward, and also y if a ReLU follows a residual r (see
+`exnorm.ops.streaming`).
 """
 
 import functools
@@ -20,7 +21,7 @@ from exnorm.ops import plain
 
 
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
-    """The normalized input, with residual and activation; None where the coefficients cannot be compiled."""
+    """Return the normalized input, with residual and activation; None if the coefficients cannot be compiled."""
     parameters, buffers = tensors_of(norm)
     learned = list(parameters.values())
     tensors = [*learned, *buffers.values()]
@@ -29,7 +30,7 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
     gradient = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in learned))
     key = (
         *options_of(norm),
-        norm.num_features,  # by itself: a layer may have no tensor that shows it
+        norm.num_features,  # given separately: a layer may have no tensor with C channels
         ops.statistics_dtype(x),
         x.device,
         gradient,
@@ -38,7 +39,7 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
     )
     try:
         code = _codes[key]
-    except (KeyError, TypeError):  # new, or with an option that has no hash
+    except (KeyError, TypeError):  # a new key, or one with an option that cannot be hashed
         if not is_compilable(norm):
             return None
         code = _codes[key] = code_of(norm, x, gradient=gradient)
@@ -102,6 +103,6 @@ class _Layer(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=1024)
 def _frame(samples: int, groups: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A tensor that has the graph's sizes for its own, and the number of positions."""
+    """Return a tensor whose shape is the sizes of the graph, and the number of positions as a tensor."""
     sizes = torch.empty(samples, groups, device=device)  # inductor checks its strides
     return sizes, torch.tensor(float(length), dtype=torch.float64, device=device)

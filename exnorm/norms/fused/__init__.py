@@ -1,5 +1,5 @@
-"""Normalizers on an NVIDIA GPU: their (N, C) coefficients in a few Triton kernels each. `layer` imports Triton.
+"""Triton kernels that compute the (N, C) coefficients of a normalizer on an NVIDIA GPU. `layer` imports Triton.
 
-`exnorm.norms.*` states each formula once; these kernels repeat it and its gradient for the options that the papers use.
-Any other option, and any other normalizer, runs the formula itself between the same passes over the big tensors.
+`exnorm.norms.*` has each formula. These kernels repeat the formula and its gradient, for the options that the papers
+use. For other options and other normalizers, the formula itself runs between the same passes over the big tensors.
 """

@@ -101,7 +101,7 @@ def backward_kernel(
 
 
 def serves(norm: Any) -> bool:
-    """Whether these kernels compute this layer: batch statistics of this device, and a momentum."""
+    """Whether these kernels support this layer: it uses batch statistics, and `can_record` is true."""
     return norm.uses_batch_statistics() and can_record(norm)
 
 
@@ -109,7 +109,7 @@ class Coefficients:
     """The launches of a BN for inputs of one shape.
 
     Args:
-        mode: what a forward moves, see `scope`.
+        mode: the statistics that a forward updates: `scope.NOTHING`, `RUNNING` or `PENDING`.
     """
 
     def __init__(self, samples: int, length: int, channels: int, replicas: int, mode: int, affine: bool) -> None:
@@ -120,7 +120,7 @@ class Coefficients:
         self.backward_launch = Launch(backward_kernel, blocks, (length, *sizes), AFFINE=affine, **BLOCK)
 
     def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """scale_NC, shift_NC, and what the backward reads."""
+        """Return scale_NC, shift_NC, and the tensors that the backward reads."""
         scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
         mean_RC, rstd_RC = mean_NC.new_empty(self.shape), mean_NC.new_empty(self.shape)
         mode, buffers, momentum = recorded(norm, mean_NC)
@@ -138,7 +138,7 @@ class Coefficients:
         learned: Sequence[Tensor],
         saved: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        """slope_NC, offset_NC, and the gradients of the parameters."""
+        """Return slope_NC, offset_NC, and the gradients of the parameters."""
         mean_NC = moments[0]
         slope_NC, offset_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
         gradients = [torch.empty_like(parameter) for parameter in learned]
@@ -151,6 +151,6 @@ _coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
 
 
 def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
-    """The launches of this layer for so many samples and positions."""
+    """Return the launches of this layer for this number of samples and positions."""
     mode = recorded(norm, norm.running_mean)[0]
     return _coefficients(samples, length, norm.num_features, norm.replicas, mode, norm.weight is not None)

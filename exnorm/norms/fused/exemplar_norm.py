@@ -3,10 +3,14 @@
     scale = sum_k lam_k weight_k r_k,   shift = sum_k lam_k (bias_k + weight_k h_k),   h_k = (m - mu_k) r_k  (IN: 0)
     z_k = conv(h_k),   lam = softmax(fc2 act(fc1 vec(z z^T)))
 
-Forward: BN's statistics (`scope.batch_statistics`), then a program for each sample, which holds all its channels: LN,
-the ratio branch, and the coefficients. Backward: `samples` goes back through the ratio branch in such programs and
-leaves dz, and what the fully connected layers need; `channels` has a program for a block of channels, goes back through
-the statistics and writes everything with channels; `layers` sums the gradients of the two layers over the samples.
+Forward: first BN's statistics (`scope.batch_statistics`). Then one program per sample, which holds all its channels,
+computes LN's statistics, the ratio branch and the coefficients.
+
+Backward: `samples_kernel` has one program per sample. It goes back through the ratio branch, and writes dz and what the
+gradients of the fully connected layers need. `channels_kernel` has one program per block of channels. It goes back
+through the statistics, and writes all gradients that have channels. `layers_kernel` sums the gradients of the two
+layers over the samples.
+
 Legend: N batch, C channels, R replicas of N / R samples, Z = C / r outputs of the convolution of r channels each,
 H hidden units. Order of the normalizers: in, ln, bn. z z^T has six different entries: ii il ib ll lb bb.
 """
@@ -23,7 +27,7 @@ from torch import Tensor
 from exnorm.norms.fused.scope import BLOCK, can_record, statistics_of_scope
 from exnorm.ops.triton.launch import Launch
 
-LARGEST = 8192  # channels that a program holds
+LARGEST = 8192  # channels that a program can hold
 
 PARAMETERS = (  # in the order of `learned`
     "weight",
@@ -42,7 +46,7 @@ def rows(
     mean_ptr, mean_bn_ptr, var_bn_ptr, conv_weight_ptr, conv_bias_ptr, mean_ln, rstd_ln, eps, outputs, width,
     BZ: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """z of LN and BN, and the bias, which is z of IN, (BZ,); 0 beyond the outputs."""
+    """Return z of IN (the bias), of LN and of BN, (BZ,) each; 0 beyond the outputs."""
     z = tl.arange(0, BZ)
     c = z[:, None] * width + tl.arange(0, BR)[None, :]
     valid = (z[:, None] < outputs) & (tl.arange(0, BR)[None, :] < width)
@@ -85,7 +89,7 @@ def forward_kernel(
 ):  # fmt: skip
     """scale, shift: (N, C); sample: (N, 5), three ratios, LN's mean, LN's 1 / deviation. Grid: N.
 
-    step: from one normalizer's weights to the next one's: C, or 0 where they share one.
+    step: the distance from one normalizer's weights to the next one's: C, or 0 if all share them.
     """
     n = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BC)
@@ -145,8 +149,8 @@ def samples_kernel(
 ):  # fmt: skip
     """Grid: N.
 
-    dz: (N, 3, Z). units: (N, 2, H), the hidden units and the gradients in front of their activation. small: (N, 11),
-    the six products of z, three gradients of logits, and dmu and dvar of LN.
+    dz: (N, 3, Z). units: (N, 2, H), the hidden units and the gradients at the input of their activation. small:
+    (N, 11), the six products of z, three gradients of logits, and dmu and dvar of LN.
     """
     n = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BC)
@@ -185,7 +189,7 @@ def samples_kernel(
     da = lam_in * (of_in - average)
     db = lam_ln * (dlam_ln - average)
     de = lam_bn * (dlam_bn - average)
-    # the ratio branch again, and back through it
+    # the ratio branch again, then back through it
     z_in, z_ln, z_bn = rows(
         mean_ptr, mean_RC_ptr, var_RC_ptr, conv_weight_ptr, conv_bias_ptr, mean_ln, rstd_ln, eps, outputs, width, BZ, BR
     )
@@ -222,7 +226,7 @@ def samples_kernel(
     tl.store(dz_ptr + 2 * outputs + z, dz_bn, mask=z < outputs)
     tl.store(units_ptr + n * 2 * hidden + h, t, mask=known)
     tl.store(units_ptr + n * 2 * hidden + hidden + h, dt, mask=known)
-    # LN: its statistics are read by the map (dh = lam weight dshift) and by the convolution (dh = kernel dz)
+    # LN: the map (dh = lam weight dshift) and the convolution (dh = kernel dz) read its statistics
     part = z[:, None] * width + tl.arange(0, BR)[None, :]
     valid = (z[:, None] < outputs) & (tl.arange(0, BR)[None, :] < width)
     dh = tl.load(conv_weight_ptr + part, mask=valid, other=0.0) * dz_ln[:, None]
@@ -348,7 +352,7 @@ def layers_kernel(
     h = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = h < hidden
     known_j = tl.arange(0, 16)
-    # where the entries of vec(z z^T) lie among the six products: 0 1 2, 1 3 4, 2 4 5
+    # which of the six products each entry of vec(z z^T) is: 0 1 2, 1 3 4, 2 4 5
     entry = tl.where(known_j < 3, known_j, tl.where(known_j == 3, 1, tl.where(known_j == 4, 3, 4)))
     entry = tl.where(known_j == 6, 2, tl.where(known_j == 8, 5, entry))
     dfc1_bias = tl.zeros((BN, BC), tl.float32)
@@ -394,7 +398,7 @@ def layers_kernel(
 
 
 def serves(norm: Any) -> bool:
-    """Whether these kernels compute this layer: IN, LN and BN, with the convolution and its bias, as in the paper."""
+    """Whether these kernels support this layer: IN, LN and BN, with the convolution and its bias, as in the paper."""
     plain = norm.normalizers == ("in", "ln", "bn") and norm.conv_bias is not None and norm.weight is not None
     return plain and norm.num_features <= LARGEST and can_record(norm)
 
@@ -403,9 +407,9 @@ class Coefficients:
     """The launches of an EN for inputs of one shape.
 
     Args:
-        outputs, width: of the convolution, Z outputs that read so many channels each.
-        step: from one normalizer's weights to the next one's: C, or 0 where they share one.
-        replicas: of BN's scope; 1 where it takes the running statistics.
+        outputs, width: the convolution has Z = `outputs` outputs, which read `width` channels each.
+        step: the distance from one normalizer's weights to the next one's: C, or 0 if all share them.
+        replicas: the replicas of BN's scope; 1 if BN uses the running statistics.
         batch: whether BN's statistics are the batch's.
     """
 
@@ -440,7 +444,7 @@ class Coefficients:
         self.layers_launch = Launch(layers_kernel, triton.cdiv(hidden, BLOCK["BC"]), (samples, hidden), **BLOCK)
 
     def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """scale_NC, shift_NC, and what the backward reads."""
+        """Return scale_NC, shift_NC, and the tensors that the backward reads."""
         mean_RC, var_RC = statistics_of_scope(norm, mean_NC, var_NC)
         scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
         sample_N5 = mean_NC.new_empty((self.samples, 5))
@@ -456,7 +460,7 @@ class Coefficients:
         learned: Sequence[Tensor],
         saved: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        """slope_NC, offset_NC, and the gradients of the parameters."""
+        """Return slope_NC, offset_NC, and the gradients of the parameters."""
         mean_NC = moments[0]
         dz = mean_NC.new_empty((self.samples, 3, self.outputs))
         units = mean_NC.new_empty((self.samples, 2, self.hidden))
@@ -485,7 +489,7 @@ _coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
 
 
 def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
-    """The launches of this layer for so many samples and positions."""
+    """Return the launches of this layer for this number of samples and positions."""
     outputs = norm.num_features // norm.reduction
     step = 0 if norm.shared_affine else norm.num_features
     hidden = norm.pi * len(norm.normalizers)

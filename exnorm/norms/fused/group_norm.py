@@ -3,7 +3,7 @@
     scale = weight * r,   shift = bias + scale * (m - mu),   r = (var + eps)^-1/2
     with s = dscale + dshift * (m - mu):   dvar = -1/2 r^3 sum_c weight * s,   dmu = -r * sum_c weight * dshift
 
-`statistics` and `input` have one program for each sample and block of groups; `parameters` one for a block of channels.
+`statistics` and `input` have one program per sample and block of groups; `parameters` has one per block of channels.
 Legend: N batch, C channels, G groups of D = C / G channels.
 """
 
@@ -21,14 +21,14 @@ from exnorm.norms.group_norm import GroupNorm
 from exnorm.norms.layer_norm import LayerNorm
 from exnorm.ops.triton.launch import Launch
 
-LARGEST = 8192  # values that one program holds of each tensor: D at most
+LARGEST = 8192  # the largest D: a program holds so many values of each tensor
 
 PARAMETERS = ("weight", "bias")  # in the order of `learned`
 
 
 @triton.jit
 def tile(groups, width, BG: tl.constexpr, BD: tl.constexpr):
-    """The sample of this program, its groups, the channels (BG, BD), and which of them exist."""
+    """Return the sample of this program, its groups, their channels (BG, BD), and which of these exist."""
     blocks = tl.cdiv(groups, BG)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     g = (tl.program_id(0) % blocks) * BG + tl.arange(0, BG)
@@ -106,12 +106,12 @@ def parameters(
 
 
 def serves(norm: Any) -> bool:
-    """Whether these kernels compute this layer."""
+    """Whether these kernels support this layer."""
     return norm.num_features // groups_of(norm) <= LARGEST
 
 
 def groups_of(norm: Any) -> int:
-    """GN's own groups; LN has one, IN as many as channels."""
+    """Return the number of groups: GN's own number, 1 for LN, C for IN."""
     if isinstance(norm, GroupNorm):
         return norm.num_groups
     return 1 if isinstance(norm, LayerNorm) else norm.num_features
@@ -132,7 +132,7 @@ class Coefficients:
         self.parameters = Launch(parameters, blocks, (samples, groups, width), **BLOCK)
 
     def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """scale_NC, shift_NC, and what the backward reads."""
+        """Return scale_NC, shift_NC, and the tensors that the backward reads."""
         scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
         mean_NG, rstd_NG = mean_NC.new_empty(self.shape), mean_NC.new_empty(self.shape)
         pair = learned or (mean_NC, mean_NC)
@@ -147,7 +147,7 @@ class Coefficients:
         learned: Sequence[Tensor],
         saved: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        """slope_NC, offset_NC, and the gradients of the parameters."""
+        """Return slope_NC, offset_NC, and the gradients of the parameters."""
         mean_NC = moments[0]
         slope_NC, offset_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
         gradients = [torch.empty_like(parameter) for parameter in learned]
@@ -161,7 +161,7 @@ _coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
 
 
 def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
-    """The launches of this layer for so many samples and positions."""
+    """Return the launches of this layer for this number of samples and positions."""
     groups = groups_of(norm)
     affine = norm.weight is not None
     return _coefficients(samples, length, groups, norm.num_features // groups, affine)

@@ -1,9 +1,10 @@
-"""A whole layer on the Triton back end: the streaming passes, and fused kernels for the coefficients between them.
+"""A complete layer on the Triton back end: the streaming passes, and fused kernels for the coefficients between them.
 
     forward    m, v = moments(x)        a, b = coefficients(m, v)           y = act(a * (x - m) + b + r)
     backward   da, db = sums(g, x)      2 dv / L, dm / L, parameters        dx
 
-Saved for backward are x and (N, C) tensors; and y where a ReLU follows a residual r (see `exnorm.ops.streaming`).
+The forward saves x and (N, C) tensors for backward, and also y if a ReLU follows a residual r (see
+`exnorm.ops.streaming`).
 """
 
 from typing import Any
@@ -34,11 +35,11 @@ KERNELS: dict[type[nn.Module], Any] = {
 
 
 def serves(norm: Any, x: Tensor) -> bool:
-    """Whether there are kernels for this layer, with its options and in its mode, and for this input."""
+    """Whether the kernels support this layer, with its options and in its mode, and this input."""
     kernels = KERNELS.get(type(norm))
     if kernels is None or not passes.serves(x) or not kernels.serves(norm):
         return False
-    # Attributes that are tensors: weights made in each forward (pruning, replicas of DataParallel).
+    # Tensors among the attributes are weights that each forward makes anew (pruning, replicas of DataParallel).
     if any(isinstance(value, Tensor) for value in vars(norm).values()):
         return False
     if (norm.weight is None) != (norm.bias is None):
@@ -49,10 +50,10 @@ def serves(norm: Any, x: Tensor) -> bool:
 
 
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
-    """The normalized input, with residual and activation."""
+    """Return the normalized input, with residual and activation."""
     kernels = KERNELS[type(norm)]
     coefficients = kernels.coefficients(norm, x.shape[0], ops.length(x, norm.channel_dim))
-    # By name: removing a parametrization, say, changes the order of the parameters.
+    # By name, because the order of the parameters can change (when a parametrization is removed, for example).
     learned = [t for name in kernels.PARAMETERS if (t := norm._parameters.get(name)) is not None]
     return _Layer.apply(x, residual, norm, act, coefficients, *learned)  # type: ignore[no-any-return]
 

@@ -1,7 +1,7 @@
-"""BN's scope inside a kernel: the statistics of each replica, and what they do to the running ones.
+"""BN's scope inside a kernel: the statistics of each replica, and the update of the running statistics.
 
-Legend: N batch, C channels, R replicas of N / R consecutive samples. A program has BC channels and walks down all
-samples, BN of them at a time; nothing is added atomically, so results repeat bit for bit.
+Legend: N batch, C channels, R replicas of N / R consecutive samples. A program has BC channels and reads all samples,
+BN at a time. No kernel uses atomic additions, so results are reproducible bit for bit.
 """
 
 import functools
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from exnorm.ops.triton.launch import Launch
 
-BLOCK: dict[str, Any] = {"BN": 64, "BC": 16, "num_warps": 4}  # narrow: 2,048 channels are 128 programs
-NOTHING, RUNNING, PENDING = 0, 1, 2  # what a forward moves
+BLOCK: dict[str, Any] = {"BN": 64, "BC": 16, "num_warps": 4}  # narrow, so that 2,048 channels give 128 programs
+NOTHING, RUNNING, PENDING = 0, 1, 2  # the statistics that a forward updates
 
 
 @triton.jit
 def replica_statistics(mean_ptr, var_ptr, first, count, channels, c, inside, BN: tl.constexpr, BC: tl.constexpr):
-    """Mean and biased variance of `count` samples from `first` on, (BC,) each, by the law of total variance."""
+    """Return mean and biased variance of `count` samples from `first` on, (BC,), by the law of total variance."""
     lead = tl.load(mean_ptr + first * channels + c, mask=inside, other=0.0)
     total = tl.zeros((BN, BC), tl.float32)
     squares = tl.zeros((BN, BC), tl.float32)
@@ -40,7 +40,7 @@ def replica_statistics(mean_ptr, var_ptr, first, count, channels, c, inside, BN:
 
 @triton.jit
 def record(mean, var, mean_to_ptr, var_to_ptr, count_ptr, momentum, c, inside, MODE: tl.constexpr):
-    """Add the statistics to the pending sums, or move the running ones by `momentum`; count the batch."""
+    """Add the statistics to the pending sums, or update the running ones with `momentum`; count the batch."""
     if MODE != 0:
         old_mean = tl.load(mean_to_ptr + c, mask=inside, other=0.0)
         old_var = tl.load(var_to_ptr + c, mask=inside, other=0.0)
@@ -81,13 +81,13 @@ def batch_statistics(
 
 
 def can_record(norm: Any) -> bool:
-    """Whether the kernels move what a forward moves: all but a cumulative mean outside the engine."""
+    """Whether the kernels can update the statistics: all cases but a cumulative mean outside the engine."""
     return norm.momentum is not None or norm.deferred or not norm.training
 
 
 def recorded(norm: Any, placeholder: Tensor) -> tuple[int, tuple[Tensor, Tensor, Tensor], float]:
-    """What a forward in training moves: how, which three buffers, and with which momentum."""
-    buffers = norm._buffers  # not through nn.Module's slower attributes
+    """Return what a forward updates: the mode, the three buffers, and the momentum."""
+    buffers = norm._buffers  # faster than the attributes of nn.Module
     if not norm.training or not norm.track_running_stats or buffers.get("running_mean") is None:
         return NOTHING, (placeholder, placeholder, placeholder), 0.0
     if norm.deferred:
@@ -97,7 +97,7 @@ def recorded(norm: Any, placeholder: Tensor) -> tuple[int, tuple[Tensor, Tensor,
 
 
 def note_changes(mode: int, buffers: tuple[Tensor, ...]) -> None:
-    """Let autograd know that a kernel has written into buffers, which an earlier forward may have saved."""
+    """Tell autograd that a kernel has written into buffers, which an earlier forward may have saved."""
     if mode != NOTHING:
         torch.autograd.graph.increment_version(buffers)
 
@@ -109,7 +109,7 @@ def _statistics_of(samples: int, replicas: int, channels: int, mode: int) -> Lau
 
 
 def statistics_of_scope(norm: Any, mean_NC: Tensor, var_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """BN's mean and variance, (R, C): the batch's, which are recorded in training, or the running ones."""
+    """Return BN's mean and variance: the batch's, (R, C), which are recorded in training, or the running ones, (C,)."""
     if not norm.uses_batch_statistics():
         return norm.running_mean, norm.running_var
     samples, channels = mean_NC.shape

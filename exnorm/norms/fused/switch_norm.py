@@ -4,9 +4,12 @@
     with s = dscale + dshift * (m - mu):   dvar = -1/2 r^3 weight * s,   dmu = -scale * dshift   of each (n, c)
     dw_k = sum_nc dmu * mu_k,   du_k = sum_nc dvar * var_k,   then through the softmaxes
 
-Forward: BN's statistics (`scope.batch_statistics`), then a program for each sample, which holds all its channels and
-sees to LN. Backward: `samples` has such programs too, and leaves sums over a sample's channels; `channels` has a
-program for a block of channels, sees to BN, and writes everything else.
+Forward: first BN's statistics (`scope.batch_statistics`). Then one program per sample, which holds all its channels,
+computes LN's statistics and the coefficients.
+
+Backward: `samples_kernel` has one program per sample, and writes sums over the sample's channels. `channels_kernel` has
+one program per block of channels. It goes back through BN's statistics and writes all results.
+
 Legend: N batch, C channels, R replicas of N / R samples. Order of the normalizers: in, ln, bn.
 """
 
@@ -22,15 +25,15 @@ from torch import Tensor
 from exnorm.norms.fused.scope import BLOCK, can_record, statistics_of_scope
 from exnorm.ops.triton.launch import Launch
 
-LARGEST = 8192  # channels that a program holds
-PARTS = 8  # of a sample: dmu and dvar of LN, three sums for w, three for u
+LARGEST = 8192  # channels that a program can hold
+PARTS = 8  # values per sample: dmu and dvar of LN, three sums for w, three for u
 
 PARAMETERS = ("weight", "bias", "mean_weight", "var_weight")  # in the order of `learned`
 
 
 @triton.jit
 def softmax(logits_ptr):
-    """The softmax of three numbers."""
+    """Return the softmax of three numbers."""
     a = tl.load(logits_ptr)
     b = tl.load(logits_ptr + 1)
     c = tl.load(logits_ptr + 2)
@@ -204,7 +207,7 @@ def softmax_gradient(parts_ptr, to_ptr, a, b, c, samples, BN: tl.constexpr):
 
 
 def serves(norm: Any) -> bool:
-    """Whether these kernels compute this layer: IN, LN and BN with one set of soft ratios, as in the paper."""
+    """Whether these kernels support this layer: IN, LN and BN with one set of soft ratios, as in the paper."""
     plain = norm.normalizers == ("in", "ln", "bn") and norm.groups == 1 and not norm.hard and not norm.unbiased
     return plain and norm.num_features <= LARGEST and can_record(norm)
 
@@ -213,7 +216,7 @@ class Coefficients:
     """The launches of an SN for inputs of one shape.
 
     Args:
-        replicas: of BN's scope; 1 where it takes the running statistics.
+        replicas: the replicas of BN's scope; 1 if BN uses the running statistics.
         batch: whether BN's statistics are the batch's.
     """
 
@@ -228,7 +231,7 @@ class Coefficients:
         self.channels_launch = Launch(channels_kernel, blocks, sizes, BATCH=batch, AFFINE=affine, **BLOCK)
 
     def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """scale_NC, shift_NC, and what the backward reads."""
+        """Return scale_NC, shift_NC, and the tensors that the backward reads."""
         *affine, mean_weight, var_weight = learned
         mean_RC, var_RC = statistics_of_scope(norm, mean_NC, var_NC)
         scale_NC, shift_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
@@ -248,7 +251,7 @@ class Coefficients:
         learned: Sequence[Tensor],
         saved: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        """slope_NC, offset_NC, and the gradients of the parameters."""
+        """Return slope_NC, offset_NC, and the gradients of the parameters."""
         mean_NC = moments[0]
         *affine, mean_weight, var_weight = learned
         weight = affine[0] if affine else mean_NC
@@ -277,7 +280,7 @@ _coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
 
 
 def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
-    """The launches of this layer for so many samples and positions."""
+    """Return the launches of this layer for this number of samples and positions."""
     batch = norm.uses_batch_statistics()
     affine = norm.weight is not None
     return _coefficients(samples, length, norm.num_features, norm.replicas if batch else 1, batch, affine)

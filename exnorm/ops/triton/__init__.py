@@ -1,7 +1,8 @@
 """The streaming primitives on an NVIDIA GPU: one Triton kernel for each pass. Legend: see `exnorm.ops.eager`.
 
-Inputs are dense, contiguous or channels last; another is copied first. No kernel adds atomically, so a result repeats
-bit for bit. Importing this package imports Triton. `TRITON_INTERPRET=1`, set before, runs the kernels on a CPU.
+Inputs are dense (contiguous or channels last); other inputs are copied first. No kernel uses atomic additions, so
+results are reproducible bit for bit. Importing this package imports Triton. If `TRITON_INTERPRET=1` is set before, the
+kernels run on a CPU.
 """
 
 import functools
@@ -22,16 +23,16 @@ from exnorm.ops.triton.moments import moments as moments_kernel
 from exnorm.ops.triton.tiles import Tile, positions_per_program, reduction_tile, streaming_tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MERGED = 128  # channels of a program that merges parts
+_MERGED = 128  # channels per program that merges partial results
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels run on this tensor; the eager formulas run on others."""
+    """Whether the kernels support this tensor; for others the eager formulas run."""
     return (x.is_cuda or INTERPRETED) and x.dtype in _DTYPES and x.numel() > 0
 
 
 class _Shape(NamedTuple):
-    """All that the launches of an input depend on."""
+    """The sizes and the layout of an input, on which its launches depend."""
 
     samples: int
     length: int
@@ -46,13 +47,13 @@ def _shape(x: Tensor, channel_dim: int) -> _Shape:
 
 
 def _constants(shape: _Shape, tile: Tile) -> dict[str, Any]:
-    """The options that all passes share."""
+    """Return the constants that all passes share."""
     wide = shape.length * shape.channels >= 2**31
     return {"ROWS": shape.rows, "WIDE": wide, "BL": tile.positions, "BC": tile.channels, "num_warps": tile.warps}
 
 
 class _Reduction(NamedTuple):
-    """A pass that sums over L, and what joins its parts where there are several."""
+    """A pass that sums over L, and the launch that merges its partial results if there are several."""
 
     run: Launch
     parts: int
@@ -84,8 +85,8 @@ def _streaming(kernel: Any, shape: _Shape, **options: Any) -> Launch:
     return Launch(kernel, programs, (length, channels, *blocks), **options, **_constants(shape, tile))
 
 
-# Launches by all that they depend on: a model has a few dozens, inputs of changing sizes more. The dtype is part of
-# the key, since a launch looks only once at the types of its tensors.
+# Launches are cached by all that they depend on: a few dozen for a model, more for inputs of varying sizes. The dtype
+# is part of the key because a launch checks the types of its tensors only once.
 @functools.lru_cache(maxsize=4096)
 def _moments_of(shape: _Shape, dtype: torch.dtype) -> _Reduction:
     return _reduction(moments_kernel, merge_kernel, shape)
@@ -107,7 +108,7 @@ def _gradient_of(shape: _Shape, dtype: torch.dtype, act: str | None, constant: b
 
 
 def _two(x: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
-    """Two tensors for float32 results, in memory of their own."""
+    """Allocate two float32 tensors for results."""
     options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     return torch.empty(shape, **options), torch.empty(shape, **options)
 
@@ -230,7 +231,7 @@ def input_gradient(
 
 
 def _plain(*coefficients: Tensor) -> list[Tensor]:
-    """Coefficients as the kernels read them: float32 and contiguous."""
+    """Return the coefficients as the kernels read them: float32 and contiguous."""
     return [
         c if c.dtype is torch.float32 and c.is_contiguous() else c.to(torch.float32).contiguous() for c in coefficients
     ]

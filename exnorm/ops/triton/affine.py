@@ -1,6 +1,6 @@
 """Pass 2: y = act(scale * (x - mean) + shift + residual).
 
-Traffic: reads |x| and, if there is one, the residual; writes |y|. Grid: N x blocks of L x blocks of C.
+Traffic: reads |x| and the residual, if there is one; writes |y|. Grid: N x blocks of L x blocks of C.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Pass 4: dx = scale * g + slope * (x - mean) + offset, where g is the gradient behind the activation.
+"""Pass 4: dx = scale * g + slope * (x - mean) + offset, where g is the gradient at the activation's input.
 
 Traffic: reads |x| and the gradient, writes |dx|. Grid: N x blocks of L x blocks of C.
 """

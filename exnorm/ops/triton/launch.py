@@ -1,8 +1,8 @@
-"""Launching a kernel in a few microseconds of the host.
+"""Launch a kernel in a few microseconds of CPU time.
 
-At each launch Triton looks at every argument (its type, whether it divides by 16, whether it is 1) to find the compiled
-kernel that fits: about 1 microsecond each, and a layer has 200 arguments. Here all numbers of a launch are fixed, so
-only the addresses have to be looked at.
+At each launch, Triton checks every argument (its type, whether 16 divides it, whether it is 1) to find the matching
+compiled kernel. That takes about 1 microsecond per argument, and a layer has 200 arguments. Here all numbers of a
+launch are fixed, so only the addresses are checked.
 """
 
 import functools
@@ -18,13 +18,13 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 class Launch:
-    """A kernel with its grid and all of its arguments but tensors and floats.
+    """A kernel with its grid and all its arguments except tensors and floats.
 
     Args:
         kernel: its parameters are pointers, then floats, then integers, then constants, in this order.
         programs: the size of the grid, which has one axis.
         integers: the values of the integers.
-        constants: the constants by name, and `num_warps`. Those of the signature come in its order.
+        constants: the constants by name, and `num_warps`. They are passed in the order of the signature.
     """
 
     def __init__(self, kernel: Any, programs: int, integers: tuple[int, ...], **constants: Any) -> None:
@@ -35,7 +35,7 @@ class Launch:
 
     def __call__(self, *tensors: Tensor, floats: tuple[float, ...] = ()) -> None:
         """Run the kernel on the current stream of the tensors' device."""
-        floats = tuple(map(float, floats))  # Triton would make a constant of an integer 1
+        floats = tuple(map(float, floats))  # Triton would compile an integer 1 as a constant
         addresses = [tensor.data_ptr() for tensor in tensors]
         device = tensors[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():

@@ -1,9 +1,9 @@
 """Pass 1: mean and biased variance of each (sample, channel).
 
-Traffic: reads |x| once, writes 8 bytes for each (sample, channel). Grid: N x blocks of L x blocks of C; where one block
-holds all positions the result is final, else `merge` joins the parts by Chan's formula, in a fixed order.
-Sums are about the part's first value, so that a mean far larger than the deviation costs no digits, unless
-that value is an outlier itself.
+Traffic: reads |x| once, writes 8 bytes for each (sample, channel). Grid: N x blocks of L x blocks of C. If one block
+holds all positions, its result is final. Else `merge` combines the results of the parts by Chan's formula, in a fixed
+order. A part sums the differences from its first value. So a mean far larger than the deviation costs no precision,
+unless the first value is an outlier.
 """
 
 import triton
@@ -17,7 +17,7 @@ def moments(
     x_ptr, mean_ptr, var_ptr, length, channels, per, blocks_l, blocks_c,
     FINAL: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """mean, var: (N, C); or, of each of the `blocks_l` parts, its mean and sum of squares, (N, blocks_l, C)."""
+    """mean, var: (N, C) if FINAL; else the mean and the sum of squared deviations of each part, (N, blocks_l, C)."""
     n, part, block_c = place(blocks_c, blocks_l)
     c = block_c * BC + tl.arange(0, BC)
     inside = c < channels
@@ -49,7 +49,7 @@ def moments(
 def merge(
     part_mean_ptr, part_square_ptr, mean_ptr, var_ptr, length, channels, per, parts, blocks_c, BC: tl.constexpr
 ):  # fmt: skip
-    """The moments of the parts as those of the whole. Grid: N x blocks of C."""
+    """Combine the moments of the parts into those of all positions. Grid: N x blocks of C."""
     n, _, block_c = place(blocks_c, 1)
     c = block_c * BC + tl.arange(0, BC)
     inside = c < channels

@@ -1,8 +1,8 @@
-"""Pass 3: sum_L g * (x - mean) and sum_L g, where g is the gradient behind the activation.
+"""Pass 3: sum_L g * (x - mean) and sum_L g, where g is the gradient at the activation's input.
 
-Traffic: reads |x| and the gradient. Behind a residual and a ReLU (GATE) it reads y too, whose sign is the ReLU's, and
-writes the gated gradient, which is the residual's. Grid: N x blocks of L x blocks of C; with several blocks of L the
-parts are added afterwards, in a fixed order.
+Traffic: reads |x| and the gradient. If a residual and a ReLU follow (GATE), it also reads y, whose sign shows where the
+ReLU is active. It then writes the gradient at the ReLU's input, which is also the residual's. Grid: N x blocks of L x
+blocks of C. With several blocks of L, `merge` adds their sums in a fixed order.
 """
 
 import triton
@@ -51,7 +51,7 @@ def sums(
 
 @triton.jit
 def merge(part_scale_ptr, part_shift_ptr, dscale_ptr, dshift_ptr, channels, parts, blocks_c, BC: tl.constexpr):
-    """The sums of the parts, (N, C). Grid: N x blocks of C."""
+    """Add the sums of the parts: (N, C). Grid: N x blocks of C."""
     n, _, block_c = place(blocks_c, 1)
     c = block_c * BC + tl.arange(0, BC)
     inside = c < channels

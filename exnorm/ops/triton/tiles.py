@@ -1,13 +1,13 @@
-"""How a pass cuts a tensor into tiles: one program of the GPU reads one tile, or walks down a column of tiles.
+"""Divide a tensor into tiles: one program of the GPU reads one tile, or several along L.
 
 Legend: N batch, C channels, L positions. A tile is BL positions of BC channels of one sample. `ROWS` says that the L
 positions of a channel are contiguous, as in (N, C, L); otherwise the channels are, as in (N, L, C).
 
-Program ids count the channel blocks first, so that neighbouring programs read neighbouring addresses. All three axes
-share grid axis 0, which has no limit that matters; the others end at 65,535.
+Program ids count the channel blocks first, so neighbouring programs read neighbouring addresses. All three axes share
+grid axis 0: the other grid axes are limited to 65,535.
 
 The sizes come from a sweep on an H200 (bfloat16, channels last, the shapes of ResNet-50): tiles of 2,048 elements and
-4 warps copy at the speed of `Tensor.copy_`; reductions want narrow tiles, so that little is exchanged between warps.
+4 warps copy at the speed of `Tensor.copy_`. Reductions need narrow tiles, so that warps exchange few values.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-_PROGRAMS = 1056  # 8 for each of the 132 multiprocessors of an H100: below, a reduction is split along L
+_PROGRAMS = 1056  # 8 per multiprocessor of an H100 (132); with fewer programs, a reduction is split along L
 
 
 class Tile(NamedTuple):
@@ -47,7 +47,7 @@ def reduction_tile(length: int, channels: int, *, rows: bool) -> Tile:
 
 
 def positions_per_program(samples: int, length: int, channels: int, tile: Tile) -> int:
-    """How many positions one program of a reduction walks over: L, or fewer where the programs would be too few."""
+    """Return how many positions one program of a reduction sums: L, or fewer if there would be too few programs."""
     programs = samples * triton.cdiv(channels, tile.channels)
     split = max(1, min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(length, 2 * tile.positions)))
     return triton.cdiv(triton.cdiv(length, split), tile.positions) * tile.positions
@@ -55,7 +55,7 @@ def positions_per_program(samples: int, length: int, channels: int, tile: Tile) 
 
 @triton.jit
 def place(blocks_c, blocks_l):
-    """The sample, the block of positions and the block of channels of this program; the sample in 64 bits."""
+    """Return the sample (in 64 bits), the block of positions and the block of channels of this program."""
     program = tl.program_id(0)
     rest = program // blocks_c
     return (rest // blocks_l).to(tl.int64), rest % blocks_l, program % blocks_c
@@ -63,7 +63,7 @@ def place(blocks_c, blocks_l):
 
 @triton.jit
 def offsets(l, c, length, channels, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """Where the positions `l` and channels `c` lie in a sample, (BL, BC); in 64 bits if a sample needs them."""
+    """Return the offsets of positions `l` and channels `c` in a sample, (BL, BC); in 64 bits if a sample needs them."""
     if WIDE:
         l = l.to(tl.int64)
         c = c.to(tl.int64)
