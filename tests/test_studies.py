@@ -435,7 +435,7 @@ def test_a_finished_run_with_another_configuration_is_said_for_the_seeds_that_ar
 @pytest.mark.parametrize("name", ["sn-table2.yaml", "mine.epochs.yaml"])
 def test_a_study_of_ones_own_takes_no_others_record(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("axes: {norm: [bn]}\n")
-    with pytest.raises(UserError, match="is another study's; give it another name"):
+    with pytest.raises(UserError, match="belongs to another study. Give the file another name"):
         load_study(str(tmp_path / name), "mini")
 
 
