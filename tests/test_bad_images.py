@@ -132,7 +132,7 @@ def test_a_class_without_a_good_image_is_told_by_an_image_of_its_own(tmp_path: P
         html(tmp_path / "in" / "train" / WNIDS[2] / f"{WNIDS[2]}_{number}.JPEG")
     dataset = train_images(config, tmp_path / "bad.csv")
     dataset[0, 1]
-    own = rf"label 2 are broken, such as train/{WNIDS[2]}/{WNIDS[2]}_3\.JPEG \(no known format"
+    own = rf"label 2 are broken, such as train/{WNIDS[2]}/{WNIDS[2]}_3\.JPEG \(the image format is not known"
     with pytest.raises(UserError, match=own):
         dataset[0, 15]
 
@@ -154,7 +154,7 @@ def test_a_broken_validation_image_is_an_error_unless_it_is_excluded(tmp_path: P
     config = listed_imagenet(tmp_path / "in")
     victim = sorted((tmp_path / "in" / "val" / WNIDS[0]).iterdir())[0]
     truncated(victim)
-    with pytest.raises(UserError, match=rf"val/{WNIDS[0]}/{victim.name} is no readable image .*data\.exclude=FILE"):
+    with pytest.raises(UserError, match=rf"val/{WNIDS[0]}/{victim.name} is not a readable image .*data\.exclude=FILE"):
         SeededImages(data.load(config).val, eval_transform(config), seed=0)[0, 0]
     (tmp_path / "bad.txt").write_text(f"{victim}\n")
     config.exclude = str(tmp_path / "bad.txt")
@@ -193,7 +193,7 @@ def test_a_broken_image_has_its_reason() -> None:
     with pytest.raises(BadImage) as missing:
         data.files.opened("gone.jpg", partial(open, "/nonexistent/gone.jpg", "rb"))
     assert (missing.value.name, missing.value.reason) == ("gone.jpg", "No such file or directory")
-    with pytest.raises(BadImage, match="no known format of an image"):
+    with pytest.raises(BadImage, match="the image format is not known"):
         data.files.opened("page.jpg", lambda: io.BytesIO(b"<html>"))
 
 
@@ -203,7 +203,7 @@ def test_what_is_wrong_with_the_machine_makes_no_image_broken() -> None:
     def away() -> io.BytesIO:
         raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(UserError, match=r"a\.jpg cannot be read now: .*Input/output error; the same command goes on"):
+    with pytest.raises(UserError, match=r"a\.jpg cannot be read now: .*Input/output error. The same command continues"):
         data.files.opened("a.jpg", away)
 
 
@@ -277,7 +277,7 @@ def test_floats_of_which_none_is_known_to_be_white_are_a_broken_image(
     tmp_path: Path, values: tuple[float, float]
 ) -> None:
     Image.fromarray(np.array([values, values], np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(BadImage, match="floats from .* they may go from 0 to 1, to 255 or to 65535"):
+    with pytest.raises(BadImage, match="floats from .* allowed are 0 to 1, 0 to 255 and 0 to 65535"):
         data.files.opened("float.tif", lambda: (tmp_path / "float.tif").open("rb"))
 
 
@@ -369,5 +369,5 @@ def test_a_broken_validation_image_ends_a_run_with_one_line_and_the_earlier_run_
     victim.write_bytes(b"x" * victim.stat().st_size)  # of another size it would be another run
     done = run_cli(*arguments, "fresh=true")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and f"val/{WNIDS[1]}/{victim.name} is no readable image" in done.stderr
+    assert done.stderr.count("\n") == 1 and f"val/{WNIDS[1]}/{victim.name} is not a readable image" in done.stderr
     assert only_run(tmp_path) == run and (run / "record.json").read_text() == record

@@ -78,22 +78,25 @@ def test_a_sweep_runs_every_combination_wherever_the_flag_stands(tmp_path: Path)
     [
         (["train", "norm=bnn"], f"unknown norm 'bnn': did you mean 'bn'? allowed: {NORMS}"),
         (["train", "trainer.epoch=1"], "unknown key 'trainer.epoch': did you mean 'trainer.epochs'?"),
-        (["train", "trainer.epochs=abc"], "trainer.epochs=abc: not an integer, such as trainer.epochs=100"),
+        (["train", "trainer.epochs=abc"], "trainer.epochs=abc is not an integer, such as trainer.epochs=100"),
         (["train", "norm.pi=abc"], "norm.pi=abc: expected an integer such as 50"),
         (
             ["train", "+foo.bar=abc"],
             "unknown key 'foo.bar': allowed: batch, data, debug, fresh, logger, model, norm, ops, optim, runs, seed, "
             "task, trainer",
         ),
-        (["train", "norm=bn,sn"], "norm=bn,sn: several values; add -m to run one after the other"),
+        (["train", "norm=bn,sn"], "norm=bn,sn has several values. Add -m to run one after the other"),
         (["train", "-m", "norm=bn,xx"], f"unknown norm 'xx': allowed: {NORMS}"),
         (["train", "seed=13"], "seed 13 is bad luck: type another"),
         (["show", "norm", "enn"], f"unknown norm 'enn': did you mean 'en'? allowed: {NORMS}"),
-        (["list", "models", "--filter", "x*"], "no model matches 'x*': try a wider one such as --filter 'resnet*'"),
+        (
+            ["list", "models", "--filter", "x*"],
+            "no model matches 'x*'. Try a wider pattern, such as --filter 'resnet*'",
+        ),
         (["reprodce"], "No such command 'reprodce'. Did you mean 'reproduce'? See exnorm --help"),
         (["table"], "Missing argument 'study'. See exnorm table --help"),
         (["table", "sn-table2", "--scale"], "Option '--scale' requires an argument. See exnorm --help"),
-        (["runs", "nowhere"], "no folder nowhere: type exnorm runs FOLDER with the folder that your runs are in"),
+        (["runs", "nowhere"], "there is no folder nowhere. Type exnorm runs FOLDER, where FOLDER has your runs"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(tmp_path: Path, arguments: list[str], line: str) -> None:

@@ -82,17 +82,17 @@ def test_debug_stands_last_and_the_command_line_after_it() -> None:
         ("norm.pie=3", "unknown key 'norm.pie': did you mean 'norm.pi'?"),
         ("+norm.pie=3", "unknown key 'norm.pie' for norm en: did you mean 'pi'?"),
         ("norm.num_groups=3", "unknown key 'norm.num_groups' for this norm: gn has it"),
-        ("trainer.epochs=abc", "trainer.epochs=abc: not an integer, such as trainer.epochs=100"),
-        ("optim.lr=x", "optim.lr=x: not a number"),
-        ("trainer.compile=3x", "trainer.compile=3x: not true or false, such as trainer.compile=false"),
-        ("data.scale=3", "data.scale=3: not a list, such as data.scale=[0.08,1.0]"),
-        ("seed=null", "seed=null: null is not allowed, such as seed=0"),
+        ("trainer.epochs=abc", "trainer.epochs=abc is not an integer, such as trainer.epochs=100"),
+        ("optim.lr=x", "optim.lr=x is not a number"),
+        ("trainer.compile=3x", "trainer.compile=3x is not true or false, such as trainer.compile=false"),
+        ("data.scale=3", "data.scale=3 is not a list, such as data.scale=[0.08,1.0]"),
+        ("seed=null", "seed=null: null is not allowed; give a value, such as seed=0"),
         ("norm.pi=abc", "norm.pi=abc: expected an integer such as 50"),
         ("norm.sync=1", "norm.sync=1: expected true or false"),
         ("norm.normalizers=in", "norm.normalizers=in: expected a list such as [in,ln,bn]"),
         ("norm.normalizers=[1]", "norm.normalizers=[1]: expected a list such as [in,ln,bn]"),
-        ("~norm", "no norm is chosen: type for example norm=en (exnorm list norms)"),
-        ("norm=bn,sn", "norm=bn,sn: several values; add -m to run one after the other"),
+        ("~norm", "no norm is chosen. Type for example norm=en; exnorm list norms shows all of them"),
+        ("norm=bn,sn", "norm=bn,sn has several values. Add -m to run one after the other"),
         ("data.root=${nope}", "data.root: Interpolation key 'nope' not found"),
     ],
 )
@@ -138,7 +138,7 @@ def test_the_list_of_timm_is_read_in_another_process_and_once(tmp_path: Path, mo
     monkeypatch.setattr(backbones, "LIST_MODELS", "raise SystemExit(1)")
     assert backbones.timm_names() == ["a", "b"]
     monkeypatch.setattr(backbones.metadata, "version", lambda name: "10")
-    with pytest.raises(UserError, match="timm 10 does not list its models"):
+    with pytest.raises(UserError, match="timm 10 cannot list its models"):
         backbones.timm_names()
 
 
@@ -171,7 +171,7 @@ def test_an_evaluation_takes_the_data_of_the_run_unless_told_otherwise() -> None
     ("override", "line"),
     [
         ("chekpoint=best", "unknown key 'chekpoint': did you mean 'checkpoint'?"),
-        ("devices=x", "devices=x: not an integer, such as devices=1"),
+        ("devices=x", "devices=x is not an integer, such as devices=1"),
         ("+trainer.epochs=3", "unknown key 'trainer.epochs': did you mean 'data.epochs'?"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path / "data", train=1, val=1)
     broken = root / "train" / "cat" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"cat/0\.jpg is no readable image .*data.exclude=FILE"):
+    with pytest.raises(UserError, match=r"cat/0\.jpg is not a readable image .*data.exclude=FILE"):
         seeded(root)[0, 0]
 
 

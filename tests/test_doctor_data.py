@@ -73,7 +73,7 @@ def test_all_broken_files_are_in_a_list_that_the_next_command_leaves_out(
     assert code == 1 and f"broken images: all 8 are listed in {listing}; data.exclude={listing} leaves" in text
     assert text.count("  broken: ") == 6 and "  and 2 more" in text
     lines = listing.read_text().splitlines()
-    assert lines[::2] == ["# no known format of an image"] * 8
+    assert lines[::2] == ["# the image format is not known"] * 8
     assert lines[1::2] == [str(file.relative_to(root)) for file in broken]
     code, text = look(capsys, tmp_path / "sheet.png", *arguments, f"data.exclude={listing}")
     assert code == 0 and "broken:" not in text and "7 excluded" in text and "1 excluded" in text

@@ -54,8 +54,8 @@ def test_what_cannot_be_explained_is_one_line(run_of_en: Path, data: Path, tmp_p
     image = str(data / "val" / "cat" / "1.png")
     plain = train(tiny(data, "norm=gn", "trainer.epochs=1"), tmp_path)
     for run, path, said in (
-        (run_of_en, text, "text.png is no readable image"),
-        (run_of_en, tmp_path / "none.png", "none.png is no readable image"),
+        (run_of_en, text, "text.png is not a readable image"),
+        (run_of_en, tmp_path / "none.png", "none.png is not a readable image"),
         (plain, Path(image), "norm=gn mixes nothing; explain a run of sn, ssn or en"),
     ):
         with pytest.raises(UserError, match=said):

@@ -147,8 +147,8 @@ print(hashlib.sha256(b"".join(images.open_image(i).tobytes() for i in range(300)
     [
         ("data.num_classes=5", "data.num_classes=5: glyphs has 10 to 1000"),
         ("data.num_classes=1001", "data.num_classes=1001: glyphs has 10 to 1000"),
-        ("data.num_val=3", "data.num_val=3 is less than an image for each of the classes"),
-        ("data.root=/data", "data.root=/data: glyphs are drawn here and take no folder; leave it out"),
+        ("data.num_val=3", "data.num_val=3: give at least one image per class"),
+        ("data.root=/data", "data.root=/data: glyphs are drawn and take no folder. Leave it out"),
     ],
 )
 def test_bad_options_get_one_line(override: str, line: str) -> None:
@@ -157,7 +157,7 @@ def test_bad_options_get_one_line(override: str, line: str) -> None:
 
 
 def test_the_options_of_drawn_sets_are_refused_elsewhere() -> None:
-    with pytest.raises(UserError, match="data.num_classes=20: digits has no such option; leave it out"):
+    with pytest.raises(UserError, match="data.num_classes=20: digits has no such option. Leave it out"):
         data.fingerprint(config_of("digits", "data.num_classes=20"))
 
 

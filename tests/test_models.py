@@ -81,7 +81,7 @@ def test_weights_of_the_published_sn_code_load(legacy: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"no weights", "cannot be read as weights"), (None, "holds no weights but a list")]
+    ("content", "words"), [(b"no weights", "cannot be read as weights"), (None, "does not hold weights but a list")]
 )
 def test_a_file_without_weights_is_refused(content: bytes | None, words: str, tmp_path: Path) -> None:
     file = tmp_path / "w.pt"

@@ -104,7 +104,7 @@ def test_a_folder_gives_back_what_was_written(tmp_path: Path) -> None:
     assert folder.read_record() is None
     write_json_atomic(folder.record_file, {"val/top1": 1.5})
     assert folder.read_record() == {"val/top1": 1.5}
-    with pytest.raises(ValueError, match="no run folder"):
+    with pytest.raises(ValueError, match="is not a run folder"):
         RunFolder(tmp_path).read_config()
 
 
@@ -177,7 +177,7 @@ def test_every_start_is_noted_and_another_config_is_refused(tmp_path: Path) -> N
     noted = json.loads(folder.provenance_file.read_text())
     assert noted["config_hash"] == "aaaaaaaa"
     assert [start["versions"] for start in noted["resumed"]] == [noted["versions"]]
-    with pytest.raises(UserError, match=r"made by another config \(aaaaaaaa\); move it away"):
+    with pytest.raises(UserError, match=r"made by another config \(aaaaaaaa\)\. Move it away"):
         prepare(folder, values(), "bbbbbbbb")
 
 

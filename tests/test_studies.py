@@ -168,7 +168,7 @@ def test_studies_are_listed_with_what_they_are_about(run_cli: CliRunner) -> None
 
 def test_a_study_is_no_part_of_a_run(run_cli: CliRunner) -> None:
     done = run_cli("train", "study=sn-table2")
-    assert done.returncode == 2 and "type exnorm reproduce" in done.stderr
+    assert done.returncode == 2 and "Type exnorm reproduce" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_a_study_is_no_part_of_a_run(run_cli: CliRunner) -> None:
         ("axis: {}", "unknown key 'axis': did you mean 'axes'?"),
         ("set: [norm=bn]", "has no axes"),
         ("axes: {norm: [bn]}\nwhen: [{iff: {norm: bn}, set: []}]", "unknown key 'iff': did you mean 'if'?"),
-        ("axes: [unclosed", "is no yaml: "),
-        ("3", "is no yaml: "),
-        ("[a]", "holds no keys"),
+        ("axes: [unclosed", "is not valid yaml: "),
+        ("3", "is not valid yaml: "),
+        ("[a]", "has no keys with values"),
         ("axes: {norm: []}", "is not axes with values"),
         ("axes: {seed: [1]}", "none called seed"),
         ("axes: {norm: {bn: null}}", "is not axes with values"),
@@ -435,14 +435,14 @@ def test_a_finished_run_with_another_configuration_is_said_for_the_seeds_that_ar
 @pytest.mark.parametrize("name", ["sn-table2.yaml", "mine.epochs.yaml"])
 def test_a_study_of_ones_own_takes_no_others_record(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("axes: {norm: [bn]}\n")
-    with pytest.raises(UserError, match="is another study's; give it another name"):
+    with pytest.raises(UserError, match="belongs to another study. Give the file another name"):
         load_study(str(tmp_path / name), "mini")
 
 
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        (",80.0,", ",nan,", r"sn-table2.csv, line 3 is damaged: mend it, or move it away and type exnorm reproduce"),
+        (",80.0,", ",nan,", r"sn-table2.csv, line 3 is damaged: repair it, or move it away and type exnorm reproduce"),
         (",80.0,", ",8o,", "line 3 is damaged"),
         (",80.0,", ",80.0,80.0,", "line 3 is damaged"),
         ("0.01", "", "as it was"),

@@ -47,7 +47,7 @@ def test_a_value_that_needs_quotes_is_refused_with_the_quoted_form(value: str) -
 
 def test_a_variable_of_the_environment_is_written_in_hydras_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_DATA", "/d")
-    assert message("data.root=${MY_DATA}/x").endswith("environment write ${oc.env:MY_DATA}")
+    assert message("data.root=${MY_DATA}/x").endswith("environment variable MY_DATA write ${oc.env:MY_DATA}")
     assert compose_train(["data.root=${oc.env:MY_DATA}/x"]).data.root == "/d/x"
 
 
@@ -66,12 +66,12 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_begins(home: str, monkeypatc
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--epochs", "3"], "there is no option --epochs: write trainer.epochs=3"),
-        (["norm=en", "--lr=0.1"], "there is no option --lr: write optim.lr=0.1"),
-        (["--norm", "sn", "-m"], "there is no option --norm: write norm=sn"),
-        (["--batch-size", "8x32"], "there is no option --batch-size: write batch=8x32"),
-        (["--seed", "norm=en"], "there is no option --seed: write seed=VALUE"),
-        (["-x"], "there is no option -x: a setting is KEY=VALUE, such as trainer.epochs=3, and exnorm train --help"),
+        (["--epochs", "3"], "there is no option --epochs. Write trainer.epochs=3"),
+        (["norm=en", "--lr=0.1"], "there is no option --lr. Write optim.lr=0.1"),
+        (["--norm", "sn", "-m"], "there is no option --norm. Write norm=sn"),
+        (["--batch-size", "8x32"], "there is no option --batch-size. Write batch=8x32"),
+        (["--seed", "norm=en"], "there is no option --seed. Write seed=VALUE"),
+        (["-x"], "there is no option -x. A setting is written KEY=VALUE, such as trainer.epochs=3"),
     ],
 )
 def test_an_option_with_dashes_is_refused_with_the_setting_that_is_meant(words: list[str], line: str) -> None:
@@ -83,7 +83,7 @@ def test_an_option_with_dashes_is_refused_with_the_setting_that_is_meant(words: 
 def test_the_command_line_refuses_options_with_one_line(run_cli: CliRunner) -> None:
     done = run_cli("train", "--epochs", "3")
     assert done.returncode == 2
-    assert done.stderr == "exnorm: error: there is no option --epochs: write trainer.epochs=3\n"
+    assert done.stderr == "exnorm: error: there is no option --epochs. Write trainer.epochs=3\n"
 
 
 def test_hydras_own_options_pass() -> None:
@@ -113,7 +113,7 @@ def test_the_last_word_of_a_key_is_enough_to_find_it(key: str) -> None:
         ("wieght_decay=1", "did you mean 'optim.weight_decay'?"),
         (
             "optim=lamb",
-            "unknown optim 'lamb': allowed: adamw, cosine, sgd; another optimizer of timm is optim.name=lamb",
+            "unknown optim 'lamb': allowed: adamw, cosine, sgd. For another optimizer of timm type optim.name=lamb",
         ),
     ],
 )

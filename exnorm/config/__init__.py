@@ -1,1 +1,1 @@
-"""The configuration of a command: schema, composition, and errors that say what to type instead. No torch here."""
+"""The configuration of a command: schema, composition and error messages. Imports no torch."""

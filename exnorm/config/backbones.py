@@ -1,4 +1,4 @@
-"""The names of timm's models, without importing timm: it would bring torch into the controlling process."""
+"""List the names of timm's models without importing timm in this process, because timm imports torch."""
 
 import os
 import subprocess
@@ -15,11 +15,11 @@ LIST_MODELS = "import timm; print('\\n'.join(timm.list_models()))"
 
 
 def timm_names() -> list[str]:
-    """Return the names of timm's architectures; read once per version of timm in a process of its own, then cached."""
+    """Return the names of timm's architectures. A subprocess lists them once per version of timm; they are cached."""
     try:
         version = metadata.version("timm")
     except metadata.PackageNotFoundError:
-        raise UserError("timm is not installed: type pip install timm, or take a model of conf/model") from None
+        raise UserError("timm is not installed. Type pip install timm, or choose a model from conf/model") from None
     cache = cache_folder() / f"timm-{version}.txt"
     if cache.is_file():
         return cache.read_text(encoding="utf-8").split()
@@ -27,13 +27,13 @@ def timm_names() -> list[str]:
     names = done.stdout.split()
     if done.returncode or not names:
         reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise UserError(f"timm {version} does not list its models: {reason}; try python -c 'import timm'")
+        raise UserError(f"timm {version} cannot list its models: {reason}. For more, type python -c 'import timm'")
     write_cache(cache, "\n".join(names) + "\n")
     return names
 
 
 def write_cache(path: Path, text: str) -> None:
-    """Write a cache file in one step; a disk that is full is no reason to stop."""
+    """Write a cache file in one step. If this fails, for example on a full disk, only print a warning."""
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         part.write_text(text, encoding="utf-8")
@@ -43,7 +43,11 @@ def write_cache(path: Path, text: str) -> None:
 
 
 def register_requested(overrides: Iterable[str]) -> None:
-    """Let `model=NAME` and sweeps over it name any model of timm; raise UserError with the nearest names."""
+    """Register the models of timm that `model=NAME` and sweeps over it ask for.
+
+    Raises:
+        UserError: timm has no such model; the message gives the nearest names.
+    """
     known = group_options("model")
     wanted = [name for name in requested(overrides) if name not in known]
     if not wanted:
@@ -56,7 +60,7 @@ def register_requested(overrides: Iterable[str]) -> None:
 
 
 def requested(overrides: Iterable[str]) -> list[str]:
-    """Return the names in `model=a` and `model=a,b`; what Hydra cannot parse is left for Hydra to report."""
+    """Return the names in `model=a` and `model=a,b`; skip what Hydra cannot parse, because Hydra reports it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException

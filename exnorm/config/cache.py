@@ -1,4 +1,4 @@
-"""The folder of what is made once per machine: compiled code, drawn images, scans of data sets, the list of models."""
+"""The folder for files made once per machine: compiled code, drawn images, scans of data sets, the list of models."""
 
 import os
 import shutil
@@ -16,13 +16,13 @@ OTHERS_MAY_WRITE = 0o022
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder, `$XDG_CACHE_HOME/exnorm` on Linux, or else one in the temporary folder.
+    """Return the user's cache folder, `$XDG_CACHE_HOME/exnorm` on Linux, else one in the temporary folder.
 
-    Nobody else can write into the folder: it is made with mode 0700, it belongs to this user, and files in it that
-    other users put there while its mode was wider are removed.
+    Only this user can write into the folder: it has mode 0700 and belongs to this user. If its mode was wider before,
+    files that other users put there are removed.
 
     Raises:
-        UserError: neither can be used.
+        UserError: neither folder can be used.
     """
     problems = []
     for folder in (*_in_home(), Path(tempfile.gettempdir()) / f"exnorm-{os.getuid()}"):
@@ -31,21 +31,21 @@ def cache_folder() -> Path:
             return folder
         problems.append(f"{folder} {problem}")
     raise UserError(
-        f"no folder to keep compiled code in: {'; '.join(problems)}. Set XDG_CACHE_HOME to a folder of yours"
+        f"there is no folder for compiled code: {'; '.join(problems)}. Set XDG_CACHE_HOME to a folder that you own"
     )
 
 
 def _in_home() -> list[Path]:
-    """The folder that the system's rules name; none for a user without a home folder."""
+    """Return the system's cache folder in a list; the list is empty for a user without a home folder."""
     try:
         folder = platformdirs.user_cache_path("exnorm")
-    except RuntimeError:  # of a user whom the system does not know
+    except RuntimeError:  # the system does not know the user
         return []
     return [folder] if folder.is_absolute() else []  # older versions of platformdirs return ~/.cache as it is
 
 
 def _problem_with(folder: Path) -> str | None:
-    """Make a folder, or check the one that is there; return why it cannot be used."""
+    """Make a folder, or check the existing one; return why it cannot be used, or None."""
     try:
         folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         found = folder.stat()
@@ -61,7 +61,7 @@ def _problem_with(folder: Path) -> str | None:
 
 
 def _make_private(folder: Path) -> None:
-    """Close a folder that was made with a wider mode, and remove what other users put into it meanwhile."""
+    """Restrict a folder that has a wider mode to this user, and remove the files of other users in it."""
     was_open = folder.stat().st_mode & OTHERS_MAY_WRITE
     folder.chmod(PRIVATE)
     if not was_open:

@@ -1,4 +1,4 @@
-"""What `exnorm list` and `exnorm show` print: read from `conf/` and from the sources, without importing torch."""
+"""The output of `exnorm list` and `exnorm show`, read from `conf/` and the sources without importing torch."""
 
 import ast
 from fnmatch import fnmatch
@@ -12,14 +12,14 @@ NORMS = Path(__file__).resolve().parents[1] / "norms"
 
 
 def catalog(group: str, pattern: str = "*") -> list[tuple[str, str]]:
-    """Return (name, description) of a group's options that match a shell pattern; models of timm follow ours."""
+    """Return (name, description) of a group's options that match a shell pattern; timm's models come last."""
     rows = [(name, describe(group, name)) for name in group_options(group)]
     if group == "model":
         ours = {name for name, _ in rows}
         rows += [(name, "") for name in timm_names() if name not in ours]
     found = [row for row in rows if fnmatch(row[0], pattern)]
     if not found:
-        raise UserError(f"no {group} matches '{pattern}': try a wider one such as --filter 'resnet*'")
+        raise UserError(f"no {group} matches '{pattern}'. Try a wider pattern, such as --filter 'resnet*'")
     return found
 
 
@@ -40,4 +40,4 @@ def file_docstring(class_name: str) -> str:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.ClassDef) and node.name == class_name for node in tree.body):
             return ast.get_docstring(tree) or ""
-    raise UserError(f"no file in {NORMS} defines class {class_name}: correct _target_ in its yaml in conf/norm")
+    raise UserError(f"no file in {NORMS} defines the class {class_name}. Correct _target_ in its yaml in conf/norm")

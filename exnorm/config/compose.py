@@ -1,4 +1,4 @@
-"""Composition: `conf/` and overrides in, a checked configuration out; every mistake is one line (UserError).
+"""Compose a checked configuration from `conf/` and overrides. Every mistake becomes a one-line UserError.
 
 `exnorm train` itself goes through `hydra.main`; tests and the other commands compose here.
 """
@@ -39,12 +39,12 @@ __all__ = [
     "split_norm",
 ]
 
-# What a model was trained with holds for every set that it is tested on.
+# A model is tested with the crops that it was trained with, on every data set.
 CROPS = ("image_size", "resize", "mean", "std")
 
 
 def compose_train(overrides: list[str]) -> DictConfig:
-    """Compose and check the configuration of a training run; raise UserError for what does not fit."""
+    """Compose and check the configuration of a training run; raise UserError for a mistake."""
     register_requested(overrides)
     config = composed("train", overrides)
     check_train(config)
@@ -52,10 +52,10 @@ def compose_train(overrides: list[str]) -> DictConfig:
 
 
 def compose_eval(run_data: dict[str, Any], overrides: list[str]) -> DictConfig:
-    """Compose the configuration of an evaluation of a run whose own `data` is `run_data`.
+    """Compose the configuration of an evaluation of a run with the data configuration `run_data`.
 
-    `data.root=X` alone changes the run's data, `data=imagefolder data.root=X` replaces it; the run's crops stay, unless
-    they are among the overrides.
+    `data.root=X` alone changes the run's data configuration; `data=imagefolder data.root=X` replaces it. The run's
+    crops stay, unless an override changes them.
     """
     register_option("data", "run", run_data)
     config = composed("eval", overrides)
@@ -70,15 +70,17 @@ def compose_eval(run_data: dict[str, Any], overrides: list[str]) -> DictConfig:
 
 
 def calibration_data(wanted: Any, own: Any) -> Any:
-    """Of an evaluation's `data` and its run's: where the images of batch averages are from, the run's training set.
+    """Return the data configuration from which batch averages are computed: the run's training set.
 
-    An evaluation on that set says where it lies now.
+    Args:
+        wanted: the `data` of the evaluation. It is returned if it is the same set, because its paths are current.
+        own: the `data` of the run.
     """
     return wanted if wanted["name"] == own["name"] else own
 
 
 def check_train(config: DictConfig) -> None:
-    """Raise UserError for an unknown key, an unresolvable value or an option of the norm that has the wrong type."""
+    """Raise UserError for an unknown key, an unresolvable value, or an option of the norm with a wrong type."""
     values = resolved(config, "train")
     check_keys(values, "train")
     check_norm_types(values.get("norm", {}))
@@ -92,9 +94,9 @@ def schema_defaults() -> dict[str, Any]:
 
 
 def default_values(norm_name: str) -> dict[str, Any]:
-    """Return the schema's defaults with those of the norm's yaml: what a run's hash leaves out.
+    """Return the defaults of the schema and of the norm's yaml. A run's hash leaves out values that equal them.
 
-    The norm's name has no default, so it always counts.
+    The norm's name has no default, so it is always in the hash.
     """
     norm = option_values("norm", norm_name)
     del norm["name"]

@@ -1,9 +1,9 @@
-"""The error of a user, in one line, and the nearest right word."""
+"""One-line error messages for users, and suggestions for misspelled words."""
 
 import difflib
 from collections.abc import Iterable
 
-SHOWN = 16  # words listed before the rest is only counted
+SHOWN = 16  # so many words are listed, the others are counted
 BUG = (
     "exnorm: this is a bug, in exnorm or in code of yours that it runs. To report it, send the lines above "
     "and what `exnorm doctor` prints."

@@ -1,6 +1,6 @@
-"""Hydra's and OmegaConf's exceptions in one line: what was wrong, and what to type instead.
+"""Turn Hydra's and OmegaConf's exceptions into one line: what was wrong, and what to type instead.
 
-The patterns are those of Hydra 1.3's messages; a message that matches none is shortened to its first line.
+The patterns match the messages of Hydra 1.3. A message that matches none is shortened to its first line.
 """
 
 import functools
@@ -24,8 +24,8 @@ PATHS = frozenset(
     [f"data.{name}" for name in ("root", "roots", "train_list", "val_list", "source", "exclude")]
     + ["model.init_from", "model.init_ratios_from", "runs", "checkpoint"]
 )
-FOLLOWED = {"data.epochs": "trainer.epochs", "data.schedule": "optim.schedule"}  # the latter are what a user sets
-SIMILAR = 0.66  # of two words' letters that agree, for one to be a misspelling of the other
+FOLLOWED = {"data.epochs": "trainer.epochs", "data.schedule": "optim.schedule"}  # users set the second key of a pair
+SIMILAR = 0.66  # from this similarity on, one word counts as a misspelling of the other
 NOUNS = {
     r"converted to Integer": "an integer",
     r"converted to Float": "a number",
@@ -36,9 +36,10 @@ NOUNS = {
 
 
 def is_user_error(exc: BaseException) -> bool:
-    """Whether an exception is shown as one line: ours, Hydra's, OmegaConf's, Typer's, and that of a file.
+    """Return whether an exception is a mistake of the user, which is shown as one line.
 
-    Any other one is a bug, of exnorm or of code that it runs, and keeps its traceback.
+    These are the errors of exnorm, Hydra, OmegaConf and Typer, and system errors about a file. Any other exception is
+    a bug, in exnorm or in code that it runs, and keeps its traceback.
     """
     if misused(exc) is not None or refused_file(exc) is not None or _is_hydras_own(exc):
         return True
@@ -46,13 +47,13 @@ def is_user_error(exc: BaseException) -> bool:
 
 
 def _is_hydras_own(exc: BaseException) -> bool:
-    """Whether Hydra itself raised a ValueError, as it does for some overrides."""
+    """Return whether Hydra itself raised a ValueError, as it does for some overrides."""
     frames = list(traceback.walk_tb(exc.__traceback__))
     return isinstance(exc, ValueError) and bool(frames) and frames[-1][0].f_globals["__name__"].startswith("hydra.")
 
 
 def misused(exc: BaseException) -> str | None:
-    """The line for words that the command line does not take (Typer's class for it is not public); None otherwise."""
+    """Return one line for a command-line error of Typer (its class is not public); None for any other exception."""
     if not hasattr(exc, "format_message"):
         return None
     usage: Any = exc
@@ -62,7 +63,7 @@ def misused(exc: BaseException) -> str | None:
 
 
 def refused_file(exc: BaseException) -> str | None:
-    """The line for a file that the system refuses; None for any other exception."""
+    """Return one line for a system error about a file; None for any other exception."""
     if isinstance(exc, OSError) and exc.filename is not None:
         return f"{os.fsdecode(exc.filename)}: {exc.strerror}"
     return None
@@ -84,24 +85,24 @@ def explain(exc: BaseException, config_name: str = "train") -> str:
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         return several_values(found[1], config_name)
     if "Config group override must be a string" in text:
-        return "a group takes the name of one of its options, such as norm=en, not a number, null or nothing"
+        return "a group takes the name of one of its options, such as norm=en. A number, null or nothing is not allowed"
     if (found := re.search(r"Interpolation key '(\w+)' not found", text)) and found[1] in os.environ:
-        return f"{first_line(exc)}; for the variable {found[1]} of the environment write ${{oc.env:{found[1]}}}"
+        return f"{first_line(exc)}. For the environment variable {found[1]} write ${{oc.env:{found[1]}}}"
     return first_line(exc)
 
 
 def unreadable(override: str) -> str:
-    """Explain a word that Hydra's grammar does not have: how it is quoted, where it is a value with such characters."""
+    """Explain an override that Hydra cannot parse, with the quotes that its value needs."""
     key, equals, value = override.partition("=")
     if equals and value and (key in PATHS or value[0] not in "([{") and re.fullmatch(r"[\w.+]+", key):
-        return f"cannot read '{override}': a value with such characters stands in quotes: type {quoted(key, value)}"
-    return f"cannot read '{override}': write KEY=VALUE, such as batch=8x32 or 'data.scale=[0.2,1]'"
+        return f"cannot read '{override}'. A value with such characters needs quotes: type {quoted(key, value)}"
+    return f"cannot read '{override}'. Write KEY=VALUE, such as batch=8x32 or 'data.scale=[0.2,1]'"
 
 
 def several_values(override: str, config_name: str) -> str:
-    """Explain a comma outside of a sweep: several runs, or else a list or a path with a comma."""
+    """Explain a comma outside of a sweep: it may mean several runs, a list, or a path with a comma."""
     key, _, value = override.partition("=")
-    line = f"{override}: several values; add -m to run one after the other"
+    line = f"{override} has several values. Add -m to run one after the other"
     if isinstance(known_values(config_name).get(key), list):
         return f"{line}, or for a list type '{key}=[{value}]'"
     return f"{line}, or for one value with a comma type {quoted(key, value)}" if key in PATHS else line
@@ -114,12 +115,12 @@ def missing_option(group: str, name: str, text: str) -> str:
 
 
 def unknown_key(key: str, config_name: str = "train") -> str:
-    """Explain a key that does not exist: the same last word elsewhere, or else the nearest key."""
+    """Explain a key that does not exist, with keys that the user may mean."""
     group, _, option = key.partition(".")
     if group in OF_STUDIES:
-        return f"unknown key '{key}': a study is many runs; type exnorm reproduce STUDY --scale mini"
+        return f"unknown key '{key}': a study is a set of runs. Type exnorm reproduce STUDY --scale mini"
     if key.startswith("model.options"):
-        return f"unknown key '{key}': a further argument of the model takes a plus, such as +model.options.width=2"
+        return f"unknown key '{key}'. To pass another argument to the model, add a plus, such as +model.options.width=2"
     having = [name for name in group_options("norm") if option in option_values("norm", name)]
     if group == "norm" and having and config_name == "train":
         return f"unknown key '{key}' for this norm: {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
@@ -133,15 +134,15 @@ def unknown_key(key: str, config_name: str = "train") -> str:
 
 
 def top_keys(config_name: str) -> list[str]:
-    """Return the first words of all keys, the groups among them."""
+    """Return the first words of all keys, including the groups."""
     firsts = {key.split(".")[0] for key in known_values(config_name)}
     return sorted(firsts | set(groups() if config_name == "train" else ()))
 
 
 def meant_keys(key: str, config_name: str = "train") -> list[str]:
-    """Return the keys that a word may mean: the last word of a key says what it is.
+    """Return the existing keys that a wrong key may mean; their last words are compared.
 
-    A key of the same group comes first, then those with the same last word elsewhere, then those with a similar one.
+    A key of the same group comes first, then keys of other groups with the same last word, then with a similar one.
     """
     group, _, word = key.rpartition(".")
     if not group and word in top_keys(config_name):
@@ -167,9 +168,9 @@ def wrong_type(override: str, reason: str, config_name: str) -> str:
     default = known_values(config_name).get(key)
     example = f", such as {key}={written(default)}" if default not in (None, "???", value) else ""
     if "is not Optional" in reason:
-        return f"{override}: null is not allowed{example}"
+        return f"{override}: null is not allowed; give a value{example}"
     noun = next((noun for pattern, noun in NOUNS.items() if re.search(pattern, reason)), None)
-    return f"{override}: not {noun}{example}" if noun else f"{override}: {reason.splitlines()[0]}{example}"
+    return f"{override} is not {noun}{example}" if noun else f"{override}: {reason.splitlines()[0]}{example}"
 
 
 @functools.cache
@@ -196,7 +197,7 @@ def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_keys(values: dict[str, Any], config_name: str) -> None:
-    """Raise UserError for a key that no schema has, which Hydra's `+key=value` would let in."""
+    """Raise UserError for a key that the schema does not have; Hydra's `+key=value` would accept it."""
     known = known_values(config_name)
     for key in dotted(values):
         if key not in known and key != "norm" and not key.startswith(("norm.", "model.options")):

@@ -1,6 +1,6 @@
-"""The folder `conf/` and what lies in it: the groups, their options, and the schema that types them.
+"""The folder `conf/`: its groups, their options, and the schema that types them.
 
-`conf/<group>/*.yaml` is the list of what a group offers; nothing is registered by hand.
+The files `conf/<group>/*.yaml` are the options of a group; nothing is registered by hand.
 """
 
 import functools
@@ -16,15 +16,15 @@ from exnorm.config.schema import EvalConfig, TrainConfig
 
 
 def conf_dir() -> Path:
-    """Return the folder of the configuration: inside the package (wheel), else next to it (checkout)."""
+    """Return the folder `conf/`: inside the package (wheel), else next to it (checkout)."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise UserError(f"no conf/train.yaml in or next to {package}: reinstall exnorm, its configuration is missing")
+    raise UserError(f"there is no conf/train.yaml in {package} or next to it. Reinstall exnorm")
 
 
-OF_STUDIES = ("study", "scale")  # folders of conf/ that `exnorm reproduce` reads and no run composes
+OF_STUDIES = ("study", "scale")  # only `exnorm reproduce` reads these folders of conf/; no run composes them
 
 
 def groups() -> list[str]:
@@ -46,12 +46,12 @@ def option_file(group: str, name: str) -> Path:
 
 
 def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
-    """Say that a group has no such option: the nearest one, and all of them, or of a long list the three nearest."""
+    """Return the message for an unknown option, with the nearest one and all options, or the three nearest of many."""
     listed = list(options)
     if len(listed) > SHOWN:
         return f"unknown {group} '{name}': {suggest(name, listed, count=3)}"
     hint = f"{suggest(name, listed)} " if nearest(name, listed) else ""
-    further = f"; another optimizer of timm is optim.name={name} optim.lr=RATE" if group == "optim" else ""
+    further = f". For another optimizer of timm type optim.name={name} optim.lr=RATE" if group == "optim" else ""
     return f"unknown {group} '{name}': {hint}allowed: {shorten(listed)}{further}"
 
 
@@ -65,9 +65,9 @@ def file_values(file: Path) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(file))
     except (YAMLError, UnicodeDecodeError, OSError, RecursionError) as problem:
-        raise UserError(f"{file} is no yaml: {' '.join(str(problem).split())}") from None
+        raise UserError(f"{file} is not valid yaml: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds no keys with values")
+        raise UserError(f"{file} has no keys with values: write KEY: VALUE on each line")
     return {str(key): value for key, value in values.items()}
 
 
@@ -85,7 +85,7 @@ def first_comment(file: Path) -> str:
 
 @functools.cache
 def register_schemas() -> None:
-    """Store the two schemas under the names that `train.yaml` and `eval.yaml` begin with."""
+    """Register the two schemas with Hydra, under the names that `train.yaml` and `eval.yaml` use."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -101,7 +101,7 @@ def register_option(group: str, name: str, values: dict[str, Any]) -> None:
 
 
 def register_model_names(names: Iterable[str]) -> None:
-    """Make `model=NAME` work for names that have no yaml; a name with one is left to its yaml."""
+    """Make `model=NAME` work for names that have no yaml; a name with a yaml keeps it."""
     known = set(group_options("model"))
     for name in names:
         if name not in known:

@@ -1,4 +1,4 @@
-"""The one part of the configuration without a schema: `norm`, typed by the defaults in `conf/norm/<name>.yaml`."""
+"""Check `norm`, which has no schema: the defaults in `conf/norm/<name>.yaml` give the types of its options."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ def split_norm(norm: DictConfig | dict[str, Any]) -> tuple[str, str, dict[str, A
 
 
 def check_norm_types(norm: DictConfig | dict[str, Any]) -> None:
-    """Compare the options of `norm` with the defaults of its yaml; raise UserError for the first that does not fit.
+    """Compare the options of `norm` with the defaults of its yaml; raise UserError for the first mistake.
 
-    A float takes an integer, a default of null takes anything.
+    An integer is accepted as a float. Any value is accepted where the default is null.
     """
     values = OmegaConf.to_container(norm, resolve=True) if isinstance(norm, DictConfig) else norm
     if not isinstance(values, dict) or "name" not in values:
-        raise UserError("no norm is chosen: type for example norm=en (exnorm list norms)")
+        raise UserError("no norm is chosen. Type for example norm=en; exnorm list norms shows all of them")
     name = str(values["name"])
     defaults = option_values("norm", name)
     for key, value in values.items():
@@ -34,7 +34,7 @@ def check_norm_types(norm: DictConfig | dict[str, Any]) -> None:
 
 
 def fits(value: Any, default: Any) -> bool:
-    """Whether a value has the type of a default; a list is compared by its first element."""
+    """Return whether a value has the type of a default; items of a list are compared with the default's first item."""
     if default is None:
         return True
     if isinstance(default, bool) or isinstance(value, bool):
@@ -47,7 +47,7 @@ def fits(value: Any, default: Any) -> bool:
 
 
 def expected(default: Any) -> str:
-    """Name the type of a default, with the default as the example."""
+    """Return the type of a default in words, with the default as an example."""
     if isinstance(default, bool):
         return "true or false"
     nouns = {int: "an integer", float: "a number", list: "a list", str: "a word"}
@@ -55,7 +55,7 @@ def expected(default: Any) -> str:
 
 
 def written(value: Any) -> str:
-    """Write a value as one types it on the command line."""
+    """Return a value as it is typed on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,7 +1,7 @@
-"""The typed schema of a run: every key a user can set except `norm`, whose constructor checks it.
+"""The typed schema of a run: every key that a user can set, except those of `norm`, which its constructor checks.
 
-A default here never changes its meaning: the hash of a run (`exnorm.runs.identity`) leaves out values that equal
-their default, so that adding an option does not orphan the runs made before it.
+Never change a default here or its meaning. The hash of a run (`exnorm.runs.identity`) leaves out values that equal
+their default, so a new option does not change the hashes of earlier runs.
 """
 
 from dataclasses import dataclass, field
@@ -15,21 +15,21 @@ class ModelConfig:
     """A backbone, by its name in timm or torchvision."""
 
     name: str = MISSING
-    architecture: str | None = None  # its name in timm, where `name` is one of ours
+    architecture: str | None = None  # the name in timm, if `name` is exnorm's own
     drop_rate: float = 0.0  # dropout before the classifier; SN's released code uses 0.5
     pretrained: bool = False  # weights from timm's hub
     init_from: str | None = None  # a run folder or a checkpoint file
-    init_ratios_from: str | None = None  # the same, of which only what decides the ratios is taken
-    replace: list[str] = field(default_factory=lambda: ["batch"])  # kinds of layers the norm replaces
+    init_ratios_from: str | None = None  # the same, but only the parameters of the ratios are loaded
+    replace: list[str] = field(default_factory=lambda: ["batch"])  # kinds of layers that the norm replaces
     options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the model's constructor
 
 
 @dataclass
 class NoiseConfig:
-    """Wrong labels in training; see `exnorm.data.noise`."""
+    """Label noise in training; see `exnorm.data.noise`."""
 
     kind: str = "none"  # none | symmetric | symmetric_exclusive | asymmetric
-    rate: float = 0.0  # the share of the training images whose label is touched
+    rate: float = 0.0  # share of the training labels that noise is applied to
     seed: int = 0
 
 
@@ -39,28 +39,28 @@ class DataConfig:
 
     name: str = MISSING
     root: str | None = None
-    roots: str | None = "${oc.env:EXNORM_DATA,null}"  # a folder that holds each set in a folder of its name
-    train_list: str | None = None  # lines `path label` instead of class folders
+    roots: str | None = "${oc.env:EXNORM_DATA,null}"  # a folder with a subfolder for each set, named after it
+    train_list: str | None = None  # a file with lines `path label`, instead of class folders
     val_list: str | None = None
-    source: str | None = None  # tar, or what timm reads: hfds/NAME
+    source: str | None = None  # tar, or a source that timm reads: hfds/NAME
     origin: str | None = None  # of WebVision's images: google | flickr | all
     exclude: str | None = None  # a file with the paths of images to leave out
-    max_bad_fraction: float = 0.01  # of the training images; more broken ones end a run
-    val: list[str] | None = None  # sets to validate on, the first one first; null: the set itself
+    max_bad_fraction: float = 0.01  # share of broken training images; a run with more ends
+    val: list[str] | None = None  # data sets to validate on, the main one first; null: the set itself
     image_size: int = 224  # px, the side of a training crop and of the centre crop in validation
     resize: int = 256  # px, the shorter side before the centre crop
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # area of a random resized crop
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # its width : height
     hflip: float = 0.5  # probability of a horizontal flip
-    padding: int | None = None  # px around an image, and a random crop of it instead of a resized one
+    padding: int | None = None  # px around an image before a random crop; null: random resized crop
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    epochs: int = 100  # the length of training that goes with this data set
-    schedule: str = "step"  # the learning rate that goes with it: step | cosine
+    epochs: int = 100  # the usual length of training on this data set; default of trainer.epochs
+    schedule: str = "step"  # step | cosine; default of optim.schedule
     workers: int = 4  # loader processes per device
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-    num_classes: int | None = None  # of a set that is drawn; the first ones of WebVision
-    num_train: int | None = None  # of a set that is drawn, as are the next two
+    num_classes: int | None = None  # of a drawn set; for WebVision, use only the first ones
+    num_train: int | None = None  # of a drawn set, like the next two
     num_val: int | None = None
     seed: int | None = None  # of the drawing, not of the run
 
@@ -87,17 +87,17 @@ class TrainerConfig:
 
     epochs: int = 100
     device: str = "auto"  # auto | cpu | cuda
-    devices: int | None = None  # processes, one per device; null: as many as there are and as fit the batch
+    devices: int | None = None  # processes, one per device; null: as many GPUs as exist and fit the batch
     passes: int = 1  # forward-backward passes per optimizer step and device (gradient accumulation)
     precision: str = "fp32"  # fp32 | bf16 | fp16
     channels_last: bool = True
-    compile: bool = False  # whole-model torch.compile
+    compile: bool = False  # torch.compile of the complete model
     cuda_graph: bool = False  # replay the passes of a step from a CUDA graph; for few images per GPU
     deterministic: bool = False  # deterministic algorithms on a GPU
     checkpoint_every: int = 1  # epochs
     checkpoint_every_steps: int | None = None  # further checkpoints inside an epoch
-    snapshots: list[float] = field(default_factory=list)  # fractions of the epochs after which one is kept for good
-    inference: str = "moving_average"  # moving_average | batch_average: the statistics of BN's scope at test time
+    snapshots: list[float] = field(default_factory=list)  # fractions of the epochs; checkpoints kept after them
+    inference: str = "moving_average"  # moving_average | batch_average: BN's statistics at test time
     calibration_batches: int = 200  # batches of training images for batch_average
     eval_batch_size: int = 64  # per device
 
@@ -147,7 +147,7 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """An evaluation of a finished or running run; null means as in the run."""
+    """An evaluation of a finished or running run; null means the run's own value."""
 
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: str = "last"  # last | best | a file

@@ -1,4 +1,4 @@
-"""The yaml of a study or a scale, checked: known keys, each with values of the right form."""
+"""Read and check the yaml of a study or a scale: known keys, each with a value of the right form."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -49,7 +49,7 @@ def _is_axes(value: Any) -> bool:
 
 
 def _is_side(value: Any) -> bool:
-    """Of a comparison: a number, a cell, or weighted cells."""
+    """Return whether a value is a side of a comparison: a number, a cell, or weighted cells."""
     if isinstance(value, list):
         return bool(value) and all(
             isinstance(part, list) and len(part) == 2 and _is_number(part[0]) and _is_mapping(part[1]) for part in value
@@ -58,7 +58,7 @@ def _is_side(value: Any) -> bool:
 
 
 def _is_expected(value: Any) -> bool:
-    """What a claim of one's own expects, in the words of `results/published/claims.csv`."""
+    """Return whether a value is an expectation as in `results/published/claims.csv`."""
     return isinstance(value, str) and re.fullmatch(r"left >=? (\d+ \* )?right|unknown|always", value) is not None
 
 
@@ -77,11 +77,14 @@ SCALE_KEYS = {
     "set": SETTINGS,
     "when": MAPPINGS,
     "threads": COUNT,
-    "stand_ins": (lambda v: _is_mapping(v) and all(map(_is_word, v.values())), "words by the words they stand for"),
+    "stand_ins": (
+        lambda v: _is_mapping(v) and all(map(_is_word, v.values())),
+        "a mapping of values to stand-ins, such as {imagenet: glyphs}",
+    ),
     "train_images": MAPPING,
     "notes": WORDS,
 }
-OWN_SCALE_KEYS = {**SCALE_KEYS, "leave_out": MAPPINGS}  # of a study: cells that it does without at this scale
+OWN_SCALE_KEYS = {**SCALE_KEYS, "leave_out": MAPPINGS}  # of a study: cells left out at this scale
 STUDY_KEYS = {
     "paper": WORD,
     "table": WORD,
@@ -111,16 +114,19 @@ PAIR_KEYS = {"left": MAPPING, "right": MAPPING}
 
 
 def read_study(name: str) -> tuple[Path, dict[str, Any]]:
-    """The file of a study, a name of `conf/study` or the path of one's own, and what it says.
+    """Return the yaml file of a study and its checked values.
+
+    Args:
+        name: a study in `conf/study`, or the path of your own yaml file.
 
     Raises:
-        UserError: there is none, or what it says is of another form.
+        UserError: there is no such study, or its file has an unknown key or a wrong value.
     """
     file = _study_file(name)
     values = file_values(file)
     check(values, STUDY_KEYS, str(file))
     if "axes" not in values:
-        raise UserError(f"{file} has no axes: write for example axes: {{norm: [bn, sn]}}")
+        raise UserError(f"{file} has no axes. Write for example axes: {{norm: [bn, sn]}}")
     for scale, own in values.get("scales", {}).items():
         if scale not in SCALES:
             raise UserError(f"{file}, scales: unknown scale '{scale}': {suggest(str(scale), SCALES)}")
@@ -137,16 +143,16 @@ def read_study(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def read_scale(name: str) -> dict[str, Any]:
-    """What `conf/scale/<name>.yaml` says."""
+    """Return the checked values of `conf/scale/<name>.yaml`."""
     values = option_values("scale", name)
     check_scale(values, SCALE_KEYS, f"conf/scale/{name}.yaml")
     return values
 
 
 def check_scale(values: Any, keys: Mapping[str, tuple[Form, str]], where: str) -> None:
-    """Refuse a scale, of all studies or of one, with an unknown key or a value of another form."""
+    """Raise UserError if a scale, of all studies or of one, has an unknown key or a wrong value."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where} has no keys; allowed: {', '.join(keys)}")
+        raise UserError(f"{where} has no keys. Allowed keys: {', '.join(keys)}")
     check(values, keys, where)
     for rule in values.get("when", ()):
         check(rule, RULE_KEYS, f"{where}, when", needed=RULE_KEYS)
@@ -155,7 +161,7 @@ def check_scale(values: Any, keys: Mapping[str, tuple[Form, str]], where: str) -
 def check(
     values: Mapping[str, Any], keys: Mapping[str, tuple[Form, str]], where: str, *, needed: Iterable[str] = ()
 ) -> None:
-    """Refuse an unknown key, a value of another form, or a key that is missing."""
+    """Raise UserError for an unknown key, a value of the wrong form, or a missing key."""
     for key, value in values.items():
         if key not in keys:
             raise UserError(f"{where}: unknown key '{key}': {suggest(str(key), keys)}")
@@ -168,7 +174,7 @@ def check(
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a study is named by a yaml file, not by its id."""
+    """Return whether a study is given as a yaml file, not by its id."""
     return name.lower().endswith(YAML)
 
 
@@ -177,9 +183,11 @@ def _study_file(name: str) -> Path:
         return option_file("study", name)
     file = Path(name)
     if not file.is_file():
-        raise UserError(f"there is no study {name}; give a yaml file or one of {', '.join(group_options('study'))}")
+        raise UserError(f"there is no study {name}. Give a yaml file or one of {', '.join(group_options('study'))}")
     if file.stem in group_options("study") and file.samefile(option_file("study", file.stem)):
         return file
     if file.stem in group_options("study") or "." in file.stem:
-        raise UserError(f"{name}: its record would be {file.stem}.csv, which is another study's; give it another name")
+        raise UserError(
+            f"{name}: its record would be {file.stem}.csv, which belongs to another study. Give the file another name"
+        )
     return file

@@ -1,7 +1,7 @@
-"""The words of a command line before Hydra reads them: home folders, options with dashes, and how to quote a value.
+"""Prepare a command line for Hydra: home folders, options with dashes, and how to quote a value.
 
-Hydra has a grammar for values. Characters such as ( ) [ ] { } = , ~ # and letters beyond ASCII mean something in it or
-are not allowed, unless the value stands in quotes that the shell leaves alone: 'data.root="a=b"'.
+Hydra has a grammar for values. Characters such as ( ) [ ] { } = , ~ # and letters beyond ASCII have a meaning in it or
+are not allowed. Such a value needs quotes, which must be protected from the shell: 'data.root="a=b"'.
 """
 
 import os
@@ -21,7 +21,7 @@ HYDRA_OPTIONS = frozenset(
 
 
 def quoted(key: str, value: str) -> str:
-    """Return how KEY=VALUE is typed in a shell so that Hydra takes the value as it is."""
+    """Return KEY=VALUE as it is typed in a shell, quoted so that Hydra takes the value literally."""
     return shlex.quote(f"{key}={_in_hydras_quotes(value)}")
 
 
@@ -32,7 +32,7 @@ def _in_hydras_quotes(value: str) -> str:
 
 
 def with_home(word: str) -> str:
-    """Return KEY=VALUE with the home folder in the place of a `~` that a value begins with; shells leave it there."""
+    """Return KEY=VALUE with a `~` at the beginning of the value replaced by the home folder; shells do not do this."""
     found = HOME_VALUE.fullmatch(word)
     if found is None:
         return word
@@ -46,10 +46,10 @@ def with_home(word: str) -> str:
 
 
 def check_options(words: Iterable[str]) -> None:
-    """Refuse a word with a dash in front that is no option of Hydra.
+    """Check that every word that begins with a dash is an option of Hydra.
 
     Raises:
-        UserError: such an option, with the setting that is meant.
+        UserError: another option; the message gives the setting that the user probably means.
     """
     listed = list(words)
     for place, word in enumerate(listed):
@@ -59,7 +59,7 @@ def check_options(words: Iterable[str]) -> None:
         following = listed[place + 1] if place + 1 < len(listed) else ""
         if not equals and not following.startswith("-") and "=" not in following:
             value = following
-        raise UserError(f"there is no option {name}: {_setting(name.lstrip('-').replace('-', '_'), value)}")
+        raise UserError(f"there is no option {name}. {_setting(name.lstrip('-').replace('-', '_'), value)}")
 
 
 def _setting(name: str, value: str) -> str:
@@ -67,5 +67,5 @@ def _setting(name: str, value: str) -> str:
 
     keys = meant_keys(name)
     if not keys:
-        return "a setting is KEY=VALUE, such as trainer.epochs=3, and exnorm train --help lists them"
-    return "write " + " or ".join(f"{key}={value or 'VALUE'}" for key in keys)
+        return "A setting is written KEY=VALUE, such as trainer.epochs=3; exnorm train --help lists all settings"
+    return "Write " + " or ".join(f"{key}={value or 'VALUE'}" for key in keys)

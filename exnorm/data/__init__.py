@@ -1,8 +1,8 @@
 """Data sets: one file each, named as in `conf/data/`, and the loaders that all of them share.
 
-A data set's file has two functions: `fingerprint(config, train=True)`, which imports no torch because the controller
-calls it, checks that the files are there and returns a text that changes with them; and
-`load(config, train=True) -> Splits`. With `train=False` the training images need not be there.
+A data set's file has two functions. `fingerprint(config, train=True)` checks that the files exist and returns a text
+that changes with them. It imports no torch, because the controller calls it. `load(config, train=True) -> Splits`
+returns the images. With `train=False` the training images need not exist.
 """
 
 import importlib
@@ -15,32 +15,35 @@ from exnorm.data import noise, validation
 from exnorm.data.splits import Images, Splits
 
 CROP_EXAMPLE = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
-# Options that some sets have, and the others refuse.
+# Options that only some sets have; the others refuse them.
 PARTICULAR = ("num_classes", "num_train", "num_val", "seed", "train_list", "val_list", "source", "origin", "exclude")
 
 
 def data_set(name: str) -> ModuleType:
-    """The module of a data set, by its `data.name`."""
+    """Return the module of the data set with this `data.name`."""
     return importlib.import_module(f"exnorm.data.{name}")
 
 
 def fingerprint(config: Any, *, train: bool = True) -> str:
-    """A text that changes with the files of a data set and of the further sets for validation; imports no torch.
+    """Return a text that changes with the files of a data set and of the other validation sets; imports no torch.
 
     Args:
         train: whether the training images are needed.
 
     Raises:
-        UserError: the files are not there, with the layout that was expected; an option that cannot be.
+        UserError: the files do not exist (the message gives the expected layout), or an option has a wrong value.
     """
     noise.check(config.noise)
     _check_crops(config)
     if not 0 <= config.max_bad_fraction < 1:
-        raise UserError(f"data.max_bad_fraction={config.max_bad_fraction}: a share of the images, from 0 to below 1")
+        raise UserError(
+            f"data.max_bad_fraction={config.max_bad_fraction} is not possible. Give a share of the images, from 0 to "
+            "below 1"
+        )
     known = option_values("data", config.name)
     for option in PARTICULAR:
         if config[option] is not None and option not in known:
-            raise UserError(f"data.{option}={config[option]}: {config.name} has no such option; leave it out")
+            raise UserError(f"data.{option}={config[option]}: {config.name} has no such option. Leave it out")
     own = data_set(config.name).fingerprint(config, train=train)
     return own + "".join(_fingerprint_for_validation(config, *item) for item in validation.others(config).items())
 
@@ -56,11 +59,13 @@ def _check_crops(config: Any) -> None:
         )
     for key in ("mean", "std"):
         if len(config[key]) != 3 or (key == "std" and min(config[key]) <= 0):
-            raise UserError(f"data.{key}={list(config[key])}: a number for each of red, green and blue, of 1")
+            raise UserError(
+                f"data.{key}={list(config[key])}: give a number for each of red, green and blue; white is 1"
+            )
     for key, highest in (("scale", 1.0), ("ratio", float("inf"))):
         if len(config[key]) != 2 or not 0 < config[key][0] <= config[key][1] <= highest:
             raise UserError(
-                f"data.{key}={list(config[key])}: a lowest and a highest value, such as {CROP_EXAMPLE[key]}"
+                f"data.{key}={list(config[key])}: give a lowest and a highest value, such as {CROP_EXAMPLE[key]}"
             )
 
 
@@ -72,15 +77,15 @@ def _fingerprint_for_validation(config: Any, name: str, other: Any) -> str:
 
 
 def load(config: Any, *, train: bool = True) -> Splits:
-    """The images of a data set, with label noise in training if that is asked for."""
+    """Return the images of a data set, with label noise in training if `data.noise` sets it."""
     return noise.with_noise(data_set(config.name).load(config, train=train), config.noise)
 
 
 def validation_sets(config: Any, splits: Splits) -> dict[str, Images]:
-    """The validation images of each set in `data.val`, by its name; without it, those of the set itself.
+    """Return the validation images of each set in `data.val`, by its name; without `data.val`, those of the set itself.
 
     Raises:
-        UserError: a set that lacks a class of `splits`.
+        UserError: a set lacks a class of `splits`.
     """
     others = validation.others(config)
     return {

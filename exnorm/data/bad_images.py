@@ -1,7 +1,7 @@
-"""Broken training images: what stands in for them, where they are listed, and when there are too many.
+"""Broken training images: each is replaced by another image and listed; too many of them end the run.
 
-WebVision holds truncated files, and pages of errors named `.jpg`. In training the next good image of the same label
-takes the place of a broken one; every loader process appends what it finds to one file of the run folder.
+WebVision has truncated files, and error pages named `.jpg`. In training, the next good image of the same label
+replaces a broken one. Every loader process appends the broken images that it finds to one file of the run folder.
 """
 
 import csv
@@ -25,7 +25,7 @@ class BadImages:
     """The broken images of one data set in the training of one run.
 
     Args:
-        file: a CSV with the columns data, index, path, reason; other processes write into it too.
+        file: a CSV with the columns data, index, path, reason; other processes also write to it.
         data: the name of the set.
         images: how many images the set has.
         max_fraction: the share of them that may be broken.
@@ -34,13 +34,13 @@ class BadImages:
     def __init__(self, file: Path, *, data: str, images: int, max_fraction: float) -> None:
         self.file, self.data, self.images, self.max_fraction = file, data, images, max_fraction
         self.seen_bytes = 0
-        self.bad: dict[int, int] = {}  # broken image: what stands in for it
+        self.bad: dict[int, int] = {}  # broken image: its replacement
 
     def open_image(self, images: Images, index: int) -> tuple[int, Image.Image]:
-        """Image `index`, or the next good one of its label: which one it is, and the image.
+        """Return image `index`, or the next good image of the same label, as (its index, the image).
 
         Raises:
-            UserError: none is good.
+            UserError: no image of the label is good.
         """
         chosen = self.bad.get(index, index)
         try:
@@ -62,14 +62,14 @@ class BadImages:
         raise UserError(f"{self.data}: all {len(alike)} images of label {label} are broken, such as {such}")
 
     def _note(self, index: int, bad: BadImage) -> None:
-        head = [] if self.file.exists() else [BAD_IMAGES]  # two processes may both be the first: read once
+        head = [] if self.file.exists() else [BAD_IMAGES]  # two processes may both write it; `_all_rows` drops it
         append_text(self.file, csv_text([*head, (self.data, index, bad.name, bad.reason)]))
 
     def check(self) -> None:
-        """Look at the file if it has grown.
+        """Count the broken images in the file, if its size has changed.
 
         Raises:
-            UserError: more images are broken than may be.
+            UserError: more images are broken than `max_fraction` allows.
         """
         size = self.file.stat().st_size if self.file.exists() else 0
         if size == self.seen_bytes:
@@ -81,21 +81,21 @@ class BadImages:
             raise UserError(
                 f"{len(rows)} of {self.images} training images of {self.data} are broken, such as {path} ({reason}); "
                 f"data.max_bad_fraction={self.max_fraction:g} allows {int(self.max_fraction * self.images)}. "
-                f"{self.file} lists them; mend or remove them, and the same command goes on"
+                f"{self.file} lists them. Repair or remove them; then the same command continues"
             )
 
     def rows(self) -> list[Row]:
-        """(data, index, path, reason) of each broken image of this set, by index."""
+        """Return (data, index, path, reason) of each broken image of this set, sorted by index."""
         return [row for row in self._all_rows() if row[0] == self.data]
 
     def look_again(self, images: Images) -> None:
-        """Forget the broken images of an earlier attempt that can be read now; for one process, before the others."""
+        """Remove the listed images that can be read now. Only one process calls this, before the others start."""
         if self.file.exists():
             rows = [row for row in self._all_rows() if row[0] != self.data or _is_broken(images, int(row[1]))]
             write_text_atomic(self.file, csv_text([BAD_IMAGES, *rows]))
 
     def tidy(self) -> None:
-        """Write the file anew: each image once, by index; for one process, at the end."""
+        """Rewrite the file with each image once, sorted by index. Only one process calls this, at the end."""
         if self.file.exists():
             write_text_atomic(self.file, csv_text([BAD_IMAGES, *self._all_rows()]))
 

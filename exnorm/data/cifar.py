@@ -1,4 +1,4 @@
-"""What CIFAR-10 and CIFAR-100 share: the python version of their archives, unpacked, as torchvision reads it."""
+"""The code that CIFAR-10 and CIFAR-100 share. It reads their unpacked python archives with torchvision."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ PARTS = {
 
 
 def fingerprint(config: Any, folder: str) -> str:
-    """The hash of the files' names and sizes; torchvision checks their content.
+    """Return a hash of the files' names and sizes; torchvision checks their content.
 
     Raises:
-        UserError: the folder is not there.
+        UserError: the folder or a file in it does not exist.
     """
     archive = ARCHIVES[folder]
-    layout = f"expected DIR/{folder}/, as {archive} of www.cs.toronto.edu/~kriz unpacks"
+    layout = f"expected DIR/{folder}/, unpacked from {archive} of www.cs.toronto.edu/~kriz"
     root = root_of(config, layout=layout) / folder
     missing = [name for name in PARTS[folder] if not (root / name).is_file()]
     if missing:
@@ -36,14 +36,14 @@ def fingerprint(config: Any, folder: str) -> str:
 
 
 def load(config: Any, name: str, mistaken_for: Sequence[int] | None) -> Splits:
-    """Both sets of torchvision's class `name`."""
+    """Return both splits of torchvision's class `name`."""
     from torchvision import datasets
 
     root = root_of(config, layout="")
     try:
         train, test = (getattr(datasets, name)(root, train=split) for split in (True, False))
-    except RuntimeError:  # its advice is an option that is not ours
-        raise UserError(f"{root}: torchvision finds the files of {name} corrupted; unpack the archive again") from None
+    except RuntimeError:  # its advice is an option that exnorm does not have
+        raise UserError(f"{root}: torchvision finds the files of {name} corrupted. Unpack the archive again") from None
     return Splits(_images(train), _images(test), list(train.classes), mistaken_for)
 
 

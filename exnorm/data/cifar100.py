@@ -15,5 +15,5 @@ def fingerprint(config: Any, *, train: bool = True) -> str:
 
 
 def load(config: Any, *, train: bool = True) -> Splits:
-    """The training and the test images."""
+    """Return the training and the test images."""
     return cifar.load(config, "CIFAR100", None)

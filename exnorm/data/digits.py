@@ -22,18 +22,18 @@ MAX_VALUE = 16  # of a pixel in the scans
 
 
 def fingerprint(config: Any, *, train: bool = True) -> str:
-    """The hash of the file inside scikit-learn."""
+    """Return a hash of the file inside scikit-learn."""
     if config.root is not None:
-        raise UserError(f"data.root={config.root}: digits come with scikit-learn and take no folder; leave it out")
+        raise UserError(f"data.root={config.root}: digits come with scikit-learn and take no folder. Leave it out")
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise UserError("data=digits needs scikit-learn: pip install scikit-learn")
+        raise UserError("data=digits needs scikit-learn. Type pip install scikit-learn")
     scans = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     return hashlib.sha256(scans.read_bytes()).hexdigest()
 
 
 def load(config: Any, *, train: bool = True) -> Splits:
-    """The scans, split into four fifths and one."""
+    """Return the scans: four fifths for training and one fifth for validation."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

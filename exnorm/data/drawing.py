@@ -1,8 +1,8 @@
-"""Drawing a character in a random style: the images of `glyphs` and `glyphs_web`.
+"""Draw characters in random styles: the images of `glyphs` and `glyphs_web`.
 
-The bytes depend on the font files and the seed alone. So the random numbers are `random.Random.random`, the one stream
-that Python promises, and SHAKE-128; shapes move by whole pixels, and the arithmetic is elementwise in float32, which
-IEEE 754 defines to the last bit. A change of anything here needs another `VERSION`.
+The bytes of an image depend only on the font files and the seed. So random numbers come from `random.Random.random`,
+the only stream that Python guarantees, and from SHAKE-128. Shapes move by whole pixels. The arithmetic is elementwise
+in float32, which IEEE 754 defines to the last bit. Any change here needs another `VERSION`.
 
 `python -m exnorm.data.drawing PLAN FILE OFFSET START STOP` draws the images START to STOP into a file, and ends when
 its standard input closes.
@@ -24,23 +24,23 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from exnorm.runs.subprocesses import end_with_parent
 
 VERSION = 1
-FINE = 2  # a character is drawn and sheared in a grid finer by this
+FINE = 2  # a character is drawn and sheared at this multiple of the resolution
 Range = tuple[float, float]
 
 
 class Style(NamedTuple):
-    """What varies from image to image, each uniform in its range; intensities from 0 to 1.
+    """The ranges of what varies between images, each uniformly; intensities go from 0 to 1.
 
     Attributes:
-        height: the font size over the image's side, for one character; a pair is smaller.
-        shift: of the centre, over the image's side.
-        shear: horizontal and vertical, each; together they rotate and slant.
-        contrast: between character and background; which of them is brighter is random.
+        height: the font size divided by the image's side, for one character; a pair is smaller.
+        shift: of the centre, divided by the image's side.
+        shear: horizontal and vertical; both together rotate and slant.
+        contrast: between character and background; it is random which of them is brighter.
         brightness: the mean of the two.
         cast: how far a colour channel departs from grey.
         texture: the amplitude of the background's gradient, stripes or blotches.
         noise: the amplitude of the noise in each pixel.
-        blur: the radius over the image's side.
+        blur: the radius divided by the image's side.
         quality: of the JPEG compression.
     """
 
@@ -57,12 +57,12 @@ class Style(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Images to draw: number i shows `texts[i % len(texts)]` in one of the fonts, from a seed of its own.
+    """Images to draw. Image i shows `texts[i % len(texts)]` in one of the fonts and has its own seed.
 
     Attributes:
         fonts: paths of font files.
         size: pixels of a side.
-        seed: a text that tells this set from others.
+        seed: a text that is different for each set.
     """
 
     texts: Sequence[str]
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
 
 
 def draw(plan: Plan, index: int) -> np.ndarray:
-    """Image `index` of a plan, (size, size, 3) in uint8."""
+    """Return image `index` of a plan, (size, size, 3) in uint8."""
     digest = hashlib.blake2b(f"{plan.seed}/{index}".encode(), digest_size=16).digest()
     rng, style, size = random.Random(int.from_bytes(digest, "little")), plan.style, plan.size
 
@@ -102,7 +102,7 @@ def draw(plan: Plan, index: int) -> np.ndarray:
 
 
 def _character(text: str, font: str, height: int, size: int, place: Sequence[float]) -> np.ndarray:
-    """How much of each pixel a character covers, (size, size) in float32."""
+    """Return the share of each pixel that a character covers, (size, size) in float32."""
     dx, dy, shear_x, shear_y = place
     side = size * FINE
     canvas = Image.new("L", (side, side))
@@ -116,7 +116,7 @@ def _character(text: str, font: str, height: int, size: int, place: Sequence[flo
 
 
 def _sheared(image: np.ndarray, shear: float) -> np.ndarray:
-    """Each row moved by whole pixels in proportion to its distance from the middle; what leaves is lost."""
+    """Shift each row by whole pixels, in proportion to its distance from the middle; pixels that leave are lost."""
     side = len(image)
     steps = np.array([int((row - side / 2) * shear) for row in range(side)])
     columns = np.arange(side)[None] - steps[:, None]
@@ -125,7 +125,7 @@ def _sheared(image: np.ndarray, shear: float) -> np.ndarray:
 
 
 def _texture(rng: random.Random, size: int, digest: bytes) -> np.ndarray:
-    """A background from -0.5 to 0.5: a gradient, stripes or blotches."""
+    """Return a background from -0.5 to 0.5: a gradient, stripes or blotches."""
     kind = int(rng.random() * 3)
     a, b = rng.random() * 2 - 1, rng.random() * 2 - 1
     rows, columns = np.mgrid[:size, :size]
@@ -149,7 +149,7 @@ def _face(font: str, height: int) -> Any:
 
 
 def draw_into(plan: Plan, file: Path, offset: int, start: int, stop: int) -> None:
-    """Draw the images START to STOP at their place in a file that begins with image 0 at `offset` bytes."""
+    """Draw the images `start` to `stop` into a file in which image 0 begins at `offset` bytes."""
     with file.open("r+b") as target:
         target.seek(offset + start * plan.size * plan.size * 3)
         for index in range(start, stop):
@@ -157,7 +157,7 @@ def draw_into(plan: Plan, file: Path, offset: int, start: int, stop: int) -> Non
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command in the module's docstring."""
+    """Run the command in the module's docstring."""
     end_with_parent()
     values, file, *numbers = arguments
     texts, fonts, style, size, seed = json.loads(values)

@@ -1,7 +1,7 @@
-"""What timm's readers of whole data sets read: `data.source=hfds/NAME`, from Hugging Face's package `datasets`.
+"""Data sets that timm reads: `data.source=hfds/NAME`, from Hugging Face's package `datasets`.
 
-`data.root` is where the package keeps its files. A stream (`hfids/`, `tfds/`, `torch/`) has no image number i, so a run
-could not go on where it was killed.
+`data.root` is the folder in which the package keeps its files. A stream (`hfids/`, `tfds/`, `torch/`) is refused: it
+cannot open image i, so a run could not resume.
 """
 
 import hashlib
@@ -18,36 +18,36 @@ from exnorm.data.paths import excluded_lines
 from exnorm.data.splits import NO_IMAGES, Images, Splits
 
 STREAMS = ("hfids", "tfds", "torch")
-COLUMNS = (("image", "label"), ("jpg", "cls"))  # the latter in WebDataset's repositories
+COLUMNS = (("image", "label"), ("jpg", "cls"))  # the second pair is that of WebDataset's repositories
 SPLITS = {"train": "train", "val": "validation"}
 
 
 def is_named(source: str | None) -> bool:
-    """Whether a source is one of timm's; raises UserError for a stream."""
+    """Return whether timm reads a source; raise UserError for a stream."""
     kind = (source or "").partition("/")[0]
     if kind in STREAMS:
-        raise UserError(f"data.source={source} is a stream, in which a run cannot resume; allowed: hfds/NAME, tar, wds")
+        raise UserError(f"data.source={source} is a stream, so a run cannot resume. Allowed: hfds/NAME, tar, wds")
     return kind == "hfds"
 
 
 def fingerprint(config: Any) -> str:
-    """The hash of the source's name and of what is excluded; what the package holds is checked by the package.
+    """Return a hash of the source's name and of the excluded images; the package checks its own files.
 
     Raises:
-        UserError: an option that this source does not have.
+        UserError: an option is set that this source does not have.
     """
     for option in ("train_list", "val_list"):
         if config[option] is not None:
-            raise UserError(f"data.{option}: data.source={config.source} has its own lists; leave it out")
+            raise UserError(f"data.{option}: data.source={config.source} has its own lists. Leave data.{option} out")
     excluded = sorted(excluded_lines(config, Path()))
     return hashlib.sha256(f"{config.source} {excluded}".encode()).hexdigest()
 
 
 def load(config: Any, *, train: bool = True) -> Splits:
-    """Both splits, `train` and `validation`.
+    """Return both splits, `train` and `validation`.
 
     Raises:
-        UserError: the package `datasets` is missing, or does not have this set, or it has other columns.
+        UserError: the package `datasets` is missing or does not have this set, or the set has other columns.
     """
     readers = {split: _reader(config, split) for split in (("train", "val") if train else ("val",))}
     images = {split: _images(reader, config, split) for split, reader in readers.items()}
@@ -67,10 +67,12 @@ def _reader(config: Any, split: str) -> Any:
                 config.source, root=config.root, split=SPLITS[split], input_key=image, target_key=label
             )
         except ImportError:
-            raise UserError(f"data.source={config.source} needs a package: pip install datasets") from None
+            raise UserError(f"data.source={config.source} needs a package. Type pip install datasets") from None
         except (OSError, ValueError, RuntimeError, KeyError) as problem:
             problems.append(" ".join(str(problem).split()))
-    raise UserError(f"data.source={config.source}, split {SPLITS[split]}, with columns image and label: {problems[0]}")
+    raise UserError(
+        f"data.source={config.source}: cannot read split {SPLITS[split]} with columns image and label: {problems[0]}"
+    )
 
 
 def _images(reader: Any, config: Any, split: str) -> Images:
@@ -82,7 +84,7 @@ def _images(reader: Any, config: Any, split: str) -> Images:
 
 
 def _name(split: str, place: int) -> str:
-    """What `data.exclude` and `bad_images.csv` call an image."""
+    """Return the name of an image in `data.exclude` and `bad_images.csv`."""
     return f"{SPLITS[split]}/{place}"
 
 

@@ -1,13 +1,13 @@
-"""Glyphs: characters in the fonts that matplotlib ships, each image in a style of its own; drawn here, not downloaded.
+"""Glyphs: characters in the fonts that matplotlib ships, each image in its own style. They are drawn, not downloaded.
 
-Contrast, brightness, colour cast, background, noise, blur and compression vary strongly from image to image, which is
-what sample-wise normalization is about; validation shows fonts that training did not. The first 10 classes are the
-digits, then letters and symbols up to 52, then pairs of them up to 1,000. `glyphs` plays ImageNet's part,
-`glyphs_web` WebVision's.
+Contrast, brightness, colour cast, background, noise, blur and compression vary strongly between images. This variation
+is the subject of sample-wise normalization. Validation uses other fonts than training. The first 10 classes are the
+digits, then letters and symbols up to 52, then pairs of them up to 1,000. `glyphs` stands in for ImageNet,
+`glyphs_web` for WebVision.
 
-How hard it is: at the studies' scale mini (`conf/scale/mini.yaml`) BN reaches 87 % on the 10 classes. With an output
-stride of 32 in `resnet_mini` it was 86 %, and before, with more contrast (to 0.9), less texture (to 0.3) and less noise
-(to 0.25), 93 %.
+Difficulty: at the studies' scale mini (`conf/scale/mini.yaml`) BN reaches 87 % on the 10 classes. With an output stride
+of 32 in `resnet_mini` it reached 86 %. In an earlier version with more contrast (to 0.9), less texture (to 0.3) and
+less noise (to 0.25) it reached 93 %.
 """
 
 import hashlib
@@ -36,27 +36,27 @@ STYLE = Style()
 
 
 def fingerprint(config: Any, *, train: bool = True) -> str:
-    """The hash of what decides each pixel: fonts, styles, classes, numbers and seed."""
+    """Return a hash of everything that determines a pixel: fonts, styles, classes, numbers and seed."""
     return fingerprint_of(*plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)
 
 
 def load(config: Any, *, train: bool = True) -> Splits:
-    """Draw both sets, or find them in the cache."""
+    """Return both splits, drawn now or read from the cache."""
     return splits(*plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config, with_train=train)
 
 
 def class_names(count: int) -> list[str]:
-    """The text of each class: the singles, then pairs in an order that mixes them."""
+    """Return the text of each class: the single characters, then the pairs in a mixed, fixed order."""
     pairs = ["".join(pair) for pair in permutations(PAIRED, 2)]
     pairs.sort(key=lambda pair: hashlib.sha256(pair.encode()).digest())
     return [*SINGLES, *pairs][:count]
 
 
 def plans(config: Any, style: Style, train_fonts: Sequence[str], val_fonts: Sequence[str]) -> tuple[Plan, Plan]:
-    """What is to be drawn for training and validation.
+    """Return the plans of the training and the validation images.
 
     Raises:
-        UserError: an option that cannot be.
+        UserError: an option has a wrong value.
     """
     _check(config)
     texts = class_names(config.num_classes)
@@ -69,12 +69,14 @@ def plans(config: Any, style: Style, train_fonts: Sequence[str], val_fonts: Sequ
 
 def _check(config: Any) -> None:
     if config.root is not None:
-        raise UserError(f"data.root={config.root}: {config.name} are drawn here and take no folder; leave it out")
+        raise UserError(f"data.root={config.root}: {config.name} are drawn and take no folder. Leave it out")
     if not MIN_CLASSES <= config.num_classes <= MAX_CLASSES:
-        raise UserError(f"data.num_classes={config.num_classes}: {config.name} has {MIN_CLASSES} to {MAX_CLASSES}")
+        raise UserError(
+            f"data.num_classes={config.num_classes}: {config.name} has {MIN_CLASSES} to {MAX_CLASSES} classes"
+        )
     for name in ("num_train", "num_val"):
         if getattr(config, name) < config.num_classes:
-            raise UserError(f"data.{name}={getattr(config, name)} is less than an image for each of the classes")
+            raise UserError(f"data.{name}={getattr(config, name)}: give at least one image per class")
 
 
 def _font_files(names: Sequence[str]) -> list[str]:
@@ -85,24 +87,24 @@ def _font_files(names: Sequence[str]) -> list[str]:
 
 
 def fingerprint_of(train: Plan, val: Plan, config: Any) -> str:
-    """Both plans' fingerprints as one."""
+    """Return both plans' fingerprints as one text."""
     return rendered.fingerprint(train, config.num_train) + rendered.fingerprint(val, config.num_val)
 
 
 def splits(train: Plan, val: Plan, config: Any, *, with_train: bool) -> Splits:
-    """The images of both plans, and which class each is most easily mistaken for."""
+    """Return the images of both plans, and for each class the one that it is most easily mistaken for."""
     train_images = rendered.images(train, config.num_train) if with_train else NO_IMAGES
     return Splits(train_images, rendered.images(val, config.num_val), list(train.texts), mistaken_for(train))
 
 
 def mistaken_for(plan: Plan) -> list[int]:
-    """For each class the one whose character, drawn plainly, differs least from its own."""
+    """Return for each class the one whose plainly drawn character differs least from its own."""
     plain = Style(*[(0.0, 0.0)] * len(Style._fields))._replace(
         height=(0.9, 0.9), contrast=(1.0, 1.0), brightness=(0.5, 0.5), blur=(0.06, 0.06), quality=(95, 95)
     )
     reference = plan._replace(fonts=plan.fonts[:1], style=plain, size=16, seed="plain")
     drawn = np.stack([draw(reference, index) for index in range(len(plan.texts))]).astype(np.int64)[..., 0]
-    # Which of character and background is brighter is random, so the corner decides.
+    # It is random whether the character or the background is brighter. The corner shows the background.
     shapes = np.abs(drawn - drawn[:, :1, :1]).reshape(len(drawn), -1)
     distances = [np.abs(shapes - shape).sum(1) for shape in shapes]
     for label, row in enumerate(distances):

@@ -1,7 +1,7 @@
 """Glyphs from the web: the classes of `glyphs` in other fonts and another style, with wrong labels in training.
 
-The labels of a fifth of the training images are wrong (`data.noise`), and not at random: an image bears the class that
-its own is most easily mistaken for, as 3 and 8. Validation has clean labels and fonts that training did not have.
+A fifth of the training labels are wrong (`data.noise`), but not at random: a wrong label is the class that the true one
+is most easily mistaken for, such as 3 and 8. Validation has clean labels and other fonts than training.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
-"""Finding the files of a split, in folders of classes, list files or tar files; what was found is kept in the cache.
+"""Find the files of a split, in class folders, list files or tar files. The result is kept in the cache.
 
-A scan of ImageNet's 1.3 million files takes seconds on a local disk and minutes on a network's. So it is kept, with the
-time of change of every folder and list that it read: a file that is added, removed or renamed changes its folder's. Of
-files that were written anew under their old names a sample tells: the sizes of some, evenly spread.
+A scan of ImageNet's 1.3 million files takes seconds on a local disk and minutes on a network file system. So its result
+is kept, with the modification time of every folder and list that it read. A file that is added, removed or renamed
+changes the time of its folder. Files that were rewritten under their old names are detected by a sample of file sizes.
 """
 
 import codecs
@@ -29,7 +29,7 @@ from exnorm.runs.cache import building_in, cache_folder
 
 VERSION = 2
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".tif", b".tiff", b".webp", b".ppm")
-SAMPLE = 256  # files whose sizes are looked at again
+SAMPLE = 256  # files whose sizes are compared with the kept ones
 MAX_LABEL = 1_000_000
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 WHOLE = re.compile(r"\d+")
@@ -38,46 +38,48 @@ ARRAYS = ("labels", "sizes", "spans")
 
 
 class Found(NamedTuple):
-    """The result of a scan, and the folders and files whose change makes it stale."""
+    """The result of a scan, and the folders and files that make it outdated when they change."""
 
     entries: SampleIndex
     watched: list[bytes]
 
 
 def of_folders(folder: Path) -> SampleIndex:
-    """`<class>/**/<image>`, sorted; the classes are the sorted names of the folders.
+    """Return the images `<class>/**/<image>`, sorted; the classes are the sorted names of the folders.
 
     Raises:
-        UserError: no class folders, or one without images.
+        UserError: there are less than two class folders, or one has no images.
     """
     return _kept("folders", folder, lambda: _scan_folders(folder))
 
 
 def of_list(file: Path, base: Path) -> SampleIndex:
-    """A list file with a line `path label` for each image, paths relative to `base`.
+    """Return the images of a list file with a line `path label` for each image; paths are relative to `base`.
 
-    Labels that are all numbers are kept as they are, with the classes "0", "1", ...; others are names of classes.
+    If all labels are numbers, they stay numbers, with the classes "0", "1", ...; otherwise they are names of classes.
 
     Raises:
-        UserError: a line that is none, with its number; no lines at all.
+        UserError: a line is invalid (the message gives its number), or there are no lines.
     """
     found = _kept("list", file, lambda: _scan_list(file))
     return replace(found, base=str(base))
 
 
 def of_tars(files: Sequence[Path], base: Path) -> SampleIndex:
-    """The images in tar files; labelled by a member of the same name with the suffix `.cls`, as in WebDataset's shards,
-    or else by the folder that they are in, or else by the name of the tar file.
+    """Return the images in tar files.
+
+    The label of an image is in a member of the same name with the suffix `.cls`, as in WebDataset's shards. Without
+    such members it is the folder of the image, or else the name of the tar file.
 
     Raises:
-        UserError: a file that is no tar file, or is compressed, or none with images.
+        UserError: a file is not a tar file or is compressed, or there are no images.
     """
     key = base / "\n".join(file.name for file in files)
     return _kept("tars", key, lambda: _scan_tars(files, base))
 
 
 def _kept(kind: str, path: Path, scan: Callable[[], Found]) -> SampleIndex:
-    """What a scan found, from the cache if nothing that it read has changed."""
+    """Return the result of a scan, from the cache if nothing that the scan read has changed."""
     name = hashlib.sha256(f"{VERSION}/{kind}/{path.absolute()}".encode(errors="surrogateescape")).hexdigest()
     file = cache_folder() / f"index-{name[:24]}.npz"
     kept = _read(file)
@@ -87,7 +89,7 @@ def _kept(kind: str, path: Path, scan: Callable[[], Found]) -> SampleIndex:
     found = scan()
     stamps = _stamps(found.watched)
     if stamps is not None and max(changed for _, changed, _ in stamps) < (start - SETTLED_S) * 1e9:
-        with contextlib.suppress(OSError):  # a disk that is full: the scan is made again next time
+        with contextlib.suppress(OSError):  # a full disk: the scan is repeated next time
             _write(file, found.entries, stamps)
     return found.entries
 
@@ -104,7 +106,7 @@ def _stamps(paths: Sequence[bytes]) -> list[Stamp] | None:
 
 
 def _read(file: Path) -> SampleIndex | None:
-    """Kept entries; None where there are none, or something has changed, or the file is damaged."""
+    """Return kept entries; None if there are none, something has changed, or the file is damaged."""
     try:
         with file.open("rb") as stream, np.load(stream) as stored:
             facts: dict[str, Any] = json.loads(stored["facts"].tobytes())
@@ -127,7 +129,7 @@ def _same_sizes(entries: SampleIndex) -> bool:
 
 
 def _size(path: bytes) -> int:
-    """Bytes of a file; -1 for a dangling link."""
+    """Return the bytes of a file; -1 for a dangling link."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -156,7 +158,7 @@ def _scan_folders(folder: Path) -> Found:
         files = sorted(_images_below(base, name, watched))
         if not files:
             empty, endings = os.fsdecode(os.path.join(base, name)), b", ".join(SUFFIXES).decode()
-            raise UserError(f"class folder {empty} has no images ({endings}); remove it or fill it")
+            raise UserError(f"class folder {empty} has no images ({endings}). Remove it or add images")
         names.append(Packed.of(path for path, _ in files))
         sizes.extend(size for _, size in files)
         counts.append(len(files))
@@ -174,19 +176,19 @@ def _joined(parts: list[Packed]) -> Packed:
 def _images_below(
     base: bytes, folder: bytes, watched: list[bytes], above: tuple[bytes, ...] = ()
 ) -> Iterator[tuple[bytes, int]]:
-    """(path relative to base, bytes) of the images in a folder and its folders; -1 bytes for a dangling link.
+    """Yield (path relative to base, bytes) of the images in a folder and below; -1 bytes for a dangling link.
 
     Args:
-        above: the real paths of the folders on the way here: a loop leads back to one of them, a second link to the
-            same folder does not.
+        above: the real paths of the parent folders. A loop leads back to one of them; a second link to the same folder
+            does not.
 
     Raises:
-        UserError: a folder that lies in itself, through a link.
+        UserError: a link leads from a folder back to itself.
     """
     path, way = os.path.join(base, folder), above or (os.path.realpath(base),)
     here = os.path.realpath(path)
     if here in way:
-        raise UserError(f"{os.fsdecode(path)} is a link to a folder that it lies in; remove it")
+        raise UserError(f"{os.fsdecode(path)} is a link to a folder that contains it. Remove the link")
     watched.append(path)
     with os.scandir(path) as entries:
         found = list(entries)
@@ -206,7 +208,7 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
 
 
 def is_image(name: bytes) -> bool:
-    """Whether the name of a file is that of an image."""
+    """Return whether a file name is that of an image."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(b".")
 
 

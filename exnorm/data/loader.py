@@ -1,4 +1,4 @@
-"""Loaders whose every sample depends on (seed, epoch, index) alone: not on workers, ranks, or where a run resumed."""
+"""Loaders: each sample depends only on (seed, epoch, index), not on workers, ranks, or where a run resumed."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ Key = tuple[int, int]  # epoch, index
 
 
 def mixed_seed(*parts: int) -> int:
-    """A 63-bit seed from some integers; other integers give an unrelated one."""
+    """Return a 63-bit seed from some integers; other integers give an unrelated seed."""
     digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -35,7 +35,7 @@ class SeededImages(Dataset[tuple[Tensor, int, int]]):
     """Cropped images in uint8 with their label and their clean label, addressed by (epoch, index).
 
     Args:
-        bad_images: what stands in for broken images; without it they are errors.
+        bad_images: replaces broken images; without it they raise an error.
     """
 
     def __init__(self, images: Images, transform: Transform, *, seed: int, bad_images: BadImages | None = None) -> None:
@@ -48,10 +48,10 @@ class SeededImages(Dataset[tuple[Tensor, int, int]]):
         return len(self.images)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
-        """(height, width, 3) in uint8, the label, the clean label.
+        """Return the image, (height, width, 3) in uint8, its label and its clean label.
 
         Raises:
-            UserError: a broken image, where nothing may stand in for it.
+            UserError: the image is broken and may not be replaced.
         """
         epoch, index = key
         seed = mixed_seed(self.seed, epoch, index)
@@ -70,15 +70,15 @@ class SeededImages(Dataset[tuple[Tensor, int, int]]):
             return index, self.images.open_image(index)
         except BadImage as bad:
             raise UserError(
-                f"{bad}, and leaving it out would change the result: mend it, or name it in a file with a path on each "
-                "line, data.exclude=FILE, which the record then says"
+                f"{bad}. Leaving it out would change the result. Repair it, or list it in a file with a path on each "
+                "line and type data.exclude=FILE; the record then counts the excluded images"
             ) from None
 
 
 class TrainBatches(Sampler[list[Key]]):
     """One rank's share of each global batch of an epoch, from any step on; the last, incomplete batch is dropped.
 
-    Sample i of the global batch belongs to replica i // samples, and the ranks hold consecutive shares.
+    Sample i of the global batch belongs to replica i // samples. The ranks have consecutive shares.
     """
 
     def __init__(self, count: int, *, total: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
@@ -90,11 +90,11 @@ class TrainBatches(Sampler[list[Key]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in an epoch."""
+        """Return the number of global batches in an epoch."""
         return self.count // self.total
 
     def start(self, epoch: int, first_step: int) -> None:
-        """Where the next iteration begins: a step inside an epoch."""
+        """Set the epoch, and the step in it, at which the next iteration begins."""
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
@@ -109,15 +109,15 @@ class TrainBatches(Sampler[list[Key]]):
 
 
 def fixed_batches(indices: Sequence[int], size: int, *, epoch: int = 0) -> list[list[Key]]:
-    """Indices in batches of `size`, the last one smaller."""
+    """Return indices in batches of `size`; the last one may be smaller."""
     return [[(epoch, index) for index in indices[i : i + size]] for i in range(0, len(indices), size)]
 
 
 class Loader:
-    """Given batches of a set, on a device: normalized images, labels, clean labels.
+    """Iterates over batches of a set on a device: normalized images, labels, clean labels.
 
-    Its processes, no more than there are cores, stay alive between epochs. A batch lies in memory as its images do, the
-    channels last, which costs no transposing copy.
+    Its processes, at most one per core, stay alive between epochs. In memory the channels of a batch come last, as in
+    its images, so no transposing copy is needed.
 
     Args:
         channels_last: False for a copy with the channels first.
@@ -159,7 +159,7 @@ class Loader:
 
 
 def _obey_trainer_alone(worker: int) -> None:
-    # A signal to all processes of a job would end the loaders first, and with them the trainer before its checkpoint.
+    # A signal to all processes of a job would end the loaders first, and then the trainer before its checkpoint.
     if hasattr(signal, "sigwaitinfo"):  # Linux, where this process began with the signals blocked
         threading.Thread(target=_end_with_trainers_word, daemon=True).start()
 

@@ -1,7 +1,7 @@
-"""What loader processes need of a machine: shared memory for batches, open files. Imports no torch.
+"""Check that a machine has the shared memory and open files that loader processes need. Imports no torch.
 
-Both are asked for before the processes start: a process that lacks one of them loses its batch without a word, and the
-trainer would wait for it for ever.
+Both are checked before the processes start. A process that lacks one of them loses its batch without a message, and
+the trainer would wait for this batch forever.
 """
 
 import os
@@ -17,13 +17,13 @@ FILES_EACH = 16  # open files for each process: pipes to and from it, and its ba
 
 
 def check_room(workers: int, batch_bytes: int) -> None:
-    """Raise the limit of open files to what `workers` loader processes need, and see that their batches have room.
+    """Raise the limit of open files to what `workers` loader processes need, and check the shared memory.
 
     Args:
         batch_bytes: the size of one batch.
 
     Raises:
-        UserError: too little shared memory, or too few open files, with what to type.
+        UserError: there is too little shared memory for their batches, or too few open files are allowed.
     """
     if workers == 0:
         return
@@ -35,7 +35,7 @@ def check_room(workers: int, batch_bytes: int) -> None:
 
 
 def shared_free() -> int:
-    """The bytes of shared memory that are free; 0 where there is none."""
+    """Return the free bytes of shared memory; 0 if the machine has none."""
     try:
         return shutil.disk_usage(SHARED).free
     except OSError:
@@ -43,18 +43,18 @@ def shared_free() -> int:
 
 
 def no_shared_memory(needed: int | None = None) -> str:
-    """The line that says that shared memory is too small."""
-    wanted = "" if needed is None else f" of the {needed} that prepared batches take"
+    """Return the message for too little shared memory."""
+    wanted = "" if needed is None else f" of the {needed} that prepared batches need"
     return (
-        f"shared memory is full: {SHARED} has {shared_free()} bytes free{wanted}, and loader processes pass images "
+        f"shared memory is full: {SHARED} has {shared_free()} bytes free{wanted}. Loader processes pass images "
         "through it. Type data.workers=0, or give a container more: docker run --shm-size=8g"
     )
 
 
 def no_files() -> str:
-    """The line that says that too few files may be open."""
+    """Return the message for too few open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return f"too many open files: this shell allows {soft}. Type ulimit -n 4096 first, or data.workers=0"
+    return f"too many open files: this shell allows {soft}. Type ulimit -n 4096 first, or use data.workers=0"
 
 
 def _allow_files(needed: int) -> None:

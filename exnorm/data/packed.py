@@ -1,7 +1,7 @@
-"""Millions of file names in little memory: one block of bytes, and where each name ends.
+"""Millions of file names in little memory: one block of bytes, and the end of each name.
 
-1.3 million names of ImageNet take 50 MB so, a third of a list of strings, and processes that fork share them: reading
-one writes no reference count into their pages.
+The 1.3 million names of ImageNet take 50 MB, a third of a list of strings. Forked processes share this memory, because
+reading a name writes no reference count into it.
 """
 
 import os
@@ -11,14 +11,14 @@ import numpy as np
 
 
 class Packed(Sequence[str]):
-    """A sequence of names, kept as the bytes that the file system knows them by."""
+    """A sequence of file names, stored as the bytes that the file system uses."""
 
     def __init__(self, block: np.ndarray, ends: np.ndarray) -> None:
         self.block, self.ends = block, ends
 
     @classmethod
     def of(cls, names: Iterable[bytes]) -> "Packed":
-        """The packed form of some names."""
+        """Return the packed form of some names."""
         block, ends = bytearray(), []
         for name in names:
             block += name
@@ -29,7 +29,7 @@ class Packed(Sequence[str]):
         return len(self.ends)
 
     def raw(self, index: int) -> bytes:
-        """Name `index` in bytes."""
+        """Return name `index` in bytes."""
         start = self.ends[index - 1] if index else 0
         return self.block[start : self.ends[index]].tobytes()
 
@@ -42,6 +42,6 @@ class Packed(Sequence[str]):
         return (self[index] for index in range(len(self)))
 
     def where(self, kept: np.ndarray) -> "Packed":
-        """The names whose place in a mask is true."""
+        """Return the names for which a mask is true."""
         lengths = np.diff(self.ends, prepend=0)
         return Packed(self.block[np.repeat(kept, lengths)], np.cumsum(lengths[kept]))

@@ -1,4 +1,4 @@
-"""Where the files of a data set lie, and which of them are left out."""
+"""Find the files of a data set, and the files that the user excludes."""
 
 import codecs
 import csv
@@ -17,14 +17,14 @@ BAD_IMAGES = ("data", "index", "path", "reason")  # the columns of a run's bad_i
 
 
 def root_of(config: Any, *, layout: str, name: str | None = None) -> Path:
-    """`data.root`, or else the folder named after the set in `data.roots`.
+    """Return `data.root`, or else the folder named after the set in `data.roots`.
 
     Args:
-        layout: what the folder should hold, for the error.
-        name: of the folder, if it is not the set's.
+        layout: the files that the folder should have, for the error message.
+        name: the name of the folder, if it is not that of the set.
 
     Raises:
-        UserError: neither is given, or there is no such folder.
+        UserError: neither is given, or the folder does not exist.
     """
     folder = str(name or config.name)
     if config.root is not None:
@@ -33,8 +33,8 @@ def root_of(config: Any, *, layout: str, name: str | None = None) -> Path:
         root, key = Path(config.roots).expanduser() / folder, f"data.roots={config.roots}"
     else:
         raise UserError(
-            f"data={config.name} needs a folder: data.roots=DIR (in the environment EXNORM_DATA=DIR) with "
-            f"DIR/{folder}, or, for the set that is trained on, data.root=DIR; {layout}"
+            f"data={config.name} needs a folder. Type data.roots=DIR (or set EXNORM_DATA=DIR in the environment) if "
+            f"the files are in DIR/{folder}. For the set that is trained on, data.root=DIR also works; {layout}"
         )
     if not root.is_dir():
         raise UserError(f"{key}: there is no folder {root}; {layout}")
@@ -42,19 +42,19 @@ def root_of(config: Any, *, layout: str, name: str | None = None) -> Path:
 
 
 def file_of(name: str, root: Path, key: str) -> Path:
-    """A file that the option `key` names, from the current folder or else from the root.
+    """Return the file that the option `key` names, relative to the current folder or else to the root.
 
     Raises:
-        UserError: it is in neither.
+        UserError: the file does not exist in either folder.
     """
     for file in (Path(name).expanduser(), root / name):
         if file.is_file():
             return file
-    raise UserError(f"{key}={name}: there is no such file, neither here nor in {root}")
+    raise UserError(f"{key}={name}: there is no such file in the current folder or in {root}")
 
 
 def excluded_mask(entries: SampleIndex, config: Any, root: Path) -> np.ndarray:
-    """A mask of the files of a split that `data.exclude` names."""
+    """Return a mask of the files of a split that `data.exclude` lists."""
     lines = excluded_lines(config, root)
     if not lines:
         return np.zeros(len(entries), bool)
@@ -62,7 +62,7 @@ def excluded_mask(entries: SampleIndex, config: Any, root: Path) -> np.ndarray:
 
 
 def paths_of(entries: SampleIndex, root: Path) -> set[bytes]:
-    """The paths of files from the root, and absolute."""
+    """Return the paths of files, both relative to the root and absolute."""
     base = os.fsencode(os.path.abspath(root))
     paths = set(_paths(entries, root))
     return {*paths, *(os.path.join(base, path) for path in paths)}
@@ -77,7 +77,7 @@ def _paths(entries: SampleIndex, root: Path) -> Iterator[bytes]:
 
 
 def excluded_lines(config: Any, root: Path) -> set[bytes]:
-    """The paths in the file that `data.exclude` names, from the root and absolute; both forms of each.
+    """Return the paths in the file `data.exclude`, each both relative to the root and absolute.
 
     Raises:
         UserError: there is no such file.
@@ -88,9 +88,9 @@ def excluded_lines(config: Any, root: Path) -> set[bytes]:
 
 
 def listed_paths(config: Any) -> list[bytes]:
-    """The paths in the file that `data.exclude` names, as they are written there, from the root or absolute.
+    """Return the paths in the file `data.exclude` as they are written there, relative to the root or absolute.
 
-    The file has a path on each line, where empty lines and lines that begin with # do not count, or it is the
+    The file has one path per line; empty lines and lines that begin with # are ignored. It can also be the
     `bad_images.csv` of a run.
 
     Raises:
@@ -100,7 +100,7 @@ def listed_paths(config: Any) -> list[bytes]:
         return []
     file = Path(config.exclude).expanduser()
     if not file.is_file():
-        raise UserError(f"data.exclude={config.exclude}: there is no such file; it holds a path on each line")
+        raise UserError(f"data.exclude={config.exclude}: there is no such file. It must have one path per line")
     text = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     table = csv.DictReader(io.StringIO(os.fsdecode(text), newline=""))
     if table.fieldnames and list(table.fieldnames) == list(BAD_IMAGES):

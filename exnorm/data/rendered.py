@@ -1,6 +1,6 @@
 """Sets of drawn images: drawn once per machine into one file of the cache, which is mapped into memory.
 
-The file is a line of JSON, padded to 4,096 bytes, with a checksum of what follows: the images, one after the other.
+The file begins with a line of JSON, padded to 4,096 bytes, with a checksum of the images. The images follow.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from exnorm.runs.folder import flock
 from exnorm.runs.subprocesses import available_cores, importing_environment
 
 HEADER = 4096  # bytes
-FEW = 200  # images that are drawn before a process has started
+FEW = 200  # so few images are drawn faster than a process starts
 
 
 def images(plan: Plan, count: int) -> Images:
-    """The images of a plan, drawn where the cache lacks them."""
+    """Return the images of a plan; draw them if they are not in the cache."""
     path = cache_folder() / f"images-{fingerprint(plan, count)[:24]}.bin"
     with _alone(path):
         if not _is_whole(path):
@@ -41,7 +41,7 @@ def images(plan: Plan, count: int) -> Images:
 
 
 def fingerprint(plan: Plan, count: int) -> str:
-    """A text that changes with the images."""
+    """Return a text that changes with the images."""
     fonts = [(Path(font).name, _hash(font)) for font in plan.fonts]
     return hashlib.sha256(repr((VERSION, count, plan._replace(fonts=fonts))).encode()).hexdigest()
 
@@ -53,7 +53,7 @@ def _hash(file: str) -> str:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Of several processes that want a file one builds it, and the others wait."""
+    """Let only one process build a file at a time; the others wait."""
     with path.with_suffix(".lock").open("w") as lock:
         flock(lock.fileno(), fcntl.LOCK_EX)
         yield
@@ -73,7 +73,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _build(plan: Plan, count: int, path: Path) -> None:
-    part = path.with_suffix(".part")  # one builder at a time: what a killed one left is overwritten
+    part = path.with_suffix(".part")  # one builder at a time; the leftover of a killed one is overwritten
     with part.open("wb") as file:
         file.truncate(HEADER + count * plan.size * plan.size * 3)
     _draw_all(plan, count, part)
@@ -85,7 +85,7 @@ def _build(plan: Plan, count: int, path: Path) -> None:
 
 
 def _facts(path: Path) -> dict[str, int]:
-    """The size and the checksum of a file's images."""
+    """Return the size and the checksum of a file's images."""
     checksum = 0
     with path.open("rb") as file:
         file.seek(HEADER)
@@ -101,7 +101,7 @@ def _draw_all(plan: Plan, count: int, file: Path) -> None:
     cores = available_cores()
     bounds = [count * share // cores for share in range(cores + 1)]
     command = [sys.executable, "-m", "exnorm.data.drawing", json.dumps(plan), str(file), str(HEADER)]
-    # Signals to all processes of a job are the trainer's to answer; whatever ends this one closes the pipes.
+    # Only the trainer answers signals to all processes of a job; the end of this process closes the pipes.
     options: dict[str, Any] = {"env": importing_environment(), "stdin": subprocess.PIPE, "start_new_session": True}
     with contextlib.ExitStack() as stack:
         painters = [
@@ -109,7 +109,7 @@ def _draw_all(plan: Plan, count: int, file: Path) -> None:
             for start, stop in pairwise(bounds)
         ]
         if any([painter.wait() for painter in painters]):  # noqa: C419  # all are waited for before a pipe closes
-            raise RuntimeError(f"drawing {count} images failed; its processes said why")
+            raise RuntimeError(f"drawing {count} images failed. The messages of its processes are above")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The labelled files of a split: what a scan of folders, a list file or a scan of tar files finds."""
+"""The labelled files of a split, as found in folders, a list file or tar files."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ class SampleIndex:
         names: paths relative to `base`, or the names of members of tar files.
         labels: (files,) in int32, indices into `classes`.
         base: the folder that the names are relative to.
-        numbered: the labels came as numbers, which are the names of the classes so far.
-        sizes: (files,) bytes, where the scan saw them.
-        spans: (files, 3) in int64 for members of tar files: which one, offset, bytes.
+        numbered: the labels were given as numbers, and the classes have no other names yet.
+        sizes: (files,) bytes; None if the scan did not read them.
+        spans: (files, 3) in int64 for members of tar files: index into `tars`, offset, bytes.
         tars: the paths of those tar files.
     """
 
@@ -41,7 +41,7 @@ class SampleIndex:
         return len(self.labels)
 
     def where(self, kept: np.ndarray) -> "SampleIndex":
-        """The files whose place in a mask is true."""
+        """Return the files for which a mask is true."""
         return replace(
             self,
             names=self.names.where(kept),
@@ -51,24 +51,24 @@ class SampleIndex:
         )
 
     def named(self, classes: Sequence[str], *, source: str) -> "SampleIndex":
-        """The same labels, which are numbers so far, with names.
+        """Return the same files, with names for their numeric labels.
 
         Raises:
-            UserError: a label without a name; `source` says where the labels are from.
+            UserError: a label has no name; the message begins with `source`.
         """
         if len(self) and self.labels.max() >= len(classes):
             worst = int(self.labels.argmax())
             raise UserError(
-                f"{source}: label {self.labels[worst]} of {self.names[worst]}, and there are {len(classes)} classes, "
-                f"so labels go from 0 to {len(classes) - 1}"
+                f"{source}: {self.names[worst]} has label {self.labels[worst]}. There are {len(classes)} classes, so "
+                f"labels go from 0 to {len(classes) - 1}"
             )
         return replace(self, classes=list(classes), numbered=False)
 
     def labelled_as(self, classes: Sequence[str], *, source: str) -> "SampleIndex":
-        """The same files with labels that are indices into other classes, matched by name.
+        """Return the same files, with labels that are indices into other classes, matched by name.
 
         Raises:
-            UserError: a class with files that the others lack.
+            UserError: files have a class that is not in `classes`.
         """
         places = {name: place for place, name in enumerate(classes)}
         new = np.array([places.get(name, -1) for name in self.classes], np.int32)
@@ -79,7 +79,7 @@ class SampleIndex:
         return replace(self, labels=labels, classes=list(classes))
 
     def fingerprint(self) -> str:
-        """A hash of names, labels, classes and sizes; the same wherever the files lie."""
+        """Return a hash of names, labels, classes and sizes; it does not depend on the folder of the files."""
         digest = hashlib.sha256(json.dumps(list(self.classes)).encode())
         arrays: list[Any] = [self.names.block, self.names.ends, self.labels]
         for array in [*arrays, self.sizes, None if self.spans is None else self.spans[:, 2]]:

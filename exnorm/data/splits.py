@@ -1,4 +1,4 @@
-"""What a data set is to the rest: labelled images that can be opened one by one."""
+"""The form of a loaded data set: labelled images that are opened one by one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Images:
 
     Attributes:
         open_image: returns image i as RGB; raises `files.BadImage` where its file is broken.
-        clean_labels: the labels before noise was added to them; None where none was.
-        excluded: how many the user left out.
-        of_other_classes: how many were left out because a run does not have their class.
+        clean_labels: the labels before noise was added to them; None without noise.
+        excluded: the number of images that the user left out.
+        of_other_classes: the number of images left out because the run does not have their class.
     """
 
     labels: Labels
@@ -42,8 +42,8 @@ class Splits:
     """A training and a validation set over the same classes.
 
     Attributes:
-        train: empty where only validation was asked for.
-        mistaken_for: for each class the one that asymmetric label noise makes of it; None for the next one.
+        train: empty if only validation was loaded.
+        mistaken_for: for each class, the one that asymmetric label noise changes it to; None for the next class.
     """
 
     train: Images

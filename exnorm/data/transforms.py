@@ -2,8 +2,8 @@
 
 Training: random resized crop and horizontal flip, bilinear, nothing else (with `padding`, CIFAR's random crop of the
 padded image). Validation: resize the shorter side to `resize`, centre crop of `image_size`, bilinear. An image stays in
-bytes until it is on the device, as with timm's prefetcher: a quarter of the memory to copy, and for small images half
-the work of a loader.
+uint8 until it is on the device, as with timm's prefetcher. This copies a quarter of the memory and, for small images,
+halves the work of a loader.
 """
 
 import functools
@@ -21,11 +21,11 @@ from torchvision import transforms
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to an image, and to the batch that it comes in.
+    """The crop of an image and the normalization of a batch.
 
     Attributes:
-        crop: from an image to (3, size, size) in uint8.
-        mean, std: of the channels, over 255.
+        crop: turns an image into (3, size, size) in uint8.
+        mean, std: of the channels, where white is 1.
     """
 
     crop: Callable[[Image.Image], np.ndarray | Tensor]
@@ -34,7 +34,7 @@ class Transform:
     size: int
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """(N, height, width, 3) in uint8 as (N, 3, height, width): (pixels / 255 - mean) / std in float32.
+        """Return (N, height, width, 3) in uint8 as (N, 3, height, width): (pixels / 255 - mean) / std in float32.
 
         The channels stay last in memory.
         """
@@ -44,12 +44,12 @@ class Transform:
 
 @functools.cache
 def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Values over 255 as a (3, 1, 1) tensor in pixels; made once, for a copy to a GPU makes the next step wait."""
+    """Return values times 255 as a (3, 1, 1) tensor. It is cached, because a copy to a GPU delays the next step."""
     return 255 * torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def train_transform(config: Any) -> Transform:
-    """Random resized crop, or a random crop of the padded image; flip, normalization."""
+    """Return the transform: random resized crop, or random crop of the padded image; flip, normalization."""
     crop = (
         _padded_crop(config)
         if config.padding is not None
@@ -79,7 +79,7 @@ def _padded_crop(config: Any) -> Callable[[Image.Image], Tensor]:
 
 
 def eval_transform(config: Any) -> Transform:
-    """Resize, centre crop, normalization."""
+    """Return the transform: resize, centre crop, normalization."""
     crop = create_transform(
         input_size=config.image_size,
         is_training=False,

@@ -1,4 +1,4 @@
-"""Validation on other sets: which, cropped how, and over whose classes.
+"""Validation on other data sets, with the crops and the classes of the run.
 
 Classes are matched by name: for ImageNet and WebVision, by WordNet id.
 """
@@ -19,15 +19,15 @@ from exnorm.config.schema import DataConfig
 from exnorm.data.splits import Images, Splits
 
 SHOWN = 3  # of the classes that differ
-TAKEN = (*CROPS, "workers", "roots", "exclude")  # from the run's own set
+TAKEN = (*CROPS, "workers", "roots", "exclude")  # copied from the run's own set
 DRAWN = ("num_classes", "num_val", "seed")
 
 
 def others(config: Any) -> dict[str, Any]:
-    """The configuration of each further set in `data.val`, by its name: its own, with the run's crops.
+    """Return the configuration of each other set in `data.val`, by its name: its own, with the run's crops.
 
     Raises:
-        UserError: a name that no set has, or twice the same.
+        UserError: a name is unknown or is given twice.
     """
     names = config.val or []
     if len(set(names)) < len(names):
@@ -43,13 +43,13 @@ def _other(config: Any, name: str) -> Any:
 
 
 def matched(splits: Splits, classes: Sequence[str], *, name: str) -> Splits:
-    """The images of these classes, labelled in their order; images of other classes are left out.
+    """Return the images of these classes, labelled in their order; images of other classes are left out.
 
     Args:
-        name: of the data set, for the error.
+        name: of the data set, for the error message.
 
     Raises:
-        UserError: a class that the set lacks.
+        UserError: the set lacks a class.
     """
     if list(splits.classes) == list(classes):
         return splits
@@ -68,7 +68,7 @@ def matched(splits: Splits, classes: Sequence[str], *, name: str) -> Splits:
 
 
 def _relabelled(images: Images, new_labels: Sequence[int | None]) -> Images:
-    """Images with a new label for each old class, by their clean label; those of classes without are left out."""
+    """Return images with a new label for each clean one; images whose class has no new label are left out."""
     clean = np.asarray(images.labels if images.clean_labels is None else images.clean_labels, np.int64)
     new = np.array([-1 if label is None else label for label in new_labels])[clean]
     kept = np.flatnonzero(new >= 0)

@@ -1,9 +1,9 @@
-"""WebVision 1.0: 2.4 million images that Google and Flickr gave for 1,631 queries, in ImageNet's 1,000 classes.
+"""WebVision 1.0: 2.4 million images that Google and Flickr returned for 1,631 queries, in ImageNet's 1,000 classes.
 
 W. Li et al., "WebVision Database: Visual Learning and Understanding from Web Data", arXiv:1708.02862, 2017. The labels
-are those of the queries, so many are wrong; validation, 50 images of each class, was labelled by people. The layout:
+are those of the queries, so many are wrong. Validation, 50 images of each class, was labelled by people. The layout:
 
-    info/train_filelist_{google,flickr,all}.txt     lines `path label`, labels from 0; data.origin says which
+    info/train_filelist_{google,flickr,all}.txt     lines `path label`, labels from 0; data.origin selects one
     info/val_filelist.txt                           lines `file label`, files in val_images_256/
     info/synsets.txt                                line i + 1 begins with the WordNet id of label i
     google/q0001/*.jpg, flickr/q0001/*.jpg          a folder is a query, not a class
@@ -27,26 +27,26 @@ LAYOUT = "expected DIR/info/train_filelist_all.txt, DIR/info/synsets.txt, DIR/go
 
 
 def fingerprint(config: Any, *, train: bool = True) -> str:
-    """The hash of the paths and labels in the lists, and of the classes."""
+    """Return a hash of the paths and labels in the lists, and of the classes."""
     root = root_of(config, layout=LAYOUT, name="webvision")
     return imagefolder.fingerprint_of(config, root, found(config, root, train=train))
 
 
 def load(config: Any, *, train: bool = True) -> Splits:
-    """List both splits; images are opened one by one."""
+    """Return both splits; images are opened one by one."""
     root = root_of(config, layout=LAYOUT, name="webvision")
     both = found(config, root, train=train)
     return imagefolder.splits(config, root, both, list(both["val"].classes))
 
 
 def found(config: Any, root: Path, *, train: bool) -> imagefolder.Found:
-    """The listed files of both splits, of the first `data.num_classes` classes if that is given.
+    """Return the listed files of both splits, or only of the first `data.num_classes` classes.
 
     Raises:
         UserError: an info file is missing, or has a label without a class.
     """
     if config.origin not in ORIGINS:
-        raise UserError(f"data.origin={config.origin}: allowed: {', '.join(ORIGINS)}")
+        raise UserError(f"data.origin={config.origin} is unknown; allowed: {', '.join(ORIGINS)}")
     classes = synsets(root)
     if config.num_classes is not None and not 1 <= config.num_classes <= len(classes):
         raise UserError(f"data.num_classes={config.num_classes}: allowed: 1 to {len(classes)}, the classes in {root}")
@@ -64,12 +64,12 @@ def _first_classes(part: SampleIndex, count: int) -> SampleIndex:
 
 
 def synsets(root: Path) -> list[str]:
-    """The WordNet id of each label, in the order of the labels, which need not be sorted."""
+    """Return the WordNet id of each label, in the order of the labels, which may be unsorted."""
     lines = _info(root, "synsets.txt").read_text(encoding="utf-8-sig", errors="replace").splitlines()
     classes = [line.split()[0] for line in lines if line.strip()]
     strange = [name for name in classes if not WNID.fullmatch(name)]
     if strange:
-        raise UserError(f"{root}/info/synsets.txt: {strange[0]} is no WordNet id, as n01440764 is")
+        raise UserError(f"{root}/info/synsets.txt: {strange[0]} is not a WordNet id such as n01440764")
     twice = [name for name, count in Counter(classes).items() if count > 1]
     if twice:
         raise UserError(f"{root}/info/synsets.txt has {twice[0]} twice")
@@ -77,10 +77,10 @@ def synsets(root: Path) -> list[str]:
 
 
 def query_labels(root: Path) -> dict[str, int]:
-    """The label of each query: the map counts classes from 1, labels count from 0.
+    """Return the label of each query. The file counts classes from 1; labels count from 0.
 
     Raises:
-        UserError: a line that is not two numbers.
+        UserError: a line is not two numbers.
     """
     lines = _info(root, QUERY_MAP).read_text(encoding="utf-8", errors="replace").splitlines()
     pairs = [line.split() for line in lines if line.strip()]

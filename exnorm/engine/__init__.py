@@ -1,1 +1,1 @@
-"""Training and evaluation: one controller decides, one worker per device obeys."""
+"""Training and evaluation: a controller starts one worker per device."""

@@ -1,4 +1,4 @@
-"""What a run says before its first step: device, precision, back end, cost, the batch, and how long it will take."""
+"""The lines that a run prints before its first step: device, precision, back end, cost, batch and duration."""
 
 import os
 import platform
@@ -17,13 +17,13 @@ from exnorm.norms.batch_scope import BatchScopeNorm, take_pending
 from exnorm.runs.provenance import cpu_model
 from exnorm.runs.subprocesses import available_cores
 
-BUSY = 0.75  # of the cores: the load, over a minute, from which on the hint is given
+BUSY = 0.75  # the hint is printed from this load per core on, averaged over a minute
 TRIAL_STEPS = 2  # the first one warms up
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The lines to print, and the same facts for the record."""
+    """The lines to print, and the same values for the record."""
 
     text: str
     record: dict[str, Any]
@@ -39,7 +39,7 @@ def describe_run(
     resumed: bool,
     world: World,
 ) -> Facts:
-    """Everything a reader needs to know about what is about to run."""
+    """Return the description of the run that is about to start."""
     device = device_name(world.device)
     parameters = count_parameters(learner.model)
     gflops = gflops_per_image(learner.model, config.data.image_size)
@@ -67,14 +67,14 @@ def describe_run(
 
 
 def busy(threads: int, load: float, cores: int) -> list[str]:
-    """A hint where others keep the cores busy: threads then wait for each other at every layer."""
+    """Return a hint if other programs keep the cores busy: threads then wait for each other at every layer."""
     if threads < 2 or load < BUSY * cores:
         return []
-    return [f"this machine is busy (load {load:.1f} on {cores} cores): OMP_NUM_THREADS=1 can be several times faster"]
+    return [f"this machine is busy (load {load:.1f} on {cores} cores). OMP_NUM_THREADS=1 can be several times faster"]
 
 
 def seconds_per_step(learner: Learner, image_size: int) -> float:
-    """The time of a forward and backward of one optimizer step, tried on noise; the model is left as it was."""
+    """Return the seconds of the forward and backward of one step, measured on noise; the model is not changed."""
     model, plan, device = learner.model, learner.plan, learner.world.device
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     share = plan.total // plan.devices // plan.passes
@@ -100,7 +100,7 @@ def seconds_per_step(learner: Learner, image_size: int) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The name a person knows the device by."""
+    """Return the device's name for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({cpu_model() or platform.machine()}, {torch.get_num_threads()} threads)"

@@ -2,8 +2,8 @@
 
     8x32: BN's scope is 32 samples, the gradient is the mean over 256, the learning rate scales with 256.
 
-A device that holds several replicas computes them as virtual replicas in one pass or several; a replica that spans
-several devices gets its statistics by an all-reduce among them.
+A device with several replicas computes them as virtual replicas, in one pass or several. A replica that spans several
+devices gets its statistics by an all-reduce among them.
 """
 
 import re
@@ -14,13 +14,13 @@ from exnorm.config.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a batch setting lies on devices.
+    """How a batch is distributed over devices.
 
     Attributes:
-        replicas, samples: of the setting, replicas x samples per replica.
-        devices: processes.
+        replicas, samples: the batch setting, replicas x samples per replica.
+        devices: number of processes, one per device.
         passes: forward-backward passes per optimizer step on each device.
-        sync: BN's scope is the whole batch.
+        sync: BN's scope is the complete batch.
     """
 
     replicas: int
@@ -31,31 +31,31 @@ class BatchPlan:
 
     @property
     def total(self) -> int:
-        """Samples of one optimizer step."""
+        """Return the samples of one optimizer step."""
         return self.replicas * self.samples
 
     @property
     def scope(self) -> int:
-        """Samples in BN's scope."""
+        """Return the samples in BN's scope."""
         return self.total if self.sync else self.samples
 
     @property
     def span(self) -> int:
-        """Devices that one replica spans."""
+        """Return the number of devices that one replica spans."""
         return max(1, self.devices // self.replicas)
 
     @property
     def replicas_per_device(self) -> int:
-        """Whole replicas on one device; 1 where a replica spans several."""
+        """Return the complete replicas on one device; 1 if a replica spans several devices."""
         return max(1, self.replicas // self.devices)
 
     @property
     def replicas_per_pass(self) -> int:
-        """Replicas in one forward of one device."""
+        """Return the replicas in one forward pass of one device."""
         return self.replicas_per_device // self.passes
 
     def describe(self) -> str:
-        """The line that every run prints."""
+        """Return the line that every run prints."""
         devices = f"{self.devices} device{'s' if self.devices > 1 else ''}"
         if self.span > 1:
             where = f"{devices}, {self.span} to a replica"
@@ -71,51 +71,51 @@ class BatchPlan:
 
 
 def parse_batch(text: str) -> tuple[int, int]:
-    """`8x32` as (replicas, samples per replica).
+    """Return `8x32` as (replicas, samples per replica).
 
     Raises:
-        UserError: another form, or a zero.
+        UserError: the text has another form, or a number is 0.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(text))
     if match is None:
         raise UserError(
-            f"batch={text} is no batch setting: give replicas x samples per replica, both at least 1, as in batch=8x32"
+            f"batch={text} is not possible. Give replicas x samples per replica, both at least 1, as in batch=8x32"
         )
     return int(match[1]), int(match[2])
 
 
 def fits(replicas: int, samples: int, devices: int) -> bool:
-    """Whether the devices divide the replicas, or the replicas the devices and their shares are whole."""
+    """Return whether the devices can share the replicas, or the samples of each replica, equally."""
     if devices <= replicas:
         return replicas % devices == 0
     return devices % replicas == 0 and samples % (devices // replicas) == 0
 
 
 def fitting_devices(replicas: int, samples: int, *, limit: int) -> list[int]:
-    """All numbers of devices up to `limit` that fit."""
+    """Return all numbers of devices up to `limit` that fit."""
     return [devices for devices in range(1, limit + 1) if fits(replicas, samples, devices)]
 
 
 def plan_batch(text: str, *, devices: int, passes: int = 1, sync: bool = False) -> BatchPlan:
-    """Lay a batch setting on devices.
+    """Distribute a batch over devices.
 
     Raises:
-        UserError: a count that does not fit, with those that do.
+        UserError: a number of devices or passes does not fit; the message gives those that do.
     """
     replicas, samples = parse_batch(text)
     if devices < 1 or not fits(replicas, samples, devices):
         counts = ", ".join(map(str, fitting_devices(replicas, samples, limit=replicas * samples)))
-        raise UserError(f"batch={text} does not fit on {devices} devices; trainer.devices can be {counts}")
+        raise UserError(f"batch={text} does not fit on {devices} devices. trainer.devices can be {counts}")
     plan = BatchPlan(replicas, samples, devices, passes, sync)
     if passes < 1 or plan.replicas_per_device % passes:
         counts = [count for count in range(1, plan.replicas_per_device + 1) if plan.replicas_per_device % count == 0]
         raise UserError(
-            f"trainer.passes={passes} does not divide the {plan.replicas_per_device} replicas of a device; it can be "
+            f"trainer.passes={passes} does not divide the {plan.replicas_per_device} replicas of a device. It can be "
             f"{', '.join(map(str, counts))}"
         )
     if sync and passes > 1:
         raise UserError(
-            f"norm.sync=true takes statistics over the whole batch, which trainer.passes={passes} never holds at once; "
-            "use trainer.passes=1 or more devices"
+            f"norm.sync=true needs the complete batch at once, but trainer.passes={passes} splits it. "
+            "Use trainer.passes=1 or more devices"
         )
     return plan

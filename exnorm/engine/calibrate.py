@@ -1,9 +1,9 @@
-"""Batch average: BN's scope at test time from batches of training images, instead of the moving average.
+"""Batch average: BN's statistics at test time from batches of training images, instead of the moving average.
 
     mean = avg_b mean_b,   var = avg_b (var_b + mean_b^2) - mean^2 = avg_b var_b + avg_b (mean_b - mean)^2
 
-over batches of BN's scope, centre-cropped, in training mode without gradients: the rule of SN's released code, which
-uses 200 batches. Source: P. Luo et al., "Switchable Normalization", TPAMI 2019, and its code.
+over batches of BN's scope, centre-cropped, in training mode without gradients. This is the rule of SN's released code,
+which uses 200 batches. Source: P. Luo et al., "Switchable Normalization", TPAMI 2019, and its code.
 """
 
 from collections.abc import Iterator
@@ -33,9 +33,9 @@ def batch_average(
     precision: str,
     world: World,
 ) -> Calibrated:
-    """Statistics of every layer's BN scope over `batches` batches of `scope` images; the model is left as it was.
+    """Return each layer's BN statistics over `batches` batches of `scope` images; the model is not changed.
 
-    Each worker takes every world.size-th batch; all return the same numbers.
+    Each worker takes every world.size-th batch; all workers return the same numbers.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchScopeNorm)}
     layers = {name: module for name, module in layers.items() if module.running_mean is not None}
@@ -67,13 +67,13 @@ def _batches(dataset: SeededImages, scope: int, batches: int, world: World) -> l
     ).tolist()
     whole = [batch for batch in fixed_batches(order, scope) if len(batch) == scope][:batches]
     if not whole:
-        raise UserError(f"batch_average needs a batch of {scope} training images, and there are {len(dataset)}")
+        raise UserError(f"batch_average needs a batch of {scope} training images, but there are only {len(dataset)}")
     return whole[world.rank :: world.size]
 
 
 @contextmanager
 def _scope_on_this_device(model: nn.Module) -> Iterator[None]:
-    """Training mode with one replica per forward and pending statistics, all restored afterwards."""
+    """Set training mode with one replica per forward and pending statistics; restore everything afterwards."""
     modules = batch_scope_norms(model)
     before = [(module.replicas, module.group, module.deferred) for module in modules]
     modes = {module: module.training for module in model.modules()}
@@ -92,7 +92,7 @@ def _scope_on_this_device(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def using(model: nn.Module, calibrated: Calibrated) -> Iterator[None]:
-    """The model with other running statistics for a while."""
+    """Give the model other running statistics inside the block."""
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in calibrated}
     before = {name: buffer.clone() for name, buffer in buffers.items()}
     for name, buffer in buffers.items():

@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, read back only if they are whole.
+"""Checkpoints: written completely or not at all, and checked before they are read.
 
-`checkpoints/step-<n>.pt` holds plain dicts and tensors (`weights_only=True` reads them); the last two are kept,
-`best.pt` is the one with the best top-1, `snapshot-<fraction>.pt` are those that `trainer.snapshots` asks for. A file
-goes to a neighbour, is synced and renamed; before use every record of it is checked against its CRC-32. A damaged one
-is renamed to `step-<n>.pt.damaged` when the run resumes.
+`checkpoints/step-<n>.pt` has plain dicts and tensors (`weights_only=True` reads them); the last two are kept. `best.pt`
+is the one with the best top-1, `snapshot-<fraction>.pt` are those that `trainer.snapshots` asks for. A checkpoint is
+written to a temporary file, synced and renamed. Before use, each of its records is checked against its CRC-32. A
+damaged one is renamed to `step-<n>.pt.damaged` when the run resumes.
 """
 
 import errno
@@ -32,18 +32,18 @@ KEPT = 2
 BEST = "best.pt"
 STEP_FILE = re.compile(r"step-\d+\.pt")
 DAMAGED = ".damaged"
-NO_ARCHIVE = "failed reading zip archive"  # what torch says of a damaged header; a test flips bits of all of them
+NO_ARCHIVE = "failed reading zip archive"  # torch's error for a damaged header; a test flips bits in all headers
 
 
 class Damaged(UserError):
-    """A checkpoint whose bytes are not those that were written."""
+    """The bytes of a checkpoint differ from those that were written."""
 
 
 def save(folder: RunFolder, state: dict[str, Any]) -> Path:
     """Write the state at `state["step"]` and drop all but the last two checkpoints; return the file.
 
     Raises:
-        UserError: the disk is full; nothing half-written stays.
+        UserError: the disk is full; no incomplete file stays.
     """
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     path = step_file(folder, state["step"])
@@ -69,7 +69,7 @@ def save(folder: RunFolder, state: dict[str, Any]) -> Path:
 
 
 class _Counter(io.BytesIO):
-    """A file that keeps the number of bytes alone."""
+    """A file that only counts the bytes written to it."""
 
     count = 0
 
@@ -84,18 +84,18 @@ def _no_room(folder: RunFolder, state: Mapping[str, Any]) -> str:
     torch.save(state, counter)
     free = shutil.disk_usage(folder.checkpoints).free
     return (
-        f"the disk is full: a checkpoint in {folder.checkpoints} needs {counter.count} bytes and {free} are free. Make "
-        f"room; then the same command {folder.continues()}"
+        f"the disk is full: a checkpoint in {folder.checkpoints} needs {counter.count} bytes and {free} are free. Free "
+        f"some space; then the same command {folder.continues()}"
     )
 
 
 def step_file(folder: RunFolder, step: int) -> Path:
-    """The file of the checkpoint after a step."""
+    """Return the file of the checkpoint after a step."""
     return folder.checkpoints / f"step-{step:09d}.pt"
 
 
 def keep(path: Path, kept: Path) -> None:
-    """Give a checkpoint a second name under which it stays, without a second copy of it."""
+    """Give a checkpoint a second, permanent name, by a hard link where the file system has them."""
     part = kept.with_suffix(f".{os.getpid()}.part")
     part.unlink(missing_ok=True)
     with names_file(kept), removes_on_failure(part):
@@ -107,10 +107,10 @@ def keep(path: Path, kept: Path) -> None:
 
 
 def load_latest(folder: RunFolder) -> dict[str, Any] | None:
-    """The state of the last whole checkpoint, or None; damaged ones are named on stderr and passed over.
+    """Return the state of the last complete checkpoint, or None; damaged ones are reported on stderr and skipped.
 
     Raises:
-        UserError: a checkpoint that is not damaged and cannot be read all the same.
+        UserError: a checkpoint is not damaged but still cannot be read.
     """
     paths = _by_step(folder)
     for path in reversed(paths):
@@ -123,10 +123,10 @@ def load_latest(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def resume(folder: RunFolder, world: World) -> dict[str, Any] | None:
-    """The state that a run continues from, the same on all workers; None for a run that begins.
+    """Return the state from which a run continues, the same on all workers; None for a new run.
 
     Raises:
-        UserError: there were checkpoints and none can be read. A run never starts over unless it is told to.
+        UserError: there are checkpoints but none can be read. A run starts over only if the user asks for it.
     """
     state = _set_damaged_aside(folder) if world.is_first else None
     world.wait()
@@ -134,7 +134,7 @@ def resume(folder: RunFolder, world: World) -> dict[str, Any] | None:
 
 
 def _set_damaged_aside(folder: RunFolder) -> dict[str, Any] | None:
-    """Rename damaged checkpoints, the last one first, until one is whole; return its state."""
+    """Rename damaged checkpoints, the last one first, until one is complete; return its state."""
     for path in reversed(_by_step(folder)):
         try:
             return read(path)
@@ -144,30 +144,30 @@ def _set_damaged_aside(folder: RunFolder) -> dict[str, Any] | None:
     damaged = sorted(path.name for path in folder.checkpoints.glob(f"step-*{DAMAGED}"))
     if damaged:
         raise UserError(
-            f"{folder.checkpoints} has no checkpoint that can be read; {', '.join(damaged)} cannot. Put a good copy of "
-            "one there under its name without .damaged, or type fresh=true to start over"
+            f"no checkpoint in {folder.checkpoints} can be read: {', '.join(damaged)}. Put a good copy of one there, "
+            "under its name without .damaged, or type fresh=true to start over"
         )
     return None
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content.
+    """Return the content of a checkpoint.
 
     Raises:
-        Damaged: its bytes are not those that were written.
-        UserError: it is missing, or cannot be read for another reason, which may pass.
+        Damaged: its bytes differ from those that were written.
+        UserError: it is missing, or cannot be read for another, perhaps temporary, reason.
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     _check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # noqa: BLE001 - another torch, a pickle that is refused, a disk
-        if NO_ARCHIVE in str(problem):  # torch's reader looks at parts of the headers that zipfile ignores
+    except Exception as problem:  # noqa: BLE001 - another version of torch, a refused pickle, a disk
+        if NO_ARCHIVE in str(problem):  # torch's reader checks parts of the headers that zipfile ignores
             raise Damaged(f"checkpoint {path} is damaged (its headers are inconsistent)") from None
         raise UserError(
-            f"checkpoint {path} is not damaged, but torch {torch.__version__} cannot read it ({first_line(problem)}); "
-            "use the version of torch in the run's provenance.json, or try again"
+            f"checkpoint {path} is not damaged, but torch {torch.__version__} cannot read it ({first_line(problem)}). "
+            "Use the version of torch in the run's provenance.json, or try again"
         ) from None
 
 
@@ -175,7 +175,7 @@ def _check_archive(path: Path) -> None:
     """Compare every record of a checkpoint with its checksum.
 
     Raises:
-        Damaged: one differs, or the file is no whole archive.
+        Damaged: a record differs, or the file is not a complete archive.
         UserError: the file cannot be read now.
     """
     try:
@@ -184,63 +184,63 @@ def _check_archive(path: Path) -> None:
     except MemoryError:
         raise
     except Exception as problem:  # noqa: BLE001 - zipfile raises errors of many kinds for a damaged header
-        if isinstance(problem, OSError) and problem.errno != errno.EINVAL:  # which a damaged offset makes
-            raise UserError(f"checkpoint {path} cannot be read now ({first_line(problem)}); try again") from None
+        if isinstance(problem, OSError) and problem.errno != errno.EINVAL:  # a damaged offset gives EINVAL
+            raise UserError(f"checkpoint {path} cannot be read now ({first_line(problem)}). Try again") from None
         raise Damaged(f"checkpoint {path} is damaged ({first_line(problem)})") from None
     if broken is not None:
         raise Damaged(f"checkpoint {path} is damaged ({broken} does not match its checksum)")
 
 
 def find(folder: RunFolder, checkpoint: str) -> dict[str, Any]:
-    """The state of `last`, `best`, or a file.
+    """Return the state in the checkpoint `last`, `best`, or a file.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no such checkpoint, or it is damaged.
     """
     if checkpoint == "last":
         state = load_latest(folder)
         if state is None:
-            raise UserError(f"{folder.path} has no checkpoint that can be read; train first")
+            raise UserError(f"{folder.path} has no checkpoint that can be read. Train first")
         return state
     return read(folder.checkpoints / BEST if checkpoint == "best" else Path(checkpoint))
 
 
 def load(run_dir: str | Path, *, checkpoint: str = "last") -> nn.Module:
-    """The trained model of a run, on the CPU in evaluation mode.
+    """Return the trained model of a run, on the CPU in evaluation mode.
 
     Args:
         run_dir: the run folder.
         checkpoint: last, best, or a file.
 
     Raises:
-        UserError: no run folder, or no usable checkpoint.
+        UserError: this is not a run folder, or it has no usable checkpoint.
     """
     folder = RunFolder(run_dir)
     return build_trained(read_config(folder), find(folder, checkpoint)).eval()
 
 
 def read_config(folder: RunFolder) -> Any:
-    """A run's config with the defaults of keys that are younger than it."""
+    """Return the config of a run, with defaults for keys that are newer than the run."""
     schema = OmegaConf.structured(TrainConfig)
     return OmegaConf.merge(schema, OmegaConf.create(folder.read_config()))
 
 
 def build_trained(config: Any, state: Mapping[str, Any]) -> nn.Module:
-    """The model of a config with a checkpoint's weights, and its calibrated statistics where the run used them."""
+    """Return the model of a config with a checkpoint's weights and, if the run used them, calibrated statistics."""
     config = OmegaConf.merge(config, {"model": {"pretrained": False}})
     model = build_model(config.model, config.norm, num_classes=len(state["classes"]))
     try:
         model.load_state_dict({**state["model"], **(state.get("calibrated") or {})})
     except RuntimeError as problem:
-        raise UserError(f"the checkpoint is one of another model: {' '.join(str(problem).split())[:200]}") from None
+        raise UserError(f"the checkpoint belongs to another model: {' '.join(str(problem).split())[:200]}") from None
     return model
 
 
 def read_weights(source: str | Path) -> dict[str, Any]:
-    """The weights of a run folder, or what a file of weights holds (`exnorm.engine.weight_files`).
+    """Return the weights of a run folder, or the content of a file of weights (`exnorm.engine.weight_files`).
 
     Raises:
-        UserError: no usable checkpoint, or a file without weights.
+        UserError: there is no usable checkpoint, or the file has no weights.
     """
     path = Path(source).expanduser()
     return find(RunFolder(path), "last")["model"] if path.is_dir() else read_file(path)
@@ -248,7 +248,7 @@ def read_weights(source: str | Path) -> dict[str, Any]:
 
 def _by_step(folder: RunFolder) -> list[Path]:
     try:
-        names = os.listdir(folder.checkpoints)  # glob() takes a folder that cannot be read for an empty one
+        names = os.listdir(folder.checkpoints)  # glob() would treat an unreadable folder as empty
     except FileNotFoundError:
         return []
     return [folder.checkpoints / name for name in sorted(names) if STEP_FILE.fullmatch(name)]

@@ -1,4 +1,4 @@
-"""Who this process is among the workers, and how they agree."""
+"""The rank of this process among the workers, and the communication between them."""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """A worker's place: its rank among `size` processes and its device."""
+    """A worker's rank among `size` processes, and its device."""
 
     rank: int
     size: int
@@ -19,7 +19,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this worker writes files and prints."""
+        """Return whether this worker writes files and prints."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class World:
         return tensor
 
     def largest(self, *values: int) -> list[int]:
-        """The maximum of each value over all workers, exchanged on the CPU."""
+        """Return the maximum of each value over all workers, exchanged on the CPU."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.long)
@@ -37,13 +37,13 @@ class World:
         return tensor.tolist()
 
     def wait(self) -> None:
-        """Return when all workers have come here."""
+        """Wait until all workers have called this."""
         if self.size > 1:
             dist.barrier()
 
 
 def join(device_type: str) -> World:
-    """Join the workers that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+    """Join the workers described by the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
     rank, size = (
         int(os.environ.get("RANK", "0")),
         int(os.environ.get("WORLD_SIZE", "1")),
@@ -62,13 +62,13 @@ def join(device_type: str) -> World:
 
 
 def leave() -> None:
-    """Take the process group down, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def replica_group(world: World, span: int) -> Any:
-    """The process group of this worker's replica, `span` consecutive ranks; None if a replica lies on one device."""
+    """Return the process group of this worker's replica, `span` consecutive ranks; None if it is on one device."""
     if span == 1:
         return None
     groups = [dist.new_group(list(range(first, first + span))) for first in range(0, world.size, span)]

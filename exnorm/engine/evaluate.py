@@ -15,13 +15,13 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The autocast context of a precision (fp32, bf16, fp16)."""
+    """Return the autocast context of a precision (fp32, bf16, fp16)."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def eval_loader(dataset: SeededImages, *, batch_size: int, workers: int, world: World) -> Loader:
-    """This worker's share of a set: every world.size-th image, none twice."""
+    """Return a loader of this worker's share of a set: every world.size-th image, none twice."""
     indices = range(world.rank, len(dataset), world.size)
     batches = fixed_batches(indices, batch_size)
     return Loader(dataset, batches, workers=workers, device=world.device)
@@ -36,7 +36,7 @@ def evaluate(
     precision: str,
     world: World,
 ) -> dict[str, float]:
-    """loss, top1 and top5 in percent over all workers' images, as `val/top1`; the model's mode is restored."""
+    """Return loss, top1 and top5 (in percent) over all workers' images, as `val/top1`; the model's mode is restored."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
@@ -56,7 +56,7 @@ def evaluate_all(
     precision: str,
     world: World,
 ) -> dict[str, float]:
-    """The metrics of the first set as `val/top1`; of several also each one's as `val/<set>/top1`."""
+    """Return the metrics of the first set as `val/top1`; with several sets, also those of each as `val/<set>/top1`."""
     each = {name: evaluate(model, loader, task, precision=precision, world=world) for name, loader in loaders.items()}
     results = dict(next(iter(each.values())))
     if len(each) > 1:

@@ -1,4 +1,4 @@
-"""`exnorm eval`: the accuracy of a run's checkpoint, on its own validation set or another, as one worker does it."""
+"""`exnorm eval` in one worker: the accuracy of a run's checkpoint, on its own validation set or another."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ from exnorm.tasks.classification import Classification
 def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world: World) -> None:
     """Evaluate a checkpoint; the first worker appends a row per validation set to `evaluations.jsonl`.
 
-    Batch averages are those of the run's own training set, whichever set is evaluated.
+    Batch averages always come from the run's own training set.
 
     Raises:
-        UserError: no usable checkpoint, a class of the run that the set lacks, a broken image.
+        UserError: there is no usable checkpoint, the set lacks a class of the run, or an image is broken.
     """
     evaluation_id = request.pop("id")
     wanted = OmegaConf.merge(OmegaConf.structured(EvalConfig), request)

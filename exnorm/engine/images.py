@@ -1,4 +1,4 @@
-"""The images of a run as its trainer needs them: loaders for training and validation, and what the record says."""
+"""The images of a run: loaders for training and validation, and the entries about images in the record."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,11 @@ from exnorm.runs.folder import RunFolder, write_text_atomic
 
 @dataclass(frozen=True)
 class RunImages:
-    """What one worker trains and validates on.
+    """The images on which one worker trains and validates.
 
     Attributes:
-        calibration_set: the training images in the crops of validation.
-        val_sets, val_loaders: by the name of the set; the first one is the run's main one.
+        calibration_set: the training images with the crops of validation.
+        val_sets, val_loaders: by the name of the set; the first one is the run's main set.
     """
 
     splits: Splits
@@ -35,10 +35,10 @@ class RunImages:
 
 
 def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -> RunImages:
-    """Load the sets of a run and start from what an earlier attempt found broken.
+    """Load the data sets of a run, and the list of broken images of an earlier attempt.
 
     Raises:
-        UserError: fewer images than a batch takes.
+        UserError: there are fewer images than one batch needs.
     """
     splits = load(config.data)
     batches = TrainBatches(
@@ -49,7 +49,10 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
         ranks=world.size,
     )
     if batches.steps_per_epoch == 0:
-        raise UserError(f"batch={config.batch} takes {plan.total} images a step; data has {len(splits.train)}")
+        raise UserError(
+            f"batch={config.batch} takes {plan.total} images a step, but data has {len(splits.train)}. "
+            "Use a smaller batch"
+        )
     bad_images = bad_images_of(folder, config.data, splits)
     if world.is_first:
         bad_images.look_again(splits.train)
@@ -74,7 +77,7 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
 
 
 def bad_images_of(folder: RunFolder, data_config: Any, splits: Splits) -> BadImages:
-    """The broken training images of a set, in the list of a run."""
+    """Return the broken training images of a set, as listed in the run folder."""
     return BadImages(
         folder.bad_images_file,
         data=data_config.name,
@@ -84,7 +87,7 @@ def bad_images_of(folder: RunFolder, data_config: Any, splits: Splits) -> BadIma
 
 
 def keep_noise(folder: RunFolder, config: Any, splits: Splits, progress: Progress) -> dict[str, Any]:
-    """Write down and announce the wrong labels; return what the record says of them."""
+    """Write the wrong labels to a file and print their number; return the record's entry about them."""
     if not config.rate:
         return {}
     facts = noise.facts(config, splits.train)
@@ -95,7 +98,7 @@ def keep_noise(folder: RunFolder, config: Any, splits: Splits, progress: Progres
 
 
 def facts_of(images: RunImages) -> dict[str, Any]:
-    """What a record says of the images: how many, how many broken ones were replaced, how many the user left out."""
+    """Return the record's entries about images: how many, how many were broken, and how many the user left out."""
     facts: dict[str, Any] = {
         "train_images": len(images.splits.train),
         "val_images": {name: len(val_set) for name, val_set in images.val_sets.items()},

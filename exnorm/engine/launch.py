@@ -1,7 +1,7 @@
-"""The controller: decides what a run is, where its folder lies, and starts one worker per device. Imports no torch.
+"""The controller: finds the identity and the folder of a run, and starts one worker per device. Imports no torch.
 
-It composes nothing itself: Hydra has done that. It checks what can be checked before a folder is made, forwards
-signals, and turns the workers' exit codes into one line or an exit code of its own.
+It gets a configuration that Hydra has composed. It checks the settings before a folder is made, forwards signals, and
+turns the workers' exit codes into one line or its own exit code.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def run(config: DictConfig) -> None:
     """Train, resume, or print the result of the run that a composed config describes.
 
     Raises:
-        UserError: a setting that cannot work; nothing was made.
+        UserError: a setting cannot work, and nothing was made; or a worker failed.
         RunLocked: another process trains this run.
         SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint written.
     """
@@ -66,12 +66,12 @@ def run(config: DictConfig) -> None:
     hash8 = identity(config, values)
     folder = RunFolder(run_dir(values, hash8=hash8))
     if folder.is_locked():
-        raise RunLocked(f"{folder.path} is in use by {holder(folder.lock_file)}; wait for it, or choose another seed")
+        raise RunLocked(f"{folder.path} is in use by {holder(folder.lock_file)}. Wait for it, or choose another seed")
     earlier = folder.path.with_name(f".{folder.path.name}.earlier")
     if config.fresh and folder.path.exists():
         _set_aside(folder, earlier)
     if folder.read_record() is not None:
-        print(f"{folder.path} has finished; fresh=true would start it over")
+        print(f"{folder.path} has finished. To start it over, type fresh=true")
         print_result(folder)
         return
     made = prepare(folder, values, hash8)
@@ -93,7 +93,7 @@ def run(config: DictConfig) -> None:
             if earlier.exists():
                 earlier.rename(folder.path)
         else:
-            with suppress(OSError):  # the disk may be full, which is what the error says
+            with suppress(OSError):  # the disk may be full; the error then says so
                 write_text_atomic(folder.error_file, f"{problem}\n")
         raise
     shutil.rmtree(earlier, ignore_errors=True)
@@ -101,10 +101,10 @@ def run(config: DictConfig) -> None:
 
 
 def evaluate_run(run_path: Path, overrides: list[str]) -> None:
-    """Evaluate a run's checkpoint as `exnorm eval` asks; prints the metrics and keeps them in the run folder.
+    """Evaluate a run's checkpoint with the settings of `exnorm eval`; print and store the metrics.
 
     Raises:
-        UserError: no run folder, no checkpoint, data that do not fit.
+        UserError: there is no run folder or no checkpoint, or the data do not fit.
     """
     folder = RunFolder(run_path)
     trained = folder.read_config()
@@ -116,7 +116,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
     gpu = on_gpu(config.device, "device")
     _note_missing_gpu(config.device)
     if config.precision == "fp16" and not gpu:
-        raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or precision=fp32")
+        raise UserError("precision=fp16 needs a GPU. On a CPU use precision=bf16 or precision=fp32")
     values: Any = OmegaConf.to_container(config, resolve=True)
     run_workers(
         [str(folder.path), json.dumps({**values, "id": evaluation_id(config, trained)})],
@@ -129,7 +129,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
 
 
 def resolve_eval_config(trained: dict[str, Any], overrides: list[str]) -> DictConfig:
-    """The configuration of an evaluation of a run with the config `trained`, which says what is not overridden."""
+    """Return the configuration of an evaluation of a run; the run's config `trained` gives what is not overridden."""
     config = compose_eval(trained["data"], overrides)
     for key in ("inference", "calibration_batches", "precision"):
         if config[key] is None:
@@ -138,10 +138,10 @@ def resolve_eval_config(trained: dict[str, Any], overrides: list[str]) -> DictCo
 
 
 def evaluation_id(config: DictConfig, trained: dict[str, Any]) -> str:
-    """The hash of everything that changes the result of an evaluation of given weights of the run `trained`.
+    """Return a hash of everything that changes the result of an evaluation of given weights of the run `trained`.
 
     Raises:
-        UserError: its data are not there.
+        UserError: its data do not exist.
     """
     values: Any = OmegaConf.to_container(config, resolve=True)
     averages = config.inference == "batch_average"
@@ -153,18 +153,18 @@ def evaluation_id(config: DictConfig, trained: dict[str, Any]) -> str:
 
 
 def check(config: DictConfig) -> BatchPlan:
-    """Refuse settings that cannot work, before anything is made; return how the batch lies on the devices."""
+    """Raise UserError for settings that cannot work; return how the batch is distributed over devices."""
     for key, allowed in CHOICES.items():
         _check_choice(OmegaConf.select(config, key), key, allowed)
     for key in POSITIVE:
         _check_positive(OmegaConf.select(config, key), key)
     if not all(0 < fraction <= 1 for fraction in config.trainer.snapshots):
         raise UserError(
-            f"trainer.snapshots={list(config.trainer.snapshots)}: fractions of the epochs, above 0 and up to 1"
+            f"trainer.snapshots={list(config.trainer.snapshots)}: give fractions of the epochs, above 0 and up to 1"
         )
     gpu = on_gpu(config.trainer.device, "trainer.device")
     if config.trainer.precision == "fp16" and not gpu:
-        raise UserError("trainer.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+        raise UserError("trainer.precision=fp16 needs a GPU. On a CPU use bf16 or fp32")
     sync = bool(config.norm.get("sync", False))
     devices = _count_devices(config.trainer.devices, "trainer.devices", gpu)
     if devices is None:
@@ -174,16 +174,16 @@ def check(config: DictConfig) -> BatchPlan:
 
 
 def content_id(source: str, key: str) -> str:
-    """The hash of initial weights: of the last checkpoint of a run folder, or of a file.
+    """Return a hash of initial weights: of the last checkpoint of a run folder, or of a file.
 
     Raises:
-        UserError: there is none; `key` names the setting.
+        UserError: there are no weights; the message names the setting `key`.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         checkpoints = sorted((path / "checkpoints").glob("step-*.pt"))
         if not checkpoints:
-            raise UserError(f"{key}={source} is a folder without checkpoints; give a run folder or a file")
+            raise UserError(f"{key}={source} is a folder without checkpoints. Give a run folder or a file")
         path = checkpoints[-1]
     if not path.is_file():
         raise UserError(f"{key}={source}: there is no such run folder or file")
@@ -192,10 +192,10 @@ def content_id(source: str, key: str) -> str:
 
 
 def identity(config: DictConfig, values: dict[str, Any], *, content_id: Callable[[str, str], str] = content_id) -> str:
-    """The hash of everything that changes the result: values, data, and the content of initial weights.
+    """Return a hash of everything that changes the result: values, data, and the content of initial weights.
 
     Args:
-        content_id: what stands for initial weights, from the setting's value and key.
+        content_id: returns the hash of initial weights, from the setting's value and key.
     """
     contents = {
         key: content_id(values["model"][key], f"model.{key}") for key in INITIAL_WEIGHTS if values["model"][key]
@@ -206,10 +206,10 @@ def identity(config: DictConfig, values: dict[str, Any], *, content_id: Callable
 
 
 def prepare(folder: RunFolder, values: dict[str, Any], hash8: str) -> bool:
-    """Make the run folder, or check that the one there is this run's; write config and provenance.
+    """Make the run folder, or check that the existing one belongs to this run; write config and provenance.
 
     Returns:
-        Whether this call made it.
+        Whether this call made the folder.
     """
     made = not folder.path.exists()
     if not made and folder.config_file.is_file():
@@ -221,7 +221,7 @@ def prepare(folder: RunFolder, values: dict[str, Any], hash8: str) -> bool:
 
 
 def _note_start(folder: RunFolder, hash8: str) -> None:
-    """Write where the code of this start comes from: of the first one at the top level, of later ones in a list."""
+    """Write the provenance of this start: at the top level for the first start, in a list for later ones."""
     now = collect([*sys.argv[0].split(), *sys.argv[1:]])
     first = read_json(folder.provenance_file)
     if first is None:
@@ -236,10 +236,10 @@ def _note_start(folder: RunFolder, hash8: str) -> None:
 
 
 def on_gpu(device: str, key: str) -> bool:
-    """Whether workers will run on GPUs, as `key` asks.
+    """Return whether workers will run on GPUs; `key` is the name of the setting.
 
     Raises:
-        UserError: a GPU is asked for and none is there.
+        UserError: the setting asks for a GPU and there is none.
     """
     if device == "cuda" and visible_gpus() == 0:
         raise UserError(f"{key}=cuda, but torch finds no GPU: {missing_gpu()}. Type {key}=cpu to use the CPU")
@@ -247,7 +247,7 @@ def on_gpu(device: str, key: str) -> bool:
 
 
 def _note_missing_gpu(device: str) -> None:
-    """Say that the CPU is used where somebody seems to count on a GPU."""
+    """Warn that the CPU is used, if the user seems to expect a GPU."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if device == "auto" and visible_gpus() == 0 and (chosen.strip() not in ("", "-1") or shutil.which("nvidia-smi")):
         found = f"CUDA_VISIBLE_DEVICES={chosen}; " if chosen else ""
@@ -255,17 +255,17 @@ def _note_missing_gpu(device: str) -> None:
 
 
 def _count_devices(wanted: int | None, key: str, gpu: bool) -> int | None:
-    """The number of workers that `key` asks for; on GPUs not more than there are. None is passed on."""
+    """Return the number of workers that the setting `key` asks for, or None; on GPUs not more than exist."""
     if wanted is None:
         return None
     _check_positive(wanted, key)
     if gpu and wanted > visible_gpus():
-        raise UserError(f"{key}={wanted}, and {visible_gpus()} GPUs are visible; use at most {visible_gpus()}")
+        raise UserError(f"{key}={wanted}, but {visible_gpus()} GPUs are visible. Use at most {visible_gpus()}")
     return wanted
 
 
 def _set_aside(folder: RunFolder, earlier: Path) -> None:
-    """Keep an earlier run until the one that starts over has finished; of two attempts the first is kept."""
+    """Rename an earlier run, which is kept until the new one has finished. If one is kept already, remove this one."""
     if earlier.exists():
         shutil.rmtree(folder.path)
     else:
@@ -273,14 +273,14 @@ def _set_aside(folder: RunFolder, earlier: Path) -> None:
 
 
 def _is_worthless(folder: RunFolder, *, beside: Path) -> bool:
-    """Whether nothing of a failed run needs keeping; its first metrics do, unless there is an earlier run of it."""
+    """Return whether nothing of a failed run is worth keeping; its metrics are, unless an earlier run of it exists."""
     if any(folder.checkpoints.glob("*.pt")) or folder.bad_images_file.is_file():
         return False
     return beside.exists() or not folder.metrics_file.is_file()
 
 
 def _remove(folder: RunFolder) -> None:
-    """Take a half-made run folder away, with the folders around it that are empty then."""
+    """Remove an incomplete run folder, and its parent folders if they are empty then."""
     shutil.rmtree(folder.path)
     with suppress(OSError):
         folder.path.parent.rmdir()
@@ -288,10 +288,10 @@ def _remove(folder: RunFolder) -> None:
 
 
 def _check_same_run(folder: RunFolder, hash8: str) -> None:
-    """A folder's name holds its hash, so what another config made was put there by hand."""
+    """Raise UserError if another config made the folder; it has this run's name, so somebody renamed it."""
     other = (read_json(folder.provenance_file) or {}).get("config_hash", hash8)
     if other != hash8:
-        raise UserError(f"{folder.path} was made by another config ({other}); move it away, or use runs=DIR")
+        raise UserError(f"{folder.path} was made by another config ({other}). Move it away, or use runs=DIR")
 
 
 def _check_positive(value: int, key: str) -> None:

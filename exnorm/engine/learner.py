@@ -1,4 +1,4 @@
-"""What learns: how it is built, checked, saved and restored. `exnorm.engine.step` has the training step."""
+"""The model in training, and functions to build, check, save and restore it. `exnorm.engine.step` trains a step."""
 
 import time
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ NO_BAD_STEP = 2**62
 
 @dataclass
 class Learner:
-    """What learns: the bare model, the model as it is called (DDP, compiled), optimizer and scaler, and how far."""
+    """The bare model, the model as it is called (DDP, compiled), the optimizer, the scaler and the progress."""
 
     model: nn.Module
     net: nn.Module
@@ -40,21 +40,21 @@ class Learner:
     classes: list[str]
     bad_step: Tensor  # the first step with a non-finite loss; huge while there is none
     step: int = 0  # optimizer steps done
-    epoch: int = 0  # the epoch under way
-    train_s: float = 0.0  # seconds of training, up to the clock
+    epoch: int = 0  # the current epoch
+    train_s: float = 0.0  # seconds of training, until `clock`
     clock: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
     calibrated: Calibrated | None = None
 
     def read_clock(self) -> float:
-        """Count the seconds since the clock was set or last read as training; return their sum over the run."""
+        """Add the seconds since the clock was set or last read to the training time; return that of the run."""
         now = time.monotonic()
         self.train_s, self.clock = self.train_s + now - self.clock, now
         return self.train_s
 
 
 def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]) -> Learner:
-    """Model, optimizer and scaler of a fresh run, on this worker's device."""
+    """Return model, optimizer and scaler of a new run, on this worker's device."""
     torch.manual_seed(mixed_seed(config.seed))
     model = build_model(config.model, config.norm, num_classes=len(classes))
     if config.model.init_from is not None:
@@ -93,10 +93,10 @@ def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]
 
 
 def check(folder: RunFolder, learner: Learner, signum: int) -> int:
-    """Let all workers learn of a signal or a non-finite loss that one of them met; return the signal.
+    """Share a signal or a non-finite loss of one worker with all workers; return the signal.
 
     Raises:
-        UserError: the loss was not finite; the last checkpoint is from before.
+        UserError: the loss was not finite. The last checkpoint is from before that.
     """
     signum, negated = learner.world.largest(signum, -int(learner.bad_step))
     if -negated != NO_BAD_STEP:
@@ -110,7 +110,7 @@ def check(folder: RunFolder, learner: Learner, signum: int) -> int:
 
 
 def save(folder: RunFolder, learner: Learner) -> Any:
-    """Write a checkpoint of the whole state, by the first worker; return its file (None elsewhere)."""
+    """Write a checkpoint of the complete state in the first worker; return its file, or None in other workers."""
     sums = learner.world.sum_(learner.sums.clone())
     path = None
     if learner.world.is_first:
@@ -134,7 +134,7 @@ def save(folder: RunFolder, learner: Learner) -> Any:
 
 
 def restore(learner: Learner, state: dict[str, Any]) -> None:
-    """Go back to a checkpoint; the first worker takes the sums of all."""
+    """Restore a checkpoint; the first worker takes the sums of all workers."""
     learner.model.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
@@ -145,4 +145,4 @@ def restore(learner: Learner, state: dict[str, Any]) -> None:
         state["calibrated"],
     )
     if learner.world.is_first:
-        learner.sums[: len(state["sums"])] = state["sums"]  # an older version counted less
+        learner.sums[: len(state["sums"])] = state["sums"]  # older versions have fewer sums

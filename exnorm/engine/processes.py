@@ -1,4 +1,4 @@
-"""Starting workers, passing signals on, and learning how they ended. Imports no torch."""
+"""Start workers, forward signals to them, and report how they ended. Imports no torch."""
 
 import ctypes
 import functools
@@ -33,22 +33,22 @@ print(json.dumps([count, problem]))
 POLL_S = 0.1
 GRACE_S = 30  # after one worker stopped, until the others are killed
 CRASH_GRACE_S = 1.0  # after one crashed
-CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}  # as torch asks for
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}  # torch requires it
 EXIT_STOPPED = tuple(128 + signum for signum in STOP_SIGNALS)
 
 
 def run_workers(
     arguments: list[str], *, count: int, on_gpu: bool, resumes: RunFolder | None, deterministic: bool = False
 ) -> None:
-    """Run `count` workers to their end. They die with this process, however it dies.
+    """Run `count` workers to their end. They end if this process dies for any reason.
 
     Args:
-        resumes: the run that they train; they answer a signal with a checkpoint in it. None: they end at once.
+        resumes: the run that they train; after a signal they save a checkpoint. None: they end at once.
         deterministic: their matrix products on a GPU give the same bits each time.
 
     Raises:
         UserError: a worker refused its settings, or failed.
-        RunLocked: another process has the run folder.
+        RunLocked: another process uses the run folder.
         SystemExit: 128 + n, after the workers ended because of signal n.
     """
     with tempfile.TemporaryDirectory(prefix="exnorm-") as scratch:
@@ -70,19 +70,19 @@ def run_workers(
 
 
 def visible_gpus() -> int:
-    """How many GPUs workers will see."""
+    """Return the number of GPUs that workers will see."""
     return _find_gpus()[0]
 
 
 def missing_gpu() -> str:
-    """Why workers will see no GPU."""
+    """Return the reason why workers will see no GPU."""
     return _find_gpus()[1]
 
 
 @functools.cache
 def _find_gpus() -> tuple[int, str]:
-    """The number of GPUs that torch can use, and what it says where there are none; nvidia-smi may be absent or lie."""
-    if sys.platform == "linux" and not os.path.exists("/dev/kfd"):  # of AMD
+    """Return the number of GPUs that torch can use, and its reason if there are none; nvidia-smi may be wrong."""
+    if sys.platform == "linux" and not os.path.exists("/dev/kfd"):  # AMD's driver
         try:
             ctypes.CDLL("libcuda.so.1")
         except OSError:  # importing torch, which takes seconds, would find the same
@@ -91,7 +91,7 @@ def _find_gpus() -> tuple[int, str]:
 
 
 def ask_torch_for_gpus() -> tuple[int, str]:
-    """What torch finds, in a process of its own: the controller imports no torch."""
+    """Return the GPUs that torch finds, in a subprocess, because the controller imports no torch."""
     done = subprocess.run(
         [sys.executable, "-c", FIND_GPUS], env=importing_environment(), capture_output=True, text=True, check=False
     )
@@ -118,12 +118,12 @@ def _start(
         **added,
     }
     command = [sys.executable, "-m", "exnorm.engine.worker", *arguments]
-    # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+    # Its own session: Ctrl-C reaches only this process, which forwards it once.
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all, or until one has failed and the others had a moment; return the first that failed."""
+    """Wait for all workers, or until one has failed and the others had some time; return the first failed one."""
     waited = threading.Event()
     failed: int | None = None
     failed_for = 0.0
@@ -141,9 +141,10 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
 
 @contextmanager
 def _forwarding(workers: list[subprocess.Popen[bytes]], resumes: RunFolder | None) -> Iterator[None]:
-    """Pass stop signals on to the workers; the second Ctrl-C kills them.
+    """Forward stop signals to the workers; the second Ctrl-C kills them.
 
-    Others are often sent twice: `timeout` signals its command and then its group, SLURM warns before it ends a job.
+    Other signals are often sent twice: `timeout` signals its command and then its group; SLURM warns before it ends a
+    job.
     """
     received: list[int] = []
 
@@ -155,7 +156,7 @@ def _forwarding(workers: list[subprocess.Popen[bytes]], resumes: RunFolder | Non
         if len(received) == 1 and resumes is not None:
             say_in_handler(f"{signal.Signals(signum).name}: saving a checkpoint")
 
-    if threading.current_thread() is not threading.main_thread():  # some launchers; signals are theirs then
+    if threading.current_thread() is not threading.main_thread():  # some launchers, which handle signals themselves
         yield
         return
     before = {signum: signal.signal(signum, forward) for signum in heeded_signals()}
@@ -174,7 +175,7 @@ def _then(resumes: RunFolder | None) -> str:
 
 
 def _explain(rank: int, code: int, scratch: Path, resumes: RunFolder | None) -> NoReturn:
-    """Raise what the end of the first worker that failed means."""
+    """Raise the exception that fits the end of the first failed worker."""
     lines = [file.read_text(encoding="utf-8", errors="surrogateescape") for file in sorted(scratch.iterdir())]
     if code == EXIT_LOCKED:
         raise RunLocked(lines[0])
@@ -184,7 +185,7 @@ def _explain(rank: int, code: int, scratch: Path, resumes: RunFolder | None) -> 
         raise SystemExit(code)
     if code < 0:
         raise UserError(f"worker {rank} was killed by {signal.Signals(-code).name}{_then(resumes)}")
-    raise UserError(f"worker {rank} failed with exit code {code}; its own message is above")
+    raise UserError(f"worker {rank} failed with exit code {code}. Its own message is above")
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar or a line a minute, a line per epoch, and the lines of `log.txt`."""
+"""The output of a run: a progress bar or a line per minute, a line per epoch, and the lines of `log.txt`."""
 
 import math
 import os
@@ -11,11 +11,11 @@ from torch import Tensor
 from exnorm.runs.metrics import append_text
 
 BAR_EVERY_S = 0.5
-LINE_EVERY_S = 60  # where stderr is a file or a pipe
+LINE_EVERY_S = 60  # if stderr is a file or a pipe
 
 
 class Progress:
-    """Prints the run of one worker; the others stay silent."""
+    """Prints the progress of a run in one worker; the others print nothing."""
 
     def __init__(self, log_file: Path, *, steps: int, epochs: int, active: bool) -> None:
         self.log_file, self.steps, self.epochs, self.active = (
@@ -50,7 +50,7 @@ class Progress:
         line = f"epoch {epoch + 1}/{self.epochs}, step {step}/{self.steps}: train loss {loss / count:.3f}{left}"
         if self.on_terminal:
             filled = 24 * step // self.steps
-            # A line that is wrapped would not be taken back as a whole; a terminal that knows no width says 0.
+            # A wrapped line could not be erased completely. A terminal of unknown width says 0.
             columns = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             bar = f"[{'#' * filled}{'.' * (24 - filled)}] "
             shown = (bar + line if len(bar + line) <= columns else line)[:columns]
@@ -59,7 +59,7 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def epoch(self, epoch: int, row: dict[str, float], ratios: dict[str, float]) -> None:
-        """One line with an epoch's metrics and mean ratios."""
+        """Print one line with an epoch's metrics and mean ratios."""
         shares = " / ".join(f"{name} {share:.2f}" for name, share in ratios.items())
         self.say(
             f"epoch {epoch + 1}/{self.epochs}: train loss {row['train/loss']:.3f}, top-1 {row['train/top1']:.1f}; "
@@ -74,13 +74,13 @@ class Progress:
 
 
 def _each_set(row: dict[str, float]) -> dict[str, float]:
-    """The top-1 of each of several validation sets: `val/<set>/top1`."""
+    """Return the top-1 of each of several validation sets: `val/<set>/top1`."""
     parts = {key: key.split("/") for key in row}
     return {words[1]: row[key] for key, words in parts.items() if len(words) == 3 and words[2] == "top1"}
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `45 s`, `12 min`, `3.5 h`."""
+    """Return seconds as `45 s`, `12 min`, `3.5 h`."""
     if seconds < 100:
         return f"{max(1, math.ceil(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

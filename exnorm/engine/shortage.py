@@ -6,13 +6,13 @@ import re
 from exnorm.data.loader_room import no_files, no_shared_memory, shared_free
 from exnorm.runs.folder import DISK_FULL, RunFolder
 
-LITTLE = 1 << 20  # bytes: less of shared memory is none
+LITTLE = 1 << 20  # bytes; less free shared memory counts as none
 NO_SHARED_MEMORY = re.compile(r"shared memory\(shm\)|out of shared memory|killed by signal: Bus error|</torch_")
 NO_FILES = re.compile(r"Too many open files|items of ancdata")
 
 
 def shortage(problem: BaseException, folder: RunFolder) -> str | None:
-    """What ran out and what to type, if that is what an error is about; None for any other error."""
+    """Return what ran out and what to type, if an error is about that; None for any other error."""
     if not isinstance(problem, OSError | RuntimeError):
         return None
     code, file = getattr(problem, "errno", None), getattr(problem, "filename", None)
@@ -21,5 +21,5 @@ def shortage(problem: BaseException, folder: RunFolder) -> str | None:
     if NO_SHARED_MEMORY.search(str(problem)) or (code == errno.ENOSPC and file is None and shared_free() < LITTLE):
         return no_shared_memory()
     if code in DISK_FULL:
-        return f"{file or folder.path}: the disk is full. Make room; then the same command {folder.continues()}"
+        return f"{file or folder.path}: the disk is full. Free some space; then the same command {folder.continues()}"
     return None

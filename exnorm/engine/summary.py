@@ -14,7 +14,7 @@ NORMALIZERS = ("in", "ln", "bn")
 
 
 def print_result(folder: RunFolder) -> None:
-    """A finished run: accuracy, loss, time, mean ratios, the folder, and what a user may type next.
+    """Print a finished run: accuracy, loss, time, mean ratios, the folder, and what a user may type next.
 
     The last line says how many training images were replaced, if any were.
     """
@@ -50,11 +50,11 @@ def print_result(folder: RunFolder) -> None:
 
 
 def print_shorter(folder: RunFolder, config: dict[str, Any], identity: Callable[[dict[str, Any]], str]) -> None:
-    """Say which run with fewer epochs and otherwise the same settings has finished, and how to start from its weights.
+    """Print which run with the same settings but fewer epochs has finished, and how to start from its weights.
 
     Args:
         folder, config: the new run and its resolved configuration.
-        identity: the hash of a resolved configuration and its data.
+        identity: returns the hash of a resolved configuration and its data.
     """
     alike = folder.path.parent.glob(run_dir(config, hash8="*").name)
     lengths = {_finished_epochs(RunFolder(path)) for path in alike}
@@ -71,12 +71,12 @@ def print_shorter(folder: RunFolder, config: dict[str, Any], identity: Callable[
 
 
 def _finished_epochs(folder: RunFolder) -> int:
-    """The epochs of a finished run; 0 of any other folder."""
+    """Return the epochs of a finished run; 0 for any other folder."""
     return (folder.read_record() or {}).get("epochs", 0)
 
 
 def print_evaluations(rows: list[dict[str, Any]]) -> None:
-    """Evaluations, one row each: accuracy and loss, and what they were measured on."""
+    """Print evaluations, one row each: accuracy and loss, and what they were measured on."""
     _print_table(
         *(
             {

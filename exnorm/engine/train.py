@@ -1,4 +1,4 @@
-"""The training of one run, as one worker does it. Reads from top to bottom."""
+"""The training of one run in one worker. The code reads from top to bottom."""
 
 import math
 import time
@@ -31,7 +31,7 @@ from exnorm.runs.sinks import Sink, make_sinks
 from exnorm.tasks.classification import summarize
 
 ROW_EVERY = 100  # optimizer steps between rows inside an epoch
-GPU_CHECK_EVERY = 20  # steps between looks at the loss on a GPU, each of which waits for it
+GPU_CHECK_EVERY = 20  # steps between checks of the loss on a GPU; each check waits for the GPU
 
 
 class Stopped(Exception):
@@ -43,14 +43,14 @@ class Stopped(Exception):
 
 
 def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[], int]) -> None:
-    """Train, or go on with, the run of a folder; writes metrics, checkpoints and finally the record.
+    """Train or resume the run of a folder; write metrics, checkpoints and finally the record.
 
     Args:
-        stop_signal: the number of the signal that asks for an end, 0 while there is none.
+        stop_signal: returns the number of the signal that asks for an end, 0 while there is none.
 
     Raises:
         Stopped: after a signal, with a checkpoint written.
-        UserError: a setting that cannot work, a broken image, a non-finite loss.
+        UserError: a setting cannot work, an image is broken, or the loss is not finite.
     """
     trainer = config.trainer
     backend = ops.set_backend(config.ops.backend)
@@ -67,14 +67,14 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     images = open_images(folder, config, plan, world)
     batches, bad_images = images.batches, images.bad_images
 
-    # Model, optimizer, and where the last checkpoint left them
+    # Model and optimizer, restored from the last checkpoint
     passes = choose_passes(config, plan, world)
     learner = build_learner(config, plan, world, list(images.splits.classes))
     state = checkpoint.resume(folder, world)
     if state is not None:
         restore(learner, state)
 
-    # What will run
+    # Description of the run
     epoch_steps = batches.steps_per_epoch
     steps = trainer.epochs * epoch_steps
     step_s = seconds_per_step(learner, config.data.image_size)
@@ -91,7 +91,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     progress.say(facts.text)
     noise_facts = keep_noise(folder, config.data.noise, images.splits, progress) if world.is_first else {}
 
-    # Metrics, as the last checkpoint knew them
+    # Metrics, up to the last checkpoint
     metrics: MetricsLog | None = None
     sinks: list[Sink] = []
     if world.is_first:
@@ -128,7 +128,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             set_learning_rate(learner.optimizer, rate)
             for progress_of_layer in layers_progress:
                 progress_of_layer.fill_(learner.step / steps)
-            learner.calibrated = None  # the statistics of other weights
+            learner.calibrated = None  # these statistics belong to earlier weights
             batch_sums = train_step(learner, batch, seed=config.seed, passes=passes)
             learner.step += 1
             progress.step(learner.step, learner.epoch, batch_sums)
@@ -147,7 +147,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         bad_images.check()
         train_s = learner.read_clock() - before_s
 
-        # End of an epoch: validate, measure the ratios, keep it
+        # End of an epoch: validate, measure the ratios, write a checkpoint
         images_done = (learner.step - first_step) * plan.total
         sums = world.sum_(learner.sums.clone())
         results, ratios = validate(learner, images, probe, config)
@@ -186,7 +186,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
 
 
 def stop(sinks: Sequence[Sink], signum: int) -> NoReturn:
-    """End a run, whose checkpoint is written, because of a signal."""
+    """End a run because of a signal; its checkpoint is written."""
     for sink in sinks:
         sink.close(128 + signum)
     raise Stopped(signum)
@@ -195,7 +195,7 @@ def stop(sinks: Sequence[Sink], signum: int) -> NoReturn:
 def validate(
     learner: Learner, images: RunImages, probe: Tensor | None, config: Any
 ) -> tuple[dict[str, float], list[LayerRatio]]:
-    """The metrics of each validation set and each layer's ratios, by the run's rule of inference."""
+    """Return the metrics of each validation set and each layer's ratios, by `trainer.inference`."""
     learner.calibrated = calibrate(learner, images.calibration_set, config)
     with using(learner.model, learner.calibrated or {}):
         results = evaluate_all(
@@ -210,7 +210,7 @@ def validate(
 
 
 def keep_epoch(folder: RunFolder, learner: Learner, top1: float, config: Any) -> None:
-    """Write a checkpoint of the epoch that just ended, where it is the best, the last, or asked for."""
+    """Write a checkpoint of the epoch that just ended, if it is the best, the last, or asked for."""
     epoch = learner.epoch
     is_best = top1 > learner.best.get("val/top1", -1.0)
     if is_best:
@@ -223,12 +223,12 @@ def keep_epoch(folder: RunFolder, learner: Learner, top1: float, config: Any) ->
 
 
 def snapshots_of(epoch: int, config: Any) -> list[float]:
-    """The fractions of the epochs in `trainer.snapshots` that end with this one."""
+    """Return the fractions in `trainer.snapshots` that end with this epoch."""
     return [share for share in config.trainer.snapshots if max(1, round(share * config.trainer.epochs)) == epoch]
 
 
 def keep_marked(folder: RunFolder, learner: Learner, path: Path, config: Any) -> None:
-    """Keep the checkpoint at the end of an epoch as the best one, and as snapshots, where it is that."""
+    """Keep the checkpoint at the end of an epoch as the best one or as a snapshot, if it is one."""
     if learner.best.get("epoch") == learner.epoch:
         checkpoint.keep(path, folder.checkpoints / checkpoint.BEST)
     for share in snapshots_of(learner.epoch, config):
@@ -236,7 +236,7 @@ def keep_marked(folder: RunFolder, learner: Learner, path: Path, config: Any) ->
 
 
 def calibrate(learner: Learner, dataset: SeededImages, config: Any) -> Calibrated | None:
-    """Batch averages where the run's rule of inference asks for them."""
+    """Return batch averages if `trainer.inference` asks for them, else None."""
     if config.trainer.inference == "moving_average":
         return None
     return batch_average(
@@ -251,7 +251,7 @@ def calibrate(learner: Learner, dataset: SeededImages, config: Any) -> Calibrate
 
 
 def probe_images(dataset: SeededImages, count: int, world: World) -> Tensor | None:
-    """A fixed batch of validation images, evenly spread over the set; None where nothing is to be measured."""
+    """Return a fixed batch of validation images, evenly spread over the set; None if nothing is to be measured."""
     if not world.is_first or count < 1:
         return None
     count = min(count, len(dataset))
@@ -261,13 +261,13 @@ def probe_images(dataset: SeededImages, count: int, world: World) -> Tensor | No
 
 
 def last_results(folder: RunFolder) -> dict[str, float]:
-    """The validation metrics of the last epoch in the log, for a run whose record alone was missing."""
+    """Return the validation metrics of the last epoch in the log, for a run that lacks only its record."""
     rows = [row for row in MetricsLog.read(folder.metrics_file) if "val/top1" in row]
     return {key: value for key, value in rows[-1].items() if key.startswith("val/")} if rows else {}
 
 
 def last_ratios(folder: RunFolder) -> dict[str, float]:
-    """The mean ratios of the last epoch in the log."""
+    """Return the mean ratios of the last epoch in the log."""
     rows = [row for row in MetricsLog.read(folder.metrics_file) if "val/top1" in row]
     shares: dict[str, list[float]] = {}
     for key, value in (rows[-1] if rows else {}).items():

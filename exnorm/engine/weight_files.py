@@ -1,8 +1,8 @@
-"""Files of weights that people have: of timm, Lightning, torchvision's references or plain torch, and safetensors.
+"""Read files of weights: from timm, Lightning, torchvision's references or plain torch, and safetensors.
 
-Such a file holds more than tensors, as the arguments of a command line or a configuration. `weights_only=True` refuses
-the whole file then. Here each class that torch does not know is replaced by an empty stand-in, so nothing of it is
-imported or run, and the tensors are read.
+Such a file may hold more than tensors, for example the arguments of a command line or a configuration. Then
+`weights_only=True` refuses the complete file. Here an empty stand-in replaces each class that torch does not know. So
+no code of such a class is imported or run, and the tensors are read.
 """
 
 import pickle
@@ -20,36 +20,36 @@ OLD_FORMAT_CLASSES = ("argparse.Namespace",)  # torch lists no classes of a file
 
 
 class StandIn:
-    """Takes the place of an object of an unknown class, whatever it is made from."""
+    """Replaces an object of an unknown class, with any arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Ignore what the object is made from."""
+        """Ignore the arguments of the object."""
 
     def __setstate__(self, state: Any) -> None:
-        """Ignore what the object would hold."""
+        """Ignore the content of the object."""
 
 
 class DictStandIn:
-    """Makes a dict in the place of an object that may be one: torch puts items into dicts alone."""
+    """Replaces an object that may be a dict by a dict, because torch only puts items into dicts."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict[Any, Any]:  # pyright: ignore[reportInconsistentConstructor]
         return OrderedDict()
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What a file of weights holds: a state dict, or a dict with one or more of them and other things.
+    """Return the content of a file of weights: a state dict, or a dict with one or more of them and other values.
 
     Raises:
-        UserError: no such file, or one that holds no dict.
+        UserError: there is no such file, or it does not hold a dict.
     """
     try:
         state = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
-    except Exception as problem:  # noqa: BLE001 - whatever a strange file makes the readers raise
+    except Exception as problem:  # noqa: BLE001 - readers raise many kinds of errors for a strange file
         raise UserError(f"{path} cannot be read as weights ({first_line(problem)})") from None
     if isinstance(state, StandIn):
         raise UserError(f"{path} holds a pickled object, not its weights: save its state_dict() instead")
     if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds no weights but a {type(state).__name__}")
+        raise UserError(f"{path} does not hold weights but a {type(state).__name__}")
     return dict(state)
 
 
@@ -63,7 +63,7 @@ def _torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        pass  # objects of other classes
+        pass  # the file has objects of other classes
     unknown: list[str]
     try:
         unknown = get_unsafe_globals_in_checkpoint(str(path))

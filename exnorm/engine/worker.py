@@ -2,7 +2,7 @@
 
 The controller starts one per device and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; so does the
 user's `torchrun` over several nodes. A worker of the controller ends when its standard input closes, which happens
-when the controller dies, however it dies. Exit codes: 0 done, 2 the user's mistake, 3 the run is another process's,
+when the controller dies for any reason. Exit codes: 0 done, 2 the user's mistake, 3 another process uses the run,
 128 + n after signal n.
 """
 
@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> int:
         _report(problem)
         return EXIT_USER_ERROR
     except torch.OutOfMemoryError as problem:
-        less = "more trainer.passes, a smaller batch or trainer.precision=bf16 take less"
-        _report(UserError(f"the memory of the GPU is full: {less} ({first_line(problem)})"))
+        less = "Use more trainer.passes, a smaller batch or trainer.precision=bf16"
+        _report(UserError(f"the memory of the GPU is full. {less} ({first_line(problem)})"))
         return EXIT_USER_ERROR
     except Exception as problem:
         line = shortage(problem, folder)
@@ -79,15 +79,15 @@ def main(arguments: list[str]) -> int:
 
 
 def device_type(wanted: str) -> str:
-    """`cuda` or `cpu`; auto takes a GPU if there is one.
+    """Return `cuda` or `cpu`; `auto` takes a GPU if there is one.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: the setting is `cuda` and there is no GPU.
     """
     import torch
 
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda is asked for, but torch finds no GPU; use the CPU with device=cpu")
+        raise UserError("device=cuda needs a GPU, but torch finds no GPU. Type device=cpu to use the CPU")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return wanted
@@ -123,7 +123,7 @@ def _evaluate(folder: Any, config: Any, request: dict[str, Any]) -> None:
 
 
 def _listen() -> list[int]:
-    """Collect the signals that ask for an end; the training looks at them between steps."""
+    """Collect the signals that ask for an end; the training checks them between steps."""
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

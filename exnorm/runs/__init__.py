@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, identity, provenance and metrics. No torch here."""
+"""The files of a run on disk: folder, identity, provenance and metrics. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Where what is made once per machine stays between processes: compiled code, rendered images."""
+"""Files that are made once per machine and kept between processes: compiled code, rendered images."""
 
 import contextlib
 import platform
@@ -13,7 +13,7 @@ __all__ = ["building_in", "cache_folder", "processor"]
 
 @contextlib.contextmanager
 def building_in(path: Path) -> Iterator[Path]:
-    """A path in a folder of its own, to write to; moved to `path` at the end, so that nothing half-built is seen."""
+    """Yield a temporary path to write to. It is moved to `path` at the end, so nobody sees an incomplete file."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
         yield part
@@ -21,7 +21,7 @@ def building_in(path: Path) -> Iterator[Path]:
 
 
 def processor() -> str:
-    """What native code means here: a home folder may be shared by machines of several kinds."""
+    """Return the instruction set of this processor, because different machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

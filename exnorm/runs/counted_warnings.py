@@ -1,7 +1,7 @@
-"""Warnings that come once per image and loader process, or once per process: counted, and printed as one line each.
+"""Count warnings that come once per image or once per process, and print one line for each kind.
 
-Pillow warns of damaged metadata in images that it reads well. PyTorch warns of CUDA in every process on a machine
-whose driver does not fit. Processes that are forked inside the block count into the same numbers.
+Pillow warns about damaged metadata in images that it reads correctly. PyTorch warns about CUDA in every process on a
+machine whose driver does not fit. Processes that are forked inside the block add to the same counts.
 """
 
 import multiprocessing
@@ -16,7 +16,7 @@ CUDA = ("cuda", "accelerator", "nvidia")  # a word in every such warning of PyTo
 
 
 class _Count:
-    """How many warnings of one kind came in all processes, and the first of them."""
+    """The number of warnings of one kind in all processes, and the first of them."""
 
     def __init__(self, name: str, belongs: Callable[[str, type[Warning], str], bool]) -> None:
         self.name, self.belongs = name, belongs
@@ -31,7 +31,7 @@ class _Count:
                 self.first.value = " ".join(text.split()).encode()[: SHOWN - 1]
 
     def line(self) -> str:
-        """The number of warnings and the first one."""
+        """Return the number of warnings and the first one."""
         times = "once" if self.number.value == 1 else f"{self.number.value} times, first"
         return f"{self.name} warned {times}: {self.first.value.decode(errors='ignore')}"
 
@@ -46,10 +46,10 @@ def _of_cuda(text: str, category: type[Warning], file: str) -> bool:
 
 @contextmanager
 def counted_warnings(*, printed: bool = True) -> Iterator[None]:
-    """Count the warnings of Pillow and of CUDA inside the block; at its end print a line for each kind that came.
+    """Count the warnings of Pillow and of CUDA inside the block; at its end print a line for each kind that occurred.
 
     Args:
-        printed: False in the processes beside the first one of a run, whose warnings are the same.
+        printed: False in all processes of a run except the first; their warnings are the same.
     """
     counts = [_Count("Pillow", _of_pillow), _Count("CUDA", _of_cuda)]
     with warnings.catch_warnings():

@@ -1,8 +1,8 @@
 """The folder of a run: its files, the lock on it, and the list of all runs.
 
-config.yaml  provenance.json  metrics.jsonl (the truth)  record.json (final numbers, written last)
+config.yaml  provenance.json  metrics.jsonl (the original)  record.json (final numbers, written last)
 metrics.csv  wandb/  wandb-id.txt  checkpoints/  log.txt  error.txt (one line, while the last attempt failed)  .lock
-noisy_labels.csv  bad_images.csv  evaluations.jsonl  class_ratios-*.csv (where there are such)
+noisy_labels.csv  bad_images.csv  evaluations.jsonl  class_ratios-*.csv (if there are any)
 """
 
 import errno
@@ -23,17 +23,17 @@ from typing import Any, Self
 
 from exnorm.config.errors import UserError
 
-NOT_FINITE = "the loss is not finite at step"  # what the error of a training that diverged begins with
+NOT_FINITE = "the loss is not finite at step"  # the beginning of the error of a diverged training
 NAMED = ("model", "norm", "data")
-CONFIG_KEYS = {"trainer": dict, "batch": str, "seed": int, **dict.fromkeys(NAMED, dict)}  # that every run has
-LOCK_TRIES = 5  # somebody who lists the runs holds a shared lock for an instant
+CONFIG_KEYS = {"trainer": dict, "batch": str, "seed": int, **dict.fromkeys(NAMED, dict)}  # keys that every run has
+LOCK_TRIES = 5  # a process that lists the runs holds a shared lock for an instant
 LOCK_PAUSE_S = 0.05
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunLocked(UserError):
-    """Another process is writing into the run folder; the message says which and since when."""
+    """Another process is using the run folder; the message says which process and since when."""
 
 
 class RunFolder:
@@ -56,25 +56,25 @@ class RunFolder:
         self.lock_file = self.path / ".lock"
 
     def last_step(self) -> int | None:
-        """The step of the last checkpoint; None where there is none."""
+        """Return the step of the last checkpoint, or None."""
         names = [path.stem for path in self.checkpoints.glob("step-*.pt")]
         return max((int(name.removeprefix("step-")) for name in names), default=None)
 
     def continues(self) -> str:
-        """What the same command does after a failure: it continues from the last checkpoint, or starts again."""
+        """Return what the same command does after a failure: resume from the last checkpoint, or start again."""
         step = self.last_step()
         return "starts the run again" if step is None else f"resumes the run from the checkpoint after step {step}"
 
     def snapshot_file(self, fraction: float) -> Path:
-        """The checkpoint that `trainer.snapshots` keeps after a fraction of the epochs."""
+        """Return the checkpoint file that `trainer.snapshots` keeps after a fraction of the epochs."""
         return self.checkpoints / f"snapshot-{fraction:g}.pt"
 
     def snapshot_files(self) -> list[Path]:
-        """The checkpoints that `trainer.snapshots` has kept so far, by their fraction of the epochs."""
+        """Return the checkpoint files that `trainer.snapshots` has kept so far, sorted by fraction."""
         return sorted(self.checkpoints.glob("snapshot-*.pt"), key=lambda path: float(path.stem.partition("-")[2]))
 
     def class_ratios_file(self, evaluation_id: str, step: int) -> Path:
-        """The ratios by class on one validation set, up to the checkpoint after a step."""
+        """Return the file of the ratios by class on one validation set, up to the checkpoint after a step."""
         return self.path / f"class_ratios-{evaluation_id}-{step}.csv"
 
     def create(self, config_yaml: str) -> None:
@@ -83,19 +83,19 @@ class RunFolder:
         write_text_atomic(self.config_file, config_yaml)
 
     def read_config(self) -> dict[str, Any]:
-        """Return the resolved configuration; raise ValueError if the folder is none of a run, or the file damaged."""
+        """Return the resolved configuration; raise UserError if this is not a run folder, or if the file is damaged."""
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
 
         if not self.config_file.is_file():
-            raise UserError(f"{self.path} is no run folder: it has no config.yaml; exnorm runs lists the run folders")
+            raise UserError(f"{self.path} is not a run folder: it has no config.yaml. Type exnorm runs to list runs")
         try:
             values: Any = OmegaConf.to_container(OmegaConf.load(self.config_file), resolve=True)
         except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
             values = None
         if lacking := lacking_in(values):
-            raise UserError(f"{self.config_file} is damaged, it has no {lacking}: remove the folder and train again")
+            raise UserError(f"{self.config_file} is damaged: it has no {lacking}. Remove the folder and train again")
         return {str(key): value for key, value in values.items()}
 
     def read_record(self) -> dict[str, Any] | None:
@@ -103,7 +103,7 @@ class RunFolder:
         return read_json(self.record_file)
 
     def diverged_at(self) -> int | None:
-        """The step at which the last attempt met a loss that is not finite; None if it did not end so."""
+        """Return the step at which the loss of the last attempt was not finite; None if it ended otherwise."""
         try:
             found = re.match(rf"{NOT_FINITE} (\d+)", self.error_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -111,11 +111,11 @@ class RunFolder:
         return int(found[1]) if found else None
 
     def lock(self) -> "RunLock":
-        """Take the folder for this process until `release` or the end of a `with`; raise RunLocked if it is taken."""
+        """Lock the folder until `release` or the end of a `with`; raise RunLocked if another process has the lock."""
         return RunLock(self.lock_file)
 
     def is_locked(self) -> bool:
-        """Whether a process holds the lock now."""
+        """Return whether a process holds the lock now."""
         try:
             handle = os.open(self.lock_file, os.O_RDONLY)
         except FileNotFoundError:
@@ -143,7 +143,7 @@ class RunLock:
                 time.sleep(LOCK_PAUSE_S)
         else:
             os.close(self._handle)
-            raise RunLocked(f"{path.parent} is in use by {holder(path)}; wait for it, stop it, or choose another seed")
+            raise RunLocked(f"{path.parent} is in use by {holder(path)}. Wait for it, stop it, or choose another seed")
         who = {"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, json.dumps(who).encode(), 0)
@@ -151,13 +151,13 @@ class RunLock:
         os.register_at_fork(after_in_child=self._leave_to_parent)
 
     def release(self) -> None:
-        """Give the folder back; a second call is an error of the caller."""
+        """Release the lock; call this only once."""
         self._held = False
         os.ftruncate(self._handle, 0)
         os.close(self._handle)
 
     def _leave_to_parent(self) -> None:
-        # A loader process would keep the lock for as long as it outlives a killed trainer.
+        # Otherwise a loader process that outlives a killed trainer would keep the lock.
         if self._held:
             os.close(self._handle)
 
@@ -171,7 +171,7 @@ class RunLock:
 
 
 def flock(handle: int, operation: int) -> None:
-    """Lock an open file as `fcntl.flock` does; on a network file system without locks warn once, and go on."""
+    """Lock an open file as `fcntl.flock` does; on a network file system without locks, warn once and continue."""
     try:
         fcntl.flock(handle, operation)
     except OSError as problem:
@@ -182,12 +182,12 @@ def flock(handle: int, operation: int) -> None:
 
 @functools.cache
 def _warn_without_locks() -> None:
-    line = "this file system has no locks (flock): do not start the same run or study twice at a time"
+    line = "this file system has no locks (flock). Do not start the same run or study twice at the same time"
     print(f"exnorm: warning: {line}", file=sys.stderr, flush=True)
 
 
 def lacking_in(config: Any) -> str:
-    """The first thing that every run's configuration has and that this one has not; empty if nothing lacks."""
+    """Return the first key that a run's configuration needs and this one lacks; empty if it is complete."""
     if not isinstance(config, dict):
         return "mapping of settings"
     for key, kind in CONFIG_KEYS.items():
@@ -197,7 +197,7 @@ def lacking_in(config: Any) -> str:
 
 
 def holder(lock_file: Path) -> str:
-    """Say who holds a lock: process, machine and since when."""
+    """Return who holds a lock: process, machine and since when."""
     who = read_json(lock_file)
     if who is None:
         return "another process"
@@ -219,13 +219,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def check_out(path: Path, *suffixes: str) -> None:
-    """Refuse a file that could not be written, before the work for it begins.
+    """Check that an output file can be written, before the work for it begins.
 
     Raises:
-        ValueError: its folder is not there, it is a folder itself, or its name ends otherwise.
+        UserError: its folder does not exist, it is a folder itself, or its name has another suffix.
     """
     if path.suffix.lower() not in suffixes or path.is_dir():
-        raise UserError(f"{path}: write the name of a file that ends with {' or '.join(suffixes)}")
+        raise UserError(f"{path}: give the name of a file that ends with {' or '.join(suffixes)}")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
 
@@ -236,9 +236,9 @@ def write_json_atomic(path: Path, obj: Any) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write text to a neighbour, sync it, rename it into place and sync the folder.
+    """Write text to a temporary file in the same folder, sync it, rename it to `path` and sync the folder.
 
-    Names of files that are no UTF-8 are written as the bytes that they are.
+    File names that are not valid UTF-8 are written as their original bytes.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with names_file(path), removes_on_failure(part):
@@ -251,7 +251,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def removes_on_failure(part: Path) -> Iterator[None]:
-    """A half-written file does not stay behind: on a full disk it would take the room that the next attempt needs."""
+    """Remove an incomplete file after a failure: on a full disk it would take the space that the next attempt needs."""
     try:
         yield
     except BaseException:
@@ -261,7 +261,7 @@ def removes_on_failure(part: Path) -> Iterator[None]:
 
 @contextmanager
 def names_file(path: Path) -> Iterator[None]:
-    """An error of the system within says which file it is about."""
+    """Add the name of the file to a system error that is raised inside the block."""
     try:
         yield
     except OSError as problem:
@@ -270,7 +270,7 @@ def names_file(path: Path) -> Iterator[None]:
 
 
 def rename_synced(part: Path, path: Path) -> None:
-    """Rename a written and synced file into place and sync the folder, where the file system can do that."""
+    """Rename a written and synced file to `path`, and sync the folder if the file system supports it."""
     os.replace(part, path)
     handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,8 +1,8 @@
-"""What makes two runs the same: a hash over every value that changes the result, and the folder named after it.
+"""The identity of a run: a hash of every value that changes the result, and the folder named after it.
 
     hash8 = first 8 hex digits of sha256( sorted JSON of {key: value that differs from its default} + fingerprint )
 
-A value equal to its default is left out, so that a new option does not orphan the runs made before it.
+A value equal to its default is left out, so a new option does not change the hashes of earlier runs.
 """
 
 import hashlib
@@ -10,16 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Where, how fast and how loudly a run runs; the seed is in the folder's name.
+# Paths, speed, hardware and output of a run; the seed is in the folder's name.
 EXCLUDED = frozenset(
     {
         "data.root",
         "data.roots",
-        "data.exclude",  # what is in this file and the next two counts, with the images
+        "data.exclude",  # the content of this file and the next two is in the fingerprint of the data
         "data.train_list",
         "data.val_list",
         "data.max_bad_fraction",
-        "data.epochs",  # trainer.epochs and optim.schedule say what was done
+        "data.epochs",  # trainer.epochs and optim.schedule have the values that were used
         "data.schedule",
         "data.workers",
         "trainer.device",
@@ -55,8 +55,8 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def config_hash(config: dict[str, Any], *, defaults: dict[str, Any], fingerprint: str) -> str:
     """Return 8 hex digits for a resolved configuration and the fingerprint of its data.
 
-    `defaults` has the shape of `config` (`exnorm.config.compose.default_values`); a key that it lacks always counts.
-    An integer where the default is a float is that float.
+    `defaults` has the shape of `config` (`exnorm.config.compose.default_values`); a key that it lacks is always in
+    the hash. An integer counts as a float if its default is a float.
     """
     usual = flatten(defaults)
     counted = {}

@@ -1,4 +1,4 @@
-"""The ratios of a run's layers, as its metrics have them."""
+"""Read the ratios of a run's layers, from its metrics and from files of ratios by class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +11,9 @@ from exnorm.config.errors import UserError
 
 
 def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The ratios in a run's metrics: epoch, layer, kind (lambda, mean, var), normalizer, mean and std over samples.
+    """Return the ratios in a run's metrics: epoch, layer, kind (lambda, mean, var), normalizer, mean and std.
 
-    Layers are in the order of the network.
+    The mean and std are over samples. Layers are in the order of the network.
     """
     found: dict[tuple[int, str, str, str], dict[str, float]] = {}
     for row in rows:
@@ -27,8 +27,8 @@ def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return keys.join(pd.DataFrame(found.values(), columns=["mean", "std"]))
 
 
-LARGE_KL = 0.1  # nats; what SN's paper calls large is not known, so this is ours, set before anything was measured
-CLASS_COLUMNS: Any = {  # of the ratios by class, and what is in them
+LARGE_KL = 0.1  # nats; SN's paper does not say what is large, so we chose this before any measurement
+CLASS_COLUMNS: Any = {  # of the ratios by class, with their types
     "data": str,
     "epoch": int,
     "layer": str,
@@ -41,26 +41,25 @@ CLASS_COLUMNS: Any = {  # of the ratios by class, and what is in them
 
 
 def bottom_middle_top(layers: Sequence[str]) -> list[str]:
-    """The layers that are followed over the epochs, of all in the order of the network."""
+    """Return the first, middle and last layer, which are followed over the epochs."""
     return list(dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1]))) if layers else []
 
 
 def read_class_ratios(file: Path) -> pd.DataFrame:
-    """What `exnorm ratios --by-class` measured: data, epoch, layer, class, normalizer, images, mean, std."""
+    """Return what `exnorm ratios --by-class` measured: data, epoch, layer, class, normalizer, images, mean, std."""
     try:
         frame = pd.read_csv(file, dtype=CLASS_COLUMNS, keep_default_na=False)
-    except ValueError as problem:  # pandas' errors of parsing are among them
-        raise UserError(f"{file} is damaged ({problem}): remove it, it is measured again") from None
+    except ValueError as problem:  # pandas' parsing errors are also ValueErrors
+        raise UserError(f"{file} is damaged ({problem}). Remove it; it will be measured again") from None
     if list(frame) != list(CLASS_COLUMNS) or frame.empty:
-        raise UserError(f"{file} is damaged: remove it, it is measured again")
+        raise UserError(f"{file} is damaged. Remove it; it will be measured again")
     return frame
 
 
 def symmetric_kl(p: Any, q: Any) -> pd.Series:
-    """The divergence of two tables of ratios in each row, in nats: sum_k (p_k - q_k) log(p_k / q_k).
+    """Return the symmetric KL divergence in each row of two tables, in nats: sum_k (p_k - q_k) log(p_k / q_k).
 
-    It is KL(p, q) + KL(q, p), Kullback's and Leibler's symmetric one; infinite where one of them is 0 and the other is
-    not.
+    It is KL(p, q) + KL(q, p), and infinite where only one of the two ratios is 0.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         parts = np.where(p == q, 0.0, (p - q) * (np.log(p) - np.log(q)))

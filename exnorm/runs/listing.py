@@ -1,4 +1,4 @@
-"""All runs below a folder, one summary each, robust against folders that are damaged."""
+"""List all runs below a folder, with one summary each; damaged run folders are listed as unreadable."""
 
 import os
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ class RunSummary:
 
     path: Path
     state: str
-    epoch: int | None = None  # the last one measured
-    epochs: int | None = None  # those asked for
-    top1: float | None = None  # as the record or else the last measurement has it
+    epoch: int | None = None  # the last epoch measured
+    epochs: int | None = None  # as configured
+    top1: float | None = None  # from the record, or else from the last measurement
     norm: str = ""
     model: str = ""
     batch: str = ""
@@ -38,9 +38,9 @@ class RunSummary:
 
 
 def list_runs(root: Path | str) -> list[RunSummary]:
-    """Return the runs below a folder, sorted by path; raise ValueError if there is no such folder."""
+    """Return the runs below a folder, sorted by path; raise UserError if there is no such folder."""
     if not Path(root).is_dir():
-        raise UserError(f"no folder {root}: type exnorm runs FOLDER with the folder that your runs are in")
+        raise UserError(f"there is no folder {root}. Type exnorm runs FOLDER, where FOLDER has your runs")
     found = []
     for folder, subfolders, files in os.walk(root):
         if MARKS.intersection(files):
@@ -52,7 +52,7 @@ def list_runs(root: Path | str) -> list[RunSummary]:
 
 
 def summary(folder: RunFolder) -> RunSummary:
-    """Summarize one run folder; what cannot be read makes it `unreadable`, whatever the damage is."""
+    """Return the summary of one run folder; any damage makes it `unreadable`."""
     try:
         config, rows = folder.read_config(), MetricsLog.read(folder.metrics_file)
         accuracy, current = top1(folder, rows), state(folder)
@@ -76,7 +76,7 @@ def summary(folder: RunFolder) -> RunSummary:
 
 
 def state(folder: RunFolder) -> str:
-    """Return the state of a readable run: only the lock says that it is running."""
+    """Return the state of a readable run; it is running if its lock is held."""
     if folder.is_locked():
         return "running"
     if folder.read_record() is not None:

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per line, with "step" first. The truth that every other sink copies."""
+"""`metrics.jsonl`: one JSON object per line, with "step" first. All other sinks copy this file."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from exnorm.runs.folder import names_file, write_text_atomic
 
 
 class MetricsLog:
-    """Appends rows to a file. A line that a kill cut short is dropped when the file is opened again."""
+    """Appends rows to a file. A line that was cut short by a kill is dropped when the file is opened again."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -20,19 +20,19 @@ class MetricsLog:
             drop_torn_line(self.path)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row, whole, to the file; it needs "step" (optimizer steps done). NaN and infinity become null."""
+        """Append one row; it needs "step" (optimizer steps done). NaN and infinity become null."""
         if "step" not in row:
             raise ValueError(f"a row of metrics needs the key 'step', got {sorted(row)}: add step=...")
         append_text(self.path, to_line({"step": row["step"], **row}))
 
     def cut_back(self, step: int, epochs: int) -> None:
-        """Keep the rows that a checkpoint after `step` steps and `epochs` validated epochs knows of."""
+        """Keep only the rows from before a checkpoint after `step` steps and `epochs` validated epochs."""
         rows = [row for row in self.read(self.path) if is_known(row, step, epochs)]
         write_text_atomic(self.path, "".join(to_line(row) for row in rows))
 
     @staticmethod
     def read(path: Path | str) -> list[dict[str, Any]]:
-        """Return all rows, without a torn last line; a missing file has none. Raise ValueError for other damage."""
+        """Return all rows but an incomplete last one; none if the file is missing. Raise UserError for other damage."""
         try:
             data = Path(path).read_bytes()
         except FileNotFoundError:
@@ -50,14 +50,14 @@ class MetricsLog:
 
 
 def is_row(row: Any) -> bool:
-    """Whether something has the form of a row: step and epoch are counts, metrics (their names have a /) numbers."""
+    """Return whether a value has the form of a row: step and epoch are integers, metrics (with a /) are numbers."""
     if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(row.get("epoch", 0), int):
         return False
     return all(value is None or isinstance(value, int | float) for key, value in row.items() if "/" in key)
 
 
 def is_known(row: Mapping[str, Any], step: int, epochs: int) -> bool:
-    """Whether a row is from before a checkpoint, which may lie between an epoch's last step and its validation."""
+    """Return whether a row is from before a checkpoint, which may be between an epoch's last step and validation."""
     validation = row.get("val/top1") not in (None, "")
     return int(row["step"]) <= step and not (validation and int(row["epoch"]) > epochs)
 
@@ -68,7 +68,7 @@ def to_line(row: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a value that JSON has: other numbers as floats, NaN and infinity as None."""
+    """Return a value that JSON can hold: other numbers become floats, NaN and infinity become None."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, dict):
@@ -80,19 +80,19 @@ def plain(value: Any) -> Any:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append in one write, so that lines of several processes stay whole; names of files may be no UTF-8."""
+    """Append in one write, so that lines of several processes do not mix. File names need not be valid UTF-8."""
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     data = text.encode(errors="surrogateescape")
     try:
         with names_file(path):
-            while data:  # a disk that is full takes a part of it, and says why at the next attempt
+            while data:  # a full disk takes only a part; the next write raises the error
                 data = data[os.write(handle, data) :]
     finally:
         os.close(handle)
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut a file after its last line end."""
+    """Cut a file after its last complete line."""
     data = path.read_bytes()
     if not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)

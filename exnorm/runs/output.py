@@ -1,6 +1,7 @@
-"""Standard output that may go away or lack characters. Imports no torch.
+"""Print safely when standard output is closed or its encoding lacks characters. Imports no torch.
 
-A pipe's reader ends, a terminal is closed; PYTHONIOENCODING=ascii, or an old locale.
+It is closed when a pipe's reader ends or a terminal is closed. Characters lack with PYTHONIOENCODING=ascii or an old
+locale.
 """
 
 import codecs
@@ -14,7 +15,7 @@ IN_ASCII = {"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "
 
 
 class _Forgiving(io.FileIO):
-    """A descriptor whose writes never fail: what cannot be written is dropped."""
+    """A descriptor whose writes never fail: data that cannot be written is dropped."""
 
     def write(self, data: Any) -> int | None:
         try:
@@ -24,10 +25,10 @@ class _Forgiving(io.FileIO):
 
 
 def outlive_output() -> None:
-    """From now on a closed stdout or stderr ends nothing, as in `exnorm train | head -2`; `log.txt` has every line."""
+    """Continue when stdout or stderr is closed, as in `exnorm train | head -2`; `log.txt` has every line."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper):  # none at all, or one that a test reads
+        if not isinstance(stream, io.TextIOWrapper):  # there is none, or a test reads it
             continue
         raw: Any = _Forgiving(stream.fileno(), "wb", closefd=False)
         options = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
@@ -37,7 +38,7 @@ def outlive_output() -> None:
 
 
 def print_anything() -> None:
-    """Let stdout and stderr take any text: what their encoding lacks is written in the nearest plain letters."""
+    """Let stdout and stderr print any text; characters that their encoding lacks become the nearest ASCII letters."""
     codecs.register_error(NAME, _plain_letters)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -1,4 +1,4 @@
-"""Where a result came from: code, versions, machine. Names of users and of machines are not collected."""
+"""Collect where a result came from: code, versions, machine. Names of users and machines are not collected."""
 
 import json
 import os
@@ -22,10 +22,10 @@ PACKAGES = (
     "omegaconf",
     "wandb",
 )
-PATCH_BYTES = 1_000_000  # of uncommitted changes; more is data rather than code
+PATCH_BYTES = 1_000_000  # of uncommitted changes; a larger patch is cut, since it is probably data
 CODE = ("exnorm", "conf")
-TRACKED = (".", ":(exclude)results")  # a study that writes its record changes nothing that decides the next run
-STUDY = "EXNORM_STUDY"  # set by `exnorm reproduce`: what a run is made for, as JSON
+TRACKED = (".", ":(exclude)results")  # the record that a study writes does not affect later runs
+STUDY = "EXNORM_STUDY"  # set by `exnorm reproduce`: the study of a run, as JSON
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -65,7 +65,7 @@ def cpu_model() -> str:
 
 
 def git_state(checkout: Path) -> dict[str, Any] | None:
-    """Return commit and dirtiness of a checkout, `results/` aside; None if it is not the top of one (a wheel)."""
+    """Return the commit of a checkout and whether files outside `results/` changed; None for a wheel."""
     top = git(checkout, "rev-parse", "--show-toplevel")
     commit = git(checkout, "rev-parse", "HEAD")
     if top is None or commit is None or Path(top.strip()).resolve() != checkout.resolve():
@@ -81,7 +81,7 @@ def untracked_code(checkout: Path) -> list[str]:
 
 
 def uncommitted_patch() -> str | None:
-    """Return the uncommitted changes of the checkout, `results/` aside, as a patch cut at a megabyte; None without."""
+    """Return the uncommitted changes outside `results/` as a patch, cut at a megabyte; None if there are none."""
     if git_state(CHECKOUT) is None:
         return None
     patch = git(CHECKOUT, "diff", "HEAD", "--", *TRACKED) or ""

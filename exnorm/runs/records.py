@@ -1,12 +1,12 @@
-"""`results/records/`: what studies have measured, in up to four files each, all rebuilt from run folders at any time.
+"""`results/records/`: the measurements of studies, in up to four files each. They can be rebuilt from run folders.
 
-    <study>.csv          a row for each cell, seed and metric, with where it came from
+    <study>.csv          a row for each cell, seed and metric, with its provenance
     <study>.epochs.csv   a row for each epoch: the learning curves
-    <study>.layers.csv   the ratios of the layers of some cells, first seed: all after the last epoch, three after each
+    <study>.layers.csv   ratios of layers, some cells, first seed: of all after the last epoch, of three after each
     <study>.classes.csv  ratios by class, first seed: of all layers after the last epoch, of three at the snapshots
 
-The files of a study are replaced under a lock, each in one step, so that several processes can add to them. The first
-one is replaced last: what a kill leaves undone is done when the runs are collected again.
+The files of a study are replaced under a lock, each in one step, so that several processes can add to them.
+`<study>.csv` is replaced last. After a kill, the next collection of the runs completes the files.
 """
 
 import csv
@@ -31,7 +31,7 @@ COLUMNS = {
         *KEY,
         "metric",
         "value",
-        "facts",  # of the run that a reader of the number has to know: inference=batch_average drop_rate=0.5
+        "facts",  # settings that a reader of the number must know: inference=batch_average drop_rate=0.5
         "hours",  # of training
         "device",
         "torch",
@@ -59,31 +59,31 @@ METRICS = (  # of a run; ratio/bn: the mean share of a normalizer over layers; r
     "ratio/bn",
     "ratio_kl/large",
 )
-DIVERGED_AT = "diverged_at"  # the metric of a run that ended with a loss that is not finite: its step; it has no other
+DIVERGED_AT = "diverged_at"  # the step at which the loss was not finite: the only metric of a run that diverged
 
 NUMBERS = ("value", "hours", "epoch", "train_top1", "top1", "loss", "images", "mean", "std")
-MEND = "mend it, or move it away and type exnorm reproduce, which collects it again from the run folders"
+MEND = "repair it, or move it away and type exnorm reproduce, which collects it again from the run folders"
 
 Row = dict[str, str]
 Rows = Mapping[str, list[Row]]  # of a study, by the kind of its files: runs, epochs, layers, classes
 
 
 def record_file(results: Path, study: str, kind: str = "runs") -> Path:
-    """The file of a study's records of one kind."""
+    """Return the file of a study's records of one kind."""
     return results / "records" / (f"{study}.csv" if kind == "runs" else f"{study}.{kind}.csv")
 
 
 def recorded(results: Path) -> list[str]:
-    """The studies that have a record."""
+    """Return the studies that have a record."""
     files = (results / "records").glob("*.csv")
     return sorted(file.stem for file in files if not file.stem.endswith(tuple(f".{kind}" for kind in COLUMNS)))
 
 
 def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
-    """The rows of a study; none where nothing was measured.
+    """Return the rows of a study; none if nothing was measured.
 
     Raises:
-        ValueError: a damaged file.
+        UserError: the file is damaged.
     """
     path = record_file(results, study, kind)
     try:
@@ -91,7 +91,7 @@ def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
     except FileNotFoundError:
         return []
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text: {MEND}") from None
+        raise UserError(f"{path} is not a text file: {MEND}") from None
     reader = csv.DictReader(text.splitlines())
     rows = list(reader)
     if tuple(reader.fieldnames or ()) != COLUMNS[kind]:
@@ -103,7 +103,7 @@ def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
 
 
 def _is_whole(row: Mapping[str | None, object]) -> bool:
-    """Whether a row has all columns and numbers where they belong."""
+    """Return whether a row has all columns, with numbers in the columns of numbers."""
     texts = {name: text for name, text in row.items() if isinstance(name, str) and isinstance(text, str)}
     if len(texts) < len(row) or not texts["seed"].isdecimal():
         return False
@@ -114,7 +114,7 @@ def _is_whole(row: Mapping[str | None, object]) -> bool:
 
 
 def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) -> None:
-    """Replace a study's rows by what `change` makes of them; other processes that do so wait."""
+    """Replace a study's rows by the result of `change`; other processes that do the same wait."""
     folder = results / "records"
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
@@ -130,7 +130,7 @@ def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) ->
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks files, no folders
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # NFS can lock files but not folders
     try:
         flock(handle, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Copies of the metrics for other eyes: a CSV file, Weights & Biases. Losing one never stops a run."""
+"""Copies of the metrics for other programs: a CSV file, Weights & Biases. If a copy fails, the run continues."""
 
 import csv
 import io
@@ -27,19 +27,19 @@ class Sink(Protocol):
         ...
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish, or with an exit code stop early; nothing is logged after it."""
+        """Finish; an exit code means that the run stopped early. Nothing is logged afterwards."""
         ...
 
 
 class CsvSink:
     """One line per row of `metrics.jsonl`, one column per metric.
 
-    What the file holds is never read: a spreadsheet may have saved it with other separators. It is written anew from
-    `metrics.jsonl` at each start, and for a metric that is new. Where it cannot be written, one warning says so and
-    the run goes on.
+    The file is never read, because a spreadsheet may have saved it with other separators. It is rewritten from
+    `metrics.jsonl` at each start and for each new metric. If it cannot be written, one warning is printed and the run
+    continues.
 
     Args:
-        truth: `metrics.jsonl`, to which a row goes before it comes here.
+        truth: `metrics.jsonl`, to which each row is written first.
     """
 
     def __init__(self, path: Path | str, *, truth: Path) -> None:
@@ -68,7 +68,7 @@ class CsvSink:
         self._guard(write)
 
     def close(self, exit_code: int = 0) -> None:
-        """Every row is on disk already."""
+        """Do nothing: every row is already on disk."""
 
     def _write_anew(self) -> None:
         rows = MetricsLog.read(self.truth)
@@ -84,7 +84,7 @@ class CsvSink:
             write()
         except OSError as problem:
             self.lost = True
-            warn(f"{self.path} cannot be written ({problem.strerror}); metrics.jsonl has the metrics")
+            warn(f"{self.path} cannot be written ({problem.strerror}). metrics.jsonl has all metrics")
 
 
 def cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
@@ -100,10 +100,10 @@ def csv_text(rows: Sequence[Sequence[Any]]) -> str:
 
 
 class WandbSink:
-    """A W&B run whose files lie in the run folder; online only on request and with a key.
+    """A W&B run with its files in the run folder; online only on request and with a key.
 
-    Whatever W&B raises becomes one warning, and the sink is off from then on: the run goes on. Each resumption is a
-    new offline file with the same id, which `wandb sync` puts together in order.
+    Any error of W&B becomes one warning. The sink is then off, and the run continues. Each resumption writes a new
+    offline file with the same id; `wandb sync` joins them in order.
     """
 
     def __init__(self, folder: RunFolder, *, mode: str, project: str, config: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class WandbSink:
         self._guard("start", lambda: self._start(folder, mode, project, config))
 
     def log(self, row: dict[str, Any], step: int) -> None:
-        """Log a row at a step; W&B would drop a step that falls, so it is held at the last one."""
+        """Log a row at a step. W&B drops rows with a smaller step than before, so the step never decreases."""
         self.last_step = max(step, self.last_step)
         self._use("log", lambda run: run.log({**row, "step": step}, step=self.last_step))
 
@@ -129,11 +129,11 @@ class WandbSink:
         self._use("log a table", send)
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish the W&B run; with an exit code leave it to be resumed."""
+        """Finish the W&B run; with an exit code, leave it open for resuming."""
         if not exit_code:
             self._use("finish", lambda run: run.finish())
         self.run = None
-        with suppress(Exception):  # its service may be gone, and its own hook at exit would print a traceback then
+        with suppress(Exception):  # W&B's service may be gone; its exit hook would then print a traceback
             import wandb
 
             wandb.teardown(exit_code)
@@ -142,10 +142,10 @@ class WandbSink:
         import wandb
 
         if mode == "online" and not wandb.login(prompt=False, verify=False):
-            warn("W&B has no key, so this run is logged offline; wandb login stores one")
+            warn("W&B has no key, so this run is logged offline. To store a key, type wandb login")
             mode = "offline"
         folder.wandb_dir.mkdir(parents=True, exist_ok=True)
-        with stop_signals_blocked():  # its service outlives a warning to the whole job, and ends with this process
+        with stop_signals_blocked():  # W&B's service survives a signal to the complete job, and ends with this process
             self.run = wandb.init(
                 project=project,
                 id=wandb_id(folder),
@@ -170,11 +170,11 @@ class WandbSink:
         except Exception as problem:  # noqa: BLE001 - by contract: W&B never stops a run
             self.run = None
             reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-            warn(f"W&B could not {what} ({reason}); the run goes on without it")
+            warn(f"W&B could not {what} ({reason}). The run continues without it")
 
 
 def wandb_id(folder: RunFolder) -> str:
-    """Return the id under which W&B knows a run: drawn once, and gone with the folder."""
+    """Return the W&B id of a run: random, and stored in the run folder."""
     if not folder.wandb_id_file.is_file():
         write_text_atomic(folder.wandb_id_file, secrets.token_hex(8))
     return folder.wandb_id_file.read_text(encoding="utf-8")
@@ -193,7 +193,7 @@ def make_sinks(
 ) -> list[Sink]:
     """Return the sinks that `logger` asks for; the CSV begins with the rows that `metrics.jsonl` has.
 
-    `run_config` is what W&B shows as the run's configuration. Raise ValueError for an unknown `logger.wandb`.
+    W&B shows `run_config` as the run's configuration. Raise UserError for an unknown `logger.wandb`.
     """
     mode = logger_config["wandb"]
     if mode not in ("off", "offline", "online"):

@@ -1,4 +1,4 @@
-"""What a process needs to know that works for another one. Imports no torch."""
+"""Signals, cores, environment and end of the processes that exnorm starts. Imports no torch."""
 
 import os
 import signal
@@ -8,31 +8,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-END_WITH_PARENT = "EXNORM_END_WITH_PARENT"  # set for a command that is to end when its standard input closes
+END_WITH_PARENT = "EXNORM_END_WITH_PARENT"  # set for a command that must end when its standard input closes
 
-# Each asks for a checkpoint and an end: Ctrl-C, a scheduler's end of a job, its warning before (SLURM's --signal, which
-# submitit sets to SIGUSR2), a closed terminal.
+# Each asks for a checkpoint and an end. They come from Ctrl-C, from a scheduler that ends a job or warns before that
+# (SLURM's --signal, which submitit sets to SIGUSR2), and from a closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """The stop signals that this process answers: all but a SIGHUP that `nohup` told it to ignore."""
+    """Return the stop signals that this process handles: all but a SIGHUP that `nohup` told it to ignore."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signum for signum in STOP_SIGNALS if not (signum is signal.SIGHUP and ignores_hangup)]
 
 
 def say_in_handler(text: str) -> None:
-    """Print a line on stderr from a signal's handler: print() may be under way, and the terminal may be gone."""
+    """Print a line on stderr from a signal handler, where print() is not safe and the terminal may be closed."""
     with suppress(OSError):
         os.write(2, f"\nexnorm: {text}\n".encode())
 
 
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Processes that are started within never see a stop signal, unless they ask for it; this one sees it afterwards.
+    """Block stop signals in processes that are started inside the block; this process receives them afterwards.
 
-    A scheduler signals every process of a job at once. What the trainer needs for its checkpoint must outlive that. The
-    mask is set before the fork, since libraries start threads in a forked process before any code of ours runs in it.
+    A scheduler signals every process of a job at once. The processes that the trainer needs for its checkpoint must
+    survive that. The mask is set before the fork, because libraries start threads in a forked process before exnorm's
+    code runs in it.
     """
     if not hasattr(signal, "sigwaitinfo"):  # not Linux: a loader process could not be told to end
         yield
@@ -45,15 +46,15 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def available_cores() -> int:
-    """The cores that this process may run on."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def importing_environment() -> dict[str, str]:
-    """The environment for a Python that is to import what this one can, through `sys.path` alone if need be.
+    """Return the environment for a Python process that can import the same modules as this one.
 
-    The current folder is left out unless PYTHONPATH names it or exnorm lies in it: a user's `timm/` or `dis.py` there
-    is not the module of that name.
+    The current folder is left out unless PYTHONPATH names it or exnorm is in it. Otherwise a user's `timm/` or `dis.py`
+    there would replace the module of that name.
     """
     here, package = os.getcwd(), str(Path(__file__).resolve().parents[2])
     asked_for = {os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path}
@@ -64,7 +65,7 @@ def importing_environment() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """End this process, at once, when its standard input closes: when whoever started it dies, however that happens."""
+    """End this process at once when its standard input closes, which happens when its parent dies for any reason."""
     threading.Thread(target=_wait_for_end_of_input, daemon=True).start()
 
 

@@ -19,7 +19,7 @@ def print_runs(runs: Sequence[RunSummary]) -> None:
     if runs:
         print_table(table)
     else:
-        Console().print("no runs yet: type exnorm train")
+        Console().print("There are no runs yet. Type exnorm train")
 
 
 def print_table(table: Table) -> None:
