@@ -115,7 +115,7 @@ def test_the_whole_package_has_one_cache_folder(tmp_path: Path) -> None:
         "import sys\n"
         "from exnorm.config import backbones\n"
         "from exnorm.ops import native\n"
-        "from exnorm.data import glyphs, rendered\n"
+        "from exnorm.data import rendered\nfrom exnorm.data.sets import glyphs\n"
         "backbones.LIST_MODELS = \"print('a')\"\n"
         "backbones.timm_names()\n"
         "native._built()\n"

@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from exnorm import data
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
-from exnorm.data import glyphs, glyphs_web, rendered
+from exnorm.data import rendered
 from exnorm.data.drawing import Plan, Style, draw
+from exnorm.data.sets import glyphs, glyphs_web
 
 FONTS = (glyphs.TRAIN_FONTS, glyphs.VAL_FONTS, glyphs_web.TRAIN_FONTS, glyphs_web.VAL_FONTS)
 SMALL = ("data.num_train=24", "data.num_val=12", "data.image_size=16")

@@ -35,8 +35,9 @@ from scipy.io import savemat
 
 from exnorm import data
 from exnorm.config.errors import UserError
-from exnorm.data import cifar10, index, noise
-from exnorm.data.webvision import query_labels
+from exnorm.data import index, noise
+from exnorm.data.sets import cifar10
+from exnorm.data.sets.webvision import query_labels
 
 TINY = ("model=resnet18", "model.name=test_resnet", "logger=off", "ops.backend=eager", "batch=1x4", "trainer.epochs=1")
 

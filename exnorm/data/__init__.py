@@ -21,7 +21,7 @@ PARTICULAR = ("num_classes", "num_train", "num_val", "seed", "train_list", "val_
 
 def data_set(name: str) -> ModuleType:
     """Return the module of the data set with this `data.name`."""
-    return importlib.import_module(f"exnorm.data.{name}")
+    return importlib.import_module(f"exnorm.data.sets.{name}")
 
 
 def fingerprint(config: Any, *, train: bool = True) -> str:

@@ -146,7 +146,7 @@ def measure_index(entries: int) -> dict[str, Any]:
 # What a start does to the data: the controller's fingerprint, then a worker's list. Runs in a process of its own.
 STARTUP = """
 import json, sys, time
-import timm.data, exnorm.data.imagefolder
+import timm.data, exnorm.data.sets.imagefolder
 from exnorm.config.compose import compose_train
 from exnorm.data import fingerprint, load
 config = compose_train(["data=imagefolder", f"data.root={sys.argv[1]}", "data.train_list=train.txt",

@@ -17,11 +17,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from exnorm.config.compose import compose_train
-from exnorm.data import fingerprint, load, noise, validation_sets, webvision
+from exnorm.data import fingerprint, load, noise, validation_sets
 from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
 from exnorm.data.paths import listed_paths, root_of
+from exnorm.data.sets import webvision
 from exnorm.data.splits import Images, Splits
 from exnorm.data.transforms import eval_transform, train_transform
 from exnorm.runs.counted_warnings import counted_warnings

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from exnorm.config.errors import UserError
-from exnorm.data import from_timm, imagefolder, index
+from exnorm.data import from_timm, index
 from exnorm.data.packed import Packed
 from exnorm.data.paths import file_of, root_of
 from exnorm.data.sample_index import SampleIndex
+from exnorm.data.sets import imagefolder
 from exnorm.data.splits import Splits
 
 LAYOUT = "expected DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG"

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from exnorm.config.errors import UserError
-from exnorm.data import imagefolder, index
-from exnorm.data.imagenet import WNID
+from exnorm.data import index
 from exnorm.data.paths import root_of
 from exnorm.data.sample_index import SampleIndex
+from exnorm.data.sets import imagefolder
+from exnorm.data.sets.imagenet import WNID
 from exnorm.data.splits import Splits
 
 QUERY_MAP = "queries_synsets_map.txt"

@@ -6,8 +6,8 @@ is most easily mistaken for, such as 3 and 8. Validation has clean labels and ot
 
 from typing import Any
 
-from exnorm.data import glyphs
 from exnorm.data.drawing import Style
+from exnorm.data.sets import glyphs
 from exnorm.data.splits import Splits
 
 TRAIN_FONTS = (
@@ -27,10 +27,10 @@ STYLE = Style(
 
 
 def fingerprint(config: Any, *, train: bool = True) -> str:
-    """See `exnorm.data.glyphs.fingerprint`."""
+    """See `exnorm.data.sets.glyphs.fingerprint`."""
     return glyphs.fingerprint_of(*glyphs.plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config)
 
 
 def load(config: Any, *, train: bool = True) -> Splits:
-    """See `exnorm.data.glyphs.load`."""
+    """See `exnorm.data.sets.glyphs.load`."""
     return glyphs.splits(*glyphs.plans(config, STYLE, TRAIN_FONTS, VAL_FONTS), config, with_train=train)

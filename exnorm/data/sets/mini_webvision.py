@@ -4,6 +4,6 @@ L. Jiang et al., "MentorNet", ICML 2018; the benchmark of DivideMix (Li et al., 
 the same 50 classes of WebVision's validation set and of ImageNet's (`data.val=[mini_webvision,imagenet]`).
 """
 
-from exnorm.data.webvision import fingerprint, load
+from exnorm.data.sets.webvision import fingerprint, load
 
 __all__ = ["fingerprint", "load"]
