@@ -1,7 +1,7 @@
-"""The command line: each verb is a few lines and imports its room when it runs, so that --help is instant.
+"""The command line. Each command imports its modules when it runs, so that --help is instant.
 
-`exnorm train` hands its arguments to `hydra.main`: sweeps (-m), --cfg job, --help and launchers are Hydra's own.
-A mistake of the user is one line on stderr and exit code 2; EXNORM_TRACEBACK=1 shows where it came from.
+`exnorm train` passes its arguments to `hydra.main`. Sweeps (-m), --cfg job, --help and launchers are Hydra's own.
+A user's mistake is printed as one line on stderr, with exit code 2. EXNORM_TRACEBACK=1 prints the traceback instead.
 """
 
 import os
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def explained(exc: Exception) -> bool:
-    """Print a mistake of the user as one line; False for any other exception, which keeps its traceback."""
+    """Print a user's mistake as one line. Return False for any other exception, which keeps its traceback."""
     from exnorm.config.explain import explain, is_user_error
 
     if os.environ.get("EXNORM_TRACEBACK") or not is_user_error(exc):
@@ -89,7 +89,7 @@ def explained(exc: Exception) -> bool:
 
 
 def print_version(wanted: bool) -> None:
-    """Print the version and stop, if it was asked for."""
+    """Print the version and exit, if `wanted`."""
     if wanted:
         from exnorm import __version__
 
@@ -121,7 +121,7 @@ def train(context: typer.Context) -> None:
     register_schemas()
     register_requested(words)
     SWEEP.note_words(words)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and main() writes the one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; main() prints them
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(train_task)
     ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants flags first
     arguments, sys.argv = sys.argv, ["exnorm train", *ordered]
@@ -136,9 +136,9 @@ def train(context: typer.Context) -> None:
 
 
 def train_task(config: "DictConfig") -> None:
-    """Check what Hydra composed and launch the run; a module-level function, since launchers pickle it.
+    """Check the configuration and launch the run. A module-level function, because launchers pickle it.
 
-    In a sweep an exception is shown and goes to Hydra, which finishes the other jobs.
+    In a sweep an exception is printed and raised again, so that Hydra runs the other jobs.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -309,12 +309,12 @@ def results(
         from exnorm.studies.collect import stale_rows
 
         lines = [*stale_rows(folder), *differences(folder)]
-        print("\n".join(lines) or f"{folder}: as the records say")
+        print("\n".join(lines) or f"{folder}: every file agrees with the records")
         raise typer.Exit(1 if lines else 0)
     for path in write_results(folder):
         print(path)
     for name in own_records(folder):
-        print(f"left out: {name}.csv, the record of a study of your own: exnorm table FILE.yaml shows it")
+        print(f"{name}.csv is left out: it is the record of your own study. Type exnorm table FILE.yaml to see it")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The verbs of `exnorm bench`, which measure speed and memory; each imports its room when it runs."""
+"""The commands of `exnorm bench`, which measure speed and memory. Each imports its modules when it runs."""
 
 from typing import Annotated
 

@@ -1,7 +1,7 @@
-"""Jobs of a sweep that fail: each has its line at once, and at the end it is said how many failed and which.
+"""Failed jobs of a sweep. Each prints one line at once; at the end the sweep prints how many failed and which.
 
-Hydra goes on with the other jobs and raises the first exception after the last one. Launchers that run jobs in
-processes of their own show the line there.
+Hydra runs the other jobs and raises the first exception after the last job. Launchers that run jobs in other
+processes print the line there.
 """
 
 import os
@@ -21,7 +21,7 @@ EXIT_BUG, EXIT_USER_ERROR = 1, 2
 
 
 class Sweep:
-    """The jobs of a sweep that this process has run."""
+    """The jobs of a sweep that ran in this process."""
 
     def __init__(self) -> None:
         self.started = 0
@@ -30,15 +30,15 @@ class Sweep:
         self.swept: set[str] = set()  # the keys with several values; a job is named by its values of them
 
     def note_words(self, words: Iterable[str]) -> None:
-        """Learn from the words of the command line which keys have several values."""
+        """Find the keys that have several values on the command line."""
         parser = OverridesParser.create()
         for word in words:
-            with suppress(HydraException):  # a flag, or what Hydra will refuse
+            with suppress(HydraException):  # a flag, or a word that Hydra will refuse
                 if parser.parse_override(word).is_sweep_override():
                     self.swept.add(word.partition("=")[0])
 
     def note_failure(self, exc: Exception) -> None:
-        """Print why the job that just ended failed: a line, or the traceback of a bug."""
+        """Print why the last job failed: one line, or the traceback of a bug."""
         job = HydraConfig.get().job
         words = list(HydraConfig.get().overrides.task)
         name = " ".join([word for word in words if word.partition("=")[0] in self.swept] or words)
@@ -52,7 +52,7 @@ class Sweep:
         print(f"exnorm: error: {reason} (job {job.num}: {name})", file=sys.stderr, flush=True)
 
     def exit_code(self) -> int:
-        """Say which jobs failed, and return the exit code."""
+        """Print which jobs failed, and return the exit code."""
         which = "; ".join(self.failed)
         print(f"exnorm: {len(self.failed)} of {self.started} jobs failed: {which}", file=sys.stderr, flush=True)
         return EXIT_BUG if self.bugs else EXIT_USER_ERROR

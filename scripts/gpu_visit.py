@@ -1,12 +1,12 @@
-"""One visit to a GPU: the tests that need one, and the speed of every normalizer, in at most nine minutes.
+"""Run the GPU tests and measure the speed of every normalizer on a GPU, in at most nine minutes.
 
-    python scripts/gpu_visit.py OUT                     all parts, the most valuable first; each is a process of its own
-    python scripts/gpu_visit.py OUT --seconds 300       what fits into 300 seconds
+    python scripts/gpu_visit.py OUT                     all parts, the most valuable first, each as a subprocess
+    python scripts/gpu_visit.py OUT --seconds 300       as many parts as fit into 300 seconds
     python scripts/gpu_visit.py OUT --part "speed en"   one part
-    python scripts/gpu_visit.py OUT --dry               toy sizes; runs on a CPU, too
+    python scripts/gpu_visit.py OUT --dry               tiny sizes; also runs on a CPU
 
-OUT/gpu.csv gets a row per measurement as soon as it is made: append them to results/bench/gpu.csv. OUT/logs.tar.gz has
-what the parts printed. A machine that lacks packages takes them from a folder of wheels, --wheels DIR, made elsewhere:
+Each measurement is written to OUT/gpu.csv at once. Append these rows to results/bench/gpu.csv. OUT/logs.tar.gz has the
+output of the parts. If the machine lacks packages, make a folder of wheels on another machine and pass --wheels DIR:
 
     pip download --no-deps -d DIR hydra-core==1.3.8 omegaconf==2.3.1 timm==1.0.31
     pip wheel --no-deps -w DIR antlr4-python3-runtime==4.9.3
@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("en", "bn", "sn", "gn")
 BATCHES = (256, 32, 8)
-# Name and seconds that the part may take.
+# Name of each part and its limit in seconds.
 PARTS = {
     "facts": 40,
     "warm": 150,
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def _environment(wheels: Path | None) -> dict[str, str]:
-    """This checkout first on the path; then what the wheels install."""
+    """Return an environment whose PYTHONPATH has this checkout first and then the installed wheels."""
     paths = [str(ROOT)]
     if wheels is not None:
         target = tempfile.mkdtemp()
@@ -125,7 +125,7 @@ def _run_apart(options: argparse.Namespace, part: str, limit: float, environment
             )
             code: Any = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
             process.wait()
             code = "out of time"
     print(f"{part}: exit {code}, {time.monotonic() - start:.0f} s", flush=True)
@@ -134,7 +134,7 @@ def _run_apart(options: argparse.Namespace, part: str, limit: float, environment
 
 
 class Visit:
-    """The parts; every result is a row of OUT/gpu.csv."""
+    """The parts. Every result is a row of OUT/gpu.csv."""
 
     def __init__(self, out: Path, dry: bool, skip: list[str]) -> None:
         import torch
@@ -144,7 +144,7 @@ class Visit:
         self.device = torch.device("cuda" if self.cuda else "cpu")
 
     def run(self, part: str) -> None:
-        """One part, by its name."""
+        """Run one part, by its name."""
         self.part = part
         name, *rest = part.split()
         start = time.monotonic()
@@ -153,7 +153,7 @@ class Visit:
             self.row(seconds=round(time.monotonic() - start, 1))
 
     def row(self, **values: Any) -> None:
-        """Append a row, to disk at once."""
+        """Append a row and write it to disk at once."""
         path = self.out / "gpu.csv"
         fresh = not path.exists()
         values = {**self._versions(), "part": self.part, **values}
@@ -185,7 +185,7 @@ class Visit:
     # Parts
 
     def facts(self) -> None:
-        """The speed of a copy, which is the ceiling of every pass."""
+        """Measure the speed of a copy, which no pass over memory can exceed."""
         import torch
 
         size = 2**24 if self.dry else 2**31
@@ -194,7 +194,7 @@ class Visit:
         self.row(layer="copy", gb_per_s=round(2 * size / self.ms(lambda: y.copy_(x)) / 1e6))
 
     def warm(self) -> None:
-        """Compile everything that the other parts measure, side by side."""
+        """Compile everything that the other parts measure, in parallel."""
         parts = [*(f"speed {norm}" for norm in NORMS), "whole stock", "whole en"]
         jobs = [part.split() for part in parts if part not in self.skip]
         code = (
@@ -210,7 +210,7 @@ class Visit:
             process.wait()
 
     def compile_only(self, kind: str, norm: str) -> None:
-        """Two steps of each batch size, of which nothing is measured."""
+        """Run two steps of each batch size without measuring."""
         for batch in self.batches() if kind == "speed" else self.batches()[:1]:
             step = self.training(norm, batch, whole=kind == "whole")
             step()
@@ -218,7 +218,7 @@ class Visit:
             self.sync()
 
     def tests(self) -> None:
-        """The tests that need a GPU, several at a time: most of their time is compilation."""
+        """Run the tests that need a GPU, several at a time: most of their time is compilation."""
         arguments = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:benchmark", "tests/test_gpu.py"]
         if importlib.util.find_spec("xdist") is not None:
             arguments += ["-n", str(min(12, os.cpu_count() or 1))]
@@ -227,18 +227,18 @@ class Visit:
         self.row(passed=done.returncode == 0, said=done.stdout.strip().splitlines()[-1:])
 
     def speed(self, norm: str) -> None:
-        """A training step of ResNet-50 at each batch size; below 256 images also in a CUDA graph."""
+        """Measure a training step of ResNet-50 at each batch size; below 256 images also in a CUDA graph."""
         for batch in self.batches():
             self.measure(norm, batch)
             if self.cuda and batch < 256:
                 self.graph(norm, batch)
 
     def whole(self, norm: str) -> None:
-        """The same with the whole model given to torch.compile."""
+        """Measure a training step with the complete model under torch.compile."""
         self.measure(norm, self.batches()[0], whole=True)
 
     def train(self) -> None:
-        """`exnorm train` on this device: in both half precisions, in a CUDA graph, and deterministic."""
+        """Run `exnorm train` on this device in bf16, in fp16, in a CUDA graph, and deterministically."""
         options = ("trainer.precision=bf16", "trainer.cuda_graph=true", "trainer.precision=fp16")
         for extra in ([option] for option in (*options, "trainer.deterministic=true")):
             runs = f"runs={tempfile.mkdtemp()}"
@@ -252,7 +252,7 @@ class Visit:
                 print(done.stdout[-3000:], done.stderr[-5000:])
 
     def layers(self) -> None:
-        """A layer with its ReLU, forward and backward, beside torch's; GB/s as if it moved 8 |x|."""
+        """Measure a layer with its ReLU, forward and backward, beside torch's. GB/s assume a traffic of 8 |x|."""
         import torch
         from torch import nn
 
@@ -277,7 +277,7 @@ class Visit:
                     self.row(layer=name, shape=f"{batch}x{c}x{px}x{px}", ms=round(milliseconds, 3), gb_per_s=speed)
 
     def profile(self, norm: str) -> None:
-        """The kernels of a step at the largest batch: how many, their time, and the longest ones."""
+        """Count and time the kernels of a step at the largest batch, and list the longest ones."""
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
@@ -299,14 +299,14 @@ class Visit:
         print(*longest, sep="\n")
         self.row(norm=norm, batch=self.batches()[0], kernels=len(events), busy_ms=busy_ms, said=longest[:3])
 
-    # How they measure
+    # Measurement
 
     def batches(self) -> tuple[int, ...]:
-        """Images per step."""
+        """Return the batch sizes in images per step."""
         return (4, 2) if self.dry else BATCHES
 
     def training(self, norm: str, batch: int, *, whole: bool = False) -> Callable[[], None]:
-        """A training step of ResNet-50: bfloat16, channels last, SGD; `stock` is timm's own model."""
+        """Return a training step of ResNet-50: bfloat16, channels last, SGD. `stock` is timm's unchanged model."""
         import timm
         import torch
         from torch import nn
@@ -339,7 +339,7 @@ class Visit:
         return step
 
     def measure(self, norm: str, batch: int, *, whole: bool = False) -> None:
-        """Images per second, peak memory, and the time of the host."""
+        """Measure images per second, peak memory, and the time of the host."""
         import torch
 
         from exnorm import ops
@@ -367,7 +367,7 @@ class Visit:
         self.row(norm=norm, backend=backend.strip(), batch=batch, image_size=size, first_s=first_s, **found)
 
     def graph(self, norm: str, batch: int) -> None:
-        """The same step captured in a CUDA graph."""
+        """Measure the training step captured in a CUDA graph."""
         import torch
 
         step = self.training(norm, batch)
@@ -381,7 +381,7 @@ class Visit:
             captured = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured):
                 step()
-        except Exception as problem:  # noqa: BLE001  # the row says what cannot be captured
+        except Exception as problem:  # noqa: BLE001  # the row has the error of the capture
             self.row(norm=norm, batch=batch, graph=True, said=str(problem)[:300])
             return
         milliseconds = self.ms(captured.replay, 20)
@@ -391,7 +391,7 @@ class Visit:
         )  # fmt: skip
 
     def ms(self, call: Callable[[], Any], repeats: int = 10) -> float:
-        """The median time of a call in milliseconds, by the device's clock."""
+        """Return the median time of a call in milliseconds, by the device's clock."""
         import torch
 
         if not self.cuda:

@@ -1,13 +1,15 @@
-"""Which of timm's architectures convert to EN and train a step; into results/bench/timm_coverage.csv.
+"""Find the architectures of timm that convert to EN and train a step; write results/bench/timm_coverage.csv.
 
-python scripts/timm_coverage.py                     all of them, a few hours on 2 cores; goes on where it was stopped
-python scripts/timm_coverage.py --only 'resnet*'    those that match; --again measures what has a row already
+python scripts/timm_coverage.py                     all of them, a few hours on 2 cores; continues if it was stopped
+python scripts/timm_coverage.py --only 'resnet*'    those that match; --again also measures those that have a row
 
-A row per architecture and kind of normalization layer (`replace=`), each in a process of its own: that kind is
-converted to EN, and a forward, a backward and a step of SGD must leave every parameter finite and reach every layer
-that ran. Kind `batch` is converted to `bn` as well, which must leave the outputs of both modes as they were, in
-float64, up to 1e-6 or what a change of the input's last digit does: some deep networks are chaotic before they are
-trained. What needs more memory than --memory-gib runs on the meta device: shapes, no values.
+The file has a row per architecture and kind of normalization layer (`replace=`). Each architecture runs as a
+subprocess. The kind is converted to EN. Then a forward, a backward and a step of SGD must leave every parameter finite,
+and every layer that ran must get gradients.
+
+Kind `batch` is also converted to `bn`. This must not change the outputs in training and evaluation mode, in float64.
+The tolerance is 1e-6, or more if a change of the input's last digit does more: some deep networks are chaotic before
+they are trained. A model that needs more memory than --memory-gib runs on the meta device: shapes, no values.
 """
 
 import csv
@@ -39,14 +41,14 @@ from exnorm.runs.provenance import collect
 from exnorm.surgery import KINDS
 
 BATCH = 2
-SMALL_PX = 128  # for a network that takes any size; four positions at a stride of 64
+SMALL_PX = 128  # for a network that takes any size; 2 x 2 positions at a stride of 64
 BN_TOLERANCE = 1e-6  # of the largest output, in float64
-NOISE_FACTOR = 100  # rounding happens in every layer, the change that stands for it only in the first
+NOISE_FACTOR = 100  # rounding happens in every layer; the change of the input is only in the first
 Row = dict[str, Any]
 
 
 def input_size(model: nn.Module) -> tuple[int, ...]:
-    """The smallest sensible input of an architecture, (channels, height, width)."""
+    """Return the smallest sensible input of an architecture, (channels, height, width)."""
     config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     if config.get("fixed_input_size"):
         return tuple(config["input_size"])
@@ -56,13 +58,13 @@ def input_size(model: nn.Module) -> tuple[int, ...]:
 
 
 def kinds_in(model: nn.Module) -> list[str]:
-    """The kinds of normalization that a model has."""
+    """Return the kinds of normalization that a model has."""
     types = {type(module) for module in model.modules()}
     return [kind for kind, classes in KINDS.items() if types & set(classes)]
 
 
 def build(name: str, device: str) -> nn.Module:
-    """A fresh model with random values, the same each time."""
+    """Return a new model with random values, the same each time."""
     torch.manual_seed(0)
     with torch.device(device):
         return timm.create_model(name, pretrained=False)
@@ -71,16 +73,16 @@ def build(name: str, device: str) -> nn.Module:
 def run(
     model: nn.Module, size: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, factor: float = 1
 ) -> list[Tensor]:
-    """The floating-point outputs for the same batch each time."""
+    """Return the floating-point outputs for a batch that is the same each time."""
     torch.manual_seed(1)
     x = torch.randn(BATCH, *size, dtype=dtype).to(device) * factor
     return [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def needed_gib(model: nn.Module) -> float:
-    """Memory of a training step of a model on the meta device.
+    """Return the memory in GiB that a training step of a model on the meta device would need.
 
-    What the backward keeps, and the weights four times over (float64 or gradients).
+    This is what the backward keeps, plus four times the weights (float64 or gradients).
     """
     parameters = list(model.parameters())
     saved = saved_bytes(lambda: run(model.train(), input_size(model), "meta"), exclude=parameters)
@@ -88,7 +90,7 @@ def needed_gib(model: nn.Module) -> float:
 
 
 def train_step(model: nn.Module, size: tuple[int, ...], device: str) -> None:
-    """A step of SGD; every normalizer that ran has gradients, and everything is finite."""
+    """Do a step of SGD. Assert that every normalizer that ran has gradients and that everything is finite."""
     ran: list[Norm] = []
     for module in model.modules():
         if isinstance(module, Norm):
@@ -108,7 +110,7 @@ def train_step(model: nn.Module, size: tuple[int, ...], device: str) -> None:
 
 
 def bn_difference(name: str, size: tuple[int, ...]) -> Row:
-    """How far the outputs move when BN is replaced by our BN, over the largest output, and what rounding does."""
+    """Return how much our BN changes the outputs, relative to the largest output, and how much rounding does."""
     original = _with_values(build(name, "cpu").double())
     converted = exnorm.convert(_with_values(build(name, "cpu").double()), "bn", replace=("batch",))
     differences, noises = [], []
@@ -128,7 +130,7 @@ def bn_difference(name: str, size: tuple[int, ...]) -> Row:
 
 @torch.no_grad()
 def _with_values(model: nn.Module) -> nn.Module:
-    """The model with running statistics other than 0 and 1, and no parameter that is zero; the same each time."""
+    """Return the model with running statistics other than 0 and 1 and without zero parameters; the same each time."""
     torch.manual_seed(2)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("running_mean", "running_var")) or (isinstance(tensor, nn.Parameter) and not tensor.any()):
@@ -142,7 +144,7 @@ def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def examine(name: str, memory_gib: float) -> Iterator[Row]:
-    """The rows of one architecture."""
+    """Yield the rows of one architecture."""
     model = build(name, "meta")
     device = "cpu" if needed_gib(model) <= memory_gib else "meta"
     size, kinds = input_size(model), kinds_in(model)
@@ -160,28 +162,28 @@ def examine(name: str, memory_gib: float) -> Iterator[Row]:
             train_step(converted, size, device)
             if kind == "batch" and device == "cpu":
                 row |= bn_difference(name, size)
-        except Exception as problem:  # noqa: BLE001  # whatever it is, it is the finding
+        except Exception as problem:  # noqa: BLE001  # any error is a result
             row |= failure(problem)
         yield {**row, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def failure(problem: Exception) -> Row:
-    """What a row says of what went wrong."""
+    """Return the columns of a row that describe an error."""
     return {"result": "failed", "error": f"{type(problem).__name__}: {first_line(problem)}"[:200]}
 
 
 def child(name: str, memory_gib: float, sender: Connection) -> None:
-    """What the process of one architecture does."""
+    """Send the rows of one architecture. Runs as a subprocess."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
         sender.send(list(examine(name, memory_gib)))
-    except Exception as problem:  # noqa: BLE001  # timm's own failure, too
+    except Exception as problem:  # noqa: BLE001  # also an error of timm itself
         sender.send([failure(problem)])
 
 
 def in_a_process(name: str, memory_gib: float, limit_s: float) -> list[Row]:
-    """The rows of one architecture, or one that says how its process ended."""
+    """Return the rows of one architecture, or a row that says how its process ended."""
     context = multiprocessing.get_context("forkserver")  # torch and timm are imported once
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=child, args=(name, memory_gib, sender), daemon=True)
@@ -204,7 +206,7 @@ COLUMNS += ["bn_noise", "seconds", "error", "timm", "torch", "exnorm", "commit"]
 
 
 def read(path: Path) -> dict[str, list[Row]]:
-    """The rows of each architecture in a CSV; none if there is no file."""
+    """Return the rows of each architecture in a CSV; none if there is no file."""
     found: dict[str, list[Row]] = {}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
@@ -214,7 +216,7 @@ def read(path: Path) -> dict[str, list[Row]]:
 
 
 def write(path: Path, found: dict[str, list[Row]]) -> None:
-    """The CSV as a whole, sorted by architecture, in place of the old one."""
+    """Write the complete CSV, sorted by architecture, in place of the old one."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
@@ -224,14 +226,14 @@ def write(path: Path, found: dict[str, list[Row]]) -> None:
 
 
 def main(
-    only: Annotated[str, typer.Option(help="a pattern of names, such as 'resnet*'")] = "*",
-    again: Annotated[bool, typer.Option("--again", help="measure also what was converted before")] = False,
+    only: Annotated[str, typer.Option(help="pattern of names, such as 'resnet*'")] = "*",
+    again: Annotated[bool, typer.Option("--again", help="also measure what has a row")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="processes at a time")] = 2,
     limit_s: Annotated[float, typer.Option(help="seconds for one architecture")] = 900,
-    memory_gib: Annotated[float, typer.Option(help="of one process; what needs more runs on the meta device")] = 7,
-    out: Annotated[Path, typer.Option(help="the CSV to go on with")] = TABLES / "timm_coverage.csv",
+    memory_gib: Annotated[float, typer.Option(help="of one process; larger models run on the meta device")] = 7,
+    out: Annotated[Path, typer.Option(help="the CSV to continue")] = TABLES / "timm_coverage.csv",
 ) -> None:
-    """Convert timm's architectures to EN, train a step with each, and record what came of it."""
+    """Convert timm's architectures to EN, train a step with each, and record the results."""
     names = [name for name in timm.list_models() if fnmatch.fnmatch(name, only)]
     if not names:
         raise typer.BadParameter(f"no architecture of timm matches {only!r}; allowed: a pattern such as 'resnet*'")

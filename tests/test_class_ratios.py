@@ -129,7 +129,7 @@ def test_the_command_draws_and_compares_sets_and_refuses_in_one_line(
     assert {"classes-imagefolder.svg", "similarity-imagefolder-other.svg", "difference-imagefolder-other.svg"} <= drawn
     plain = train(tiny(data, "norm=sn", "trainer.epochs=1"), tmp_path)
     for run, words, said in (
-        (plain, [], "only norm=en has ratios of each image"),
+        (plain, [], "only norm=en has them"),
         (run_of_en, ["batch=1x8"], "batch=1x8: --by-class takes data=NAME and data.KEY=VALUE"),
     ):
         with pytest.raises(UserError, match=said):

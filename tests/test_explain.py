@@ -56,7 +56,7 @@ def test_what_cannot_be_explained_is_one_line(run_of_en: Path, data: Path, tmp_p
     for run, path, said in (
         (run_of_en, text, "text.png is not a readable image"),
         (run_of_en, tmp_path / "none.png", "none.png is not a readable image"),
-        (plain, Path(image), "norm=gn mixes nothing; explain a run of sn, ssn or en"),
+        (plain, Path(image), "norm=gn does not mix normalizers. Use a run of sn, ssn or en"),
     ):
         with pytest.raises(UserError, match=said):
             explain_images(run, [path])

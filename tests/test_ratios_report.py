@@ -111,5 +111,5 @@ def test_the_command_prints_the_table_and_writes_the_figures_without_torch(tmp_p
 
 def test_a_run_without_ratios_is_told_why(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", [{"step": 1, "epoch": 1, "val/top1": 3.0}], "bn")
-    with pytest.raises(UserError, match="has no ratios: norm=bn mixes nothing"):
+    with pytest.raises(UserError, match="has no ratios: norm=bn does not mix normalizers"):
         run(folder)

@@ -77,7 +77,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     wait_for(lambda: list(broken.glob("runs/*/*/record.json")), "a first finished run")
     stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=600)
-    assert stopped.returncode == 143 and "the same command goes on" in err
+    assert stopped.returncode == 143 and "Type the same command again" in err
     again = begin(study, broken)
     out, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
@@ -94,7 +94,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     damaged = begin(study, broken)
     _, err = damaged.communicate(timeout=60)
     lines = err.splitlines()
-    assert damaged.returncode == 1 and all("the record is left as it is" in line for line in lines)
+    assert damaged.returncode == 1 and all("The record is left as it is" in line for line in lines)
     assert [line[: line.index(":", 8)] for line in lines] == [
         f"failed: norm=sn inference={rule}, seed 0" for rule in ("moving", "batches")
     ]

@@ -243,7 +243,7 @@ def test_a_damaged_record_or_provenance_hides_nothing_else(tmp_path: Path, text:
     folder.record_file.write_text(text)
     folder.provenance_file.write_text(text)
     print_runs(list_runs(tmp_path))
-    assert "Where it comes from" in run_page(folder)
+    assert "Origin of the run" in run_page(folder)
 
 
 @pytest.mark.parametrize("name", ["none/x.html", "x.txt", "folder.html"])

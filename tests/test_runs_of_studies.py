@@ -99,7 +99,7 @@ def test_no_job_of_a_cluster_waits_for_another_ones_checkpoint(
     lines = capsys.readouterr().out.splitlines()
     assert len(queue.commands) == 2 and lines[-1].startswith("2 jobs queued")
     later = [line for line in lines if line.startswith("not queued")]
-    assert len(later) == 10 and later[0].endswith("begins with what job 1 trains; submit again after it")
+    assert len(later) == 10 and later[0].endswith("needs what job 1 trains. Submit again after it")
 
 
 def test_numbers_of_evaluations_that_changed_are_found(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_results_of_settings_that_changed_are_found(tmp_path: Path, run_cli: Cli
     change_records(tmp_path, "en-pi", lambda before: {**before, "runs": rows})
     first, last = stale_rows(tmp_path)
     assert "pi=1, seed 0: made with the configuration 0ld0ld00" in first
-    assert "pi=7, seed 1: en-pi has no such cell any more" in last
+    assert "pi=7, seed 1: en-pi no longer has this cell" in last
     done = run_cli("results", str(tmp_path), "--check")
     assert done.returncode == 1 and first in done.stdout
 
@@ -153,6 +153,6 @@ def test_excluded_images_reach_the_footnotes_of_a_study(tmp_path: Path, run_cli:
     study.write_text(f"# A study of mine\nset: {settings}\n{axes}\nseeds: 1\nmetrics: [top1]\n", encoding="utf-8")
     done = run_cli("reproduce", study)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in run_cli("table", study).stdout.splitlines() if "Facts" in line]
+    lines = [line for line in run_cli("table", study).stdout.splitlines() if "Settings" in line]
     assert len(lines) == 2
     assert all("excluded_train_images=2 excluded_val_images=1" in line for line in lines), lines

@@ -1,1 +1,1 @@
-"""What a person runs to see whether an installation is sound."""
+"""Checks of an installation and of data sets, benchmarks, and measurements of trained models."""

@@ -1,7 +1,7 @@
-"""`exnorm bench data`: images per second of the loader, of its parts, and of torchvision's ImageFolder in a bare
-DataLoader with the same transforms; and how long the index of ImageNet's 1.3 million files takes.
+"""`exnorm bench data`: measure the speed of the loader, and the time to index ImageNet's 1.3 million files.
 
-Without a data set, photographs are imitated: JPEG files of 500 x 375 pixels and 66 KB, noise over a coarse pattern.
+The loader and its parts are compared with torchvision's ImageFolder in a bare DataLoader with the same transforms.
+Without a data set, photographs are generated: JPEG files of 500 x 375 pixels and 66 KB, noise over a coarse pattern.
 """
 
 import json
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def run(overrides: list[str], images: int, rounds: int, folder: Path = TABLES) -> None:
-    """Measure a set and the index of a list file; print both and append them to `data.csv` and `index.csv`."""
+    """Measure a data set and the index of a list file. Print both and append them to `data.csv` and `index.csv`."""
     with _root(overrides, images) as given:
         rows = [measure(compose_train(given).data, images, rounds)]
     print_rows("images per second", rows)
@@ -46,7 +46,7 @@ def run(overrides: list[str], images: int, rounds: int, folder: Path = TABLES) -
 
 @contextmanager
 def _root(overrides: list[str], images: int) -> Iterator[list[str]]:
-    """The overrides; without a data set, those of a folder with imitated photographs."""
+    """Yield the overrides; without a data set, those of a folder with generated photographs."""
     if any(word.startswith("data=") for word in overrides):
         yield overrides
         return
@@ -61,7 +61,7 @@ def _root(overrides: list[str], images: int) -> Iterator[list[str]]:
 
 
 def photograph(draw: random.Random) -> Image.Image:
-    """500 x 375 pixels, as hard to decode as an image of ImageNet of that size."""
+    """Return 500 x 375 pixels that are as hard to decode as an image of ImageNet of that size."""
     coarse = Image.frombytes("RGB", (32, 24), draw.randbytes(32 * 24 * 3)).resize((500, 375), Image.Resampling.BICUBIC)
     noise = np.frombuffer(draw.randbytes(500 * 375 * 3), np.uint8).reshape(375, 500, 3)
     pixels = np.asarray(coarse) * np.float32(0.85) + noise * np.float32(0.15)
@@ -69,7 +69,7 @@ def photograph(draw: random.Random) -> Image.Image:
 
 
 def measure(config: Any, count: int, rounds: int) -> dict[str, Any]:
-    """A row: the loader, decoding and augmentation alone, and the bare loader, over the first images in turn."""
+    """Return a row of speeds, measured in turn: the loader, decoding alone, augmentation alone, and the bare loader."""
     fingerprint(config)
     images = load(config).train
     count = min(count, len(images)) // BATCH * BATCH or len(images)
@@ -100,7 +100,7 @@ def _drain(loader: Any) -> None:
 
 
 def _bare(config: Any, transform: Transform, count: int, workers: int) -> DataLoader[Any] | None:
-    """What one would write without this package; None for a set that ImageFolder does not read."""
+    """Return the loader that a user without exnorm would write; None for a data set that ImageFolder cannot read."""
     folder = Path(config.root or "/nonexistent") / "train"
     if not folder.is_dir() or config.source is not None or config.train_list is not None:
         return None
@@ -123,7 +123,7 @@ def _bare(config: Any, transform: Transform, count: int, workers: int) -> DataLo
 
 
 def measure_index(entries: int) -> dict[str, Any]:
-    """A row: seconds to have a list file of that many images ready, first and again, and the memory; on Linux."""
+    """Return a row: seconds to read a list file of that many images, first and again, and the memory. Linux only."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for split, count in (("train", entries), ("val", max(1, entries // 25))):
@@ -143,7 +143,7 @@ def measure_index(entries: int) -> dict[str, Any]:
     return {"entries": entries, "first_s": first["s"], "again_s": again["s"], "mib_above_imports": first["mib"]}
 
 
-# What a start does to the data: the controller's fingerprint, then a worker's list. Runs in a process of its own.
+# The work on the data at the start of a run: the controller's fingerprint, then a worker's list. Runs as a subprocess.
 STARTUP = """
 import json, sys, time
 import timm.data, exnorm.data.sets.imagefolder

@@ -19,20 +19,20 @@ from exnorm.surgery import norm_class
 # The four shapes of ResNet-50 at 224 pixels, and two of its shapes at 32 pixels.
 SHAPES = ("16x64x112x112", "16x256x56x56", "16x512x28x28", "16x2048x7x7", "32x256x8x8", "32x512x4x4")
 BASELINE = "torch bn"
-SECONDS_PER_ROUND = 0.02  # a small layer is repeated until its time can be read off a clock
+SECONDS_PER_ROUND = 0.02  # a small layer is repeated until a measurement takes this long
 Shape = tuple[int, ...]
 
 
 def parse_shape(text: str) -> Shape:
-    """`16x64x112x112` as four integers.
+    """Return `16x64x112x112` as four integers.
 
     Raises:
-        UserError: anything but four positive integers.
+        UserError: the text is not four positive integers.
     """
     parts = text.split("x")
     if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise UserError(
-            f"shape {text!r} is not possible; allowed: samples x channels x height x width, as 16x64x112x112"
+            f"shape {text!r} is not possible; allowed: samples x channels x height x width, such as 16x64x112x112"
         )
     return tuple(int(part) for part in parts)
 
@@ -53,7 +53,7 @@ def run(
 def measure(
     shape: Shape, norms: Sequence[str], backends: Sequence[str], rounds: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """A row for each candidate: milliseconds, the ratio to torch's BN in the same round, and bytes saved."""
+    """Return a row for each layer: milliseconds, the ratio to torch's BN in the same round, and saved memory in MiB."""
     x = torch.randn(shape, device=device, requires_grad=True)
     grad = torch.randn(shape, device=device)
     before = ops.get_backend()

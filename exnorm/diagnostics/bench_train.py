@@ -1,4 +1,4 @@
-"""`exnorm bench train`: training steps of a converted backbone against the untouched timm model, interleaved."""
+"""`exnorm bench train`: compare training steps of a converted backbone with those of the unchanged timm model."""
 
 import time
 from pathlib import Path
@@ -57,7 +57,7 @@ def run(
 def measure(
     name: str, norm: str, batch: int, image_size: int, backend: str, rounds: int, bf16: bool, device: torch.device
 ) -> list[dict[str, Any]]:
-    """A row for the untouched model and one for the converted."""
+    """Return a row for the unchanged model and one for the converted model, measured in turn."""
     before = ops.get_backend()
     x = torch.randn(batch, 3, image_size, image_size, device=device)
     labels = torch.arange(batch, device=device) % CLASSES

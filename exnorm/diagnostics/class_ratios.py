@@ -1,6 +1,7 @@
-"""`exnorm ratios RUN_DIR --by-class`: the ratios that validation images of some classes get, at each kept checkpoint.
+"""`exnorm ratios RUN_DIR --by-class`: measure the ratios of validation images by class, at each kept checkpoint.
 
-All layers after the last epoch; a bottom, a middle and a top one at the snapshots before it (`trainer.snapshots`).
+The last checkpoint is measured in all layers. Earlier snapshots (`trainer.snapshots`) are measured in a bottom, a
+middle and a top layer.
 """
 
 import hashlib
@@ -26,13 +27,13 @@ from exnorm.engine.worker import device_type
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.layer_ratios import CLASS_COLUMNS, bottom_middle_top, read_class_ratios
 
-CLASSES = 10  # where none are named: so many at even distances
-IMAGES = 50  # of a class, at even distances: as many as ImageNet's validation set has
+CLASSES = 10  # number of classes if none are named, evenly spaced
+IMAGES = 50  # per class, evenly spaced; as many as in ImageNet's validation set
 BATCH = 50
 
 
 def measured_sets(run_path: Path, overrides: Sequence[str], names: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The ratios by class on the run's own validation set, and on the one that `overrides` name, by the set's name."""
+    """Return the ratios by class on the run's own validation set and on that of `overrides`, by the set's name."""
     folder = RunFolder(run_path)
     own = measure_by_class(folder, [], names)
     found = {str(own["data"].iloc[0]): own}
@@ -44,17 +45,17 @@ def measured_sets(run_path: Path, overrides: Sequence[str], names: Sequence[str]
 
 
 def measure_by_class(folder: RunFolder, overrides: Sequence[str], names: Sequence[str]) -> pd.DataFrame:
-    """The mean ratios of the images of each class, and their deviation; kept in the run folder and read from there.
+    """Return mean and deviation of the ratios of each class. They are kept in the run folder and measured once.
 
     Args:
         overrides: `data=NAME`, `data.root=DIR`, ... for another validation set than the run's own.
-        names: the classes; CLASSES of them where this is empty.
+        names: the classes; if empty, CLASSES of them.
 
     Returns:
         A table of data, epoch, layer, class, normalizer, images, mean, std (of the population).
 
     Raises:
-        UserError: a norm whose ratios are the same for all images, an unknown class, no checkpoint.
+        UserError: the norm has no ratios of each image, a class is unknown, or there is no checkpoint.
     """
     other = [word for word in overrides if not word.startswith(("data=", "data."))]
     if other:
@@ -94,19 +95,19 @@ def measure_by_class(folder: RunFolder, overrides: Sequence[str], names: Sequenc
 
 
 def _ratios_of(model: nn.Module, loader: Loader, folder: RunFolder) -> dict[str, Tensor]:
-    """The ratios of all images, (N, K), of each layer that has them per image."""
+    """Return the ratios of all images, (N, K), for each layer that has ratios of each image."""
     found: dict[str, list[Tensor]] = {}
     for images, _, _ in loader:
         for layer, ratios in read_ratios(model, images).items():
             if "lambda" in ratios:
                 found.setdefault(layer, []).append(ratios["lambda"].cpu())
     if not found:
-        raise UserError(f"{folder.path}: only norm=en has ratios of each image, which --by-class is about")
+        raise UserError(f"{folder.path}: --by-class needs ratios of each image, and only norm=en has them")
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
 def _snapshots_before(folder: RunFolder, epoch: int) -> Iterator[dict[str, Any]]:
-    """The snapshots of earlier epochs, one after the other, each epoch once."""
+    """Yield the snapshots of earlier epochs in order, each epoch once."""
     before = 0
     for path in folder.snapshot_files():
         state = checkpoint.read(path)
@@ -128,7 +129,7 @@ def _of_class(images: Images, label: int) -> np.ndarray:
     labels = np.asarray(images.labels if images.clean_labels is None else images.clean_labels)
     found = np.flatnonzero(labels == label)
     if not len(found):
-        raise UserError(f"the validation set has no image of class number {label}")
+        raise UserError(f"the validation set has no image of class number {label}. Name other classes with --class")
     return found[np.linspace(0, len(found) - 1, min(IMAGES, len(found))).round().astype(int)]
 
 

@@ -1,4 +1,4 @@
-"""`exnorm doctor`: does this installation work on this machine? Each check runs the real thing, in miniature."""
+"""`exnorm doctor`: check that this installation works on this machine. Each check runs real code on small data."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ def run() -> int:
     for name, check in CHECKS.items():
         try:
             print(f"ok    {name}: {check()}", flush=True)
-        except Exception as problem:  # noqa: BLE001 - a diagnosis names every failure and goes on
+        except Exception as problem:  # noqa: BLE001 - every failure is printed, and the next check runs
             passed = False
             print(f"FAIL  {name}: {' '.join(str(problem).split()) or type(problem).__name__}", flush=True)
     return 0 if passed else 1
@@ -27,7 +27,7 @@ def run() -> int:
 
 def _python() -> str:
     if not (3, 11) <= sys.version_info < (3, 14):
-        raise RuntimeError(f"Python {platform.python_version()}; exnorm needs 3.11 to 3.13")
+        raise RuntimeError(f"this is Python {platform.python_version()}; exnorm needs Python 3.11 to 3.13")
     return f"{platform.python_version()} on {platform.system()}"
 
 
@@ -85,16 +85,16 @@ def _disk() -> str:
     with tempfile.NamedTemporaryFile(dir=Path.cwd()):
         pass
     if free_gib < MIN_FREE_GIB:
-        raise RuntimeError(f"{free_gib:.1f} GiB free in {Path.cwd()}; runs want at least {MIN_FREE_GIB:.0f} GiB")
-    return f"{free_gib:.0f} GiB free in the current folder, and it can be written"
+        raise RuntimeError(f"only {free_gib:.1f} GiB are free in {Path.cwd()}; runs need {MIN_FREE_GIB:.0f} GiB")
+    return f"{free_gib:.0f} GiB are free in the current folder, and it is writable"
 
 
 def _wandb() -> str:
     import wandb
 
     if wandb.login(prompt=False, verify=False):
-        return "a key is there; logger=online uses it"
-    return "no key, so runs are logged offline (wandb login stores one)"
+        return "a key is stored; logger=online uses it"
+    return "no key is stored, so runs are logged offline. Type wandb login to store one"
 
 
 CHECKS: dict[str, Callable[[], str]] = {

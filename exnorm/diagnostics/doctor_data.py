@@ -1,7 +1,8 @@
-"""`exnorm doctor data=NAME ...`: is this data set what a training expects? A look before days of a GPU are spent.
+"""`exnorm doctor data=NAME ...`: check a data set before a long training.
 
-Counts per split and class, classes that do not match, broken files, sizes, the mean and deviation of the channels
-beside the constants in use, the loader's speed, and a sheet of augmented training images with their labels.
+It prints counts per split and class, classes that do not match, broken files, image sizes, and the loader's speed.
+It compares mean and deviation of the channels with the constants in use. It draws a sheet of augmented training images
+with their labels.
 """
 
 import os
@@ -30,17 +31,17 @@ from exnorm.runs.folder import check_out, write_text_atomic
 
 SHOWN = 5
 BATCH = 32
-OFF_MEAN, OFF_STD = 0.1, 0.3  # differences of a channel, over 1 and over the constant, that deserve a look
+OFF_MEAN, OFF_STD = 0.1, 0.3  # larger differences of a channel are reported; STD relative to the constant
 ROWS, COLUMNS, TILE, CAPTION = 6, 8, 128, 18  # of the sheet; px
 
 
 def run(overrides: Sequence[str], count: int, sheet: Path | None) -> int:
-    """Print what was found; return 0 if a training can start, else 1.
+    """Print the results of all checks. Return 0 if a training can start, else 1.
 
     The broken images are listed in `<name>-broken.txt` beside the sheet, a file for `data.exclude`.
 
     Args:
-        count: how many images of each split are opened, evenly spread; 0 for all.
+        count: number of images of each split to open, evenly spaced; 0 opens all.
         sheet: the PNG file; without it, `<name>-sheet.png` in the current folder.
     """
     with counted_warnings():
@@ -73,14 +74,14 @@ def _examine(overrides: Sequence[str], count: int, sheet: Path | None) -> int:
     if looks["train"].bad or bad_val:
         _list_broken(config, broken, [*looks["train"].bad, *bad_val])
     if bad_val:
-        print(f"FAIL: broken validation images; mend them, or leave them out: data.exclude={broken}")
+        print(f"FAIL: broken validation images. Repair them, or leave them out with data.exclude={broken}")
     if share > config.max_bad_fraction:
-        print(f"FAIL: {100 * share:.2f} % of the training images are broken, and data.max_bad_fraction allows less")
+        print(f"FAIL: {100 * share:.2f} % of the training images are broken; data.max_bad_fraction allows less")
     return int(bool(bad_val) or share > config.max_bad_fraction)
 
 
 def _list_broken(config: Any, file: Path, problems: Sequence[BadImage]) -> None:
-    """Write what `data.exclude` has left out so far and the broken images, each below its reason."""
+    """Write the paths that `data.exclude` has now, and the broken images, each below its reason."""
     before = [os.fsdecode(path) for path in listed_paths(config)]
     lines = [line for problem in problems for line in (f"# {problem.reason}", problem.name)]
     write_text_atomic(file, "\n".join([*before, *lines]) + "\n")
@@ -89,7 +90,7 @@ def _list_broken(config: Any, file: Path, problems: Sequence[BadImage]) -> None:
 
 
 def _counts(split: str, images: Images, classes: Sequence[str]) -> str:
-    """How many images, in all and per class; the classes without any."""
+    """Return the number of images, in all and per class, and the classes without images."""
     each = np.bincount(np.asarray(images.labels, np.int64), minlength=len(classes))
     line = (
         f"{split}: {len(images)} images in {len(classes)} classes, {each.min()} to {each.max()} each "
@@ -102,7 +103,7 @@ def _counts(split: str, images: Images, classes: Sequence[str]) -> str:
 
 
 def _labels(config: Any, splits: Splits) -> Iterator[str]:
-    """What label noise did, and whether WebVision's lists agree with its queries."""
+    """Yield lines on label noise, and on WebVision's labels against its queries."""
     if config.noise.rate:
         wrong = noise.wrong_labels(splits.train)
         yield f"label noise: {config.noise.kind}, {len(wrong)} of {len(splits.train)} training labels are wrong"
@@ -115,18 +116,18 @@ def _labels(config: Any, splits: Splits) -> Iterator[str]:
         part = webvision.found(config, root, train=True)["train"]
         folders = (Path(name).parent.name for name in part.names)
         odd = sum(queries.get(folder) != label for folder, label in zip(folders, part.labels, strict=True))
-        yield f"queries: {odd} of {len(part)} labels differ from that of their query's folder"
+        yield f"queries: {odd} of {len(part)} labels differ from the label of their query's folder"
 
 
 class Look(NamedTuple):
-    """How many images of a split were opened, and the broken ones among them."""
+    """The number of images of a split that were opened, and the broken ones among them."""
 
     opened: int
     bad: list[BadImage]
 
 
 def _look(config: Any, split: str, images: Images, count: int) -> Look:
-    """Open images of a split, say what they are like, and return the broken ones."""
+    """Open images of a split, print their sizes and channel statistics, and return the broken ones."""
     chosen = np.linspace(0, len(images) - 1, min(count or len(images), len(images))).round().astype(int)
     transform = eval_transform(config)
     bad, sizes, sums = [], [], np.zeros((3, 2))
@@ -169,7 +170,7 @@ def _numbers(values: Sequence[float] | np.ndarray) -> str:
 
 
 def _speed(config: Any, dataset: SeededImages, count: int) -> str:
-    """Images per second of the loader, its start not counted."""
+    """Return a line with the loader's images per second, without its start."""
     count = min(max(count, 4 * BATCH), len(dataset))
     total = max(1, min(BATCH, count // 4))
     batches = TrainBatches(count, total=total, seed=0)
@@ -180,14 +181,14 @@ def _speed(config: Any, dataset: SeededImages, count: int) -> str:
             start = time.perf_counter()
         steps += 1
     if steps < 1:
-        return "loader: too few images to time it"
+        return "loader: too few images to measure its speed"
     speed = steps * total / (time.perf_counter() - start)
     workers = loader.batches.num_workers
     return f"loader: {speed:.0f} images of {config.image_size} px per second with {workers} workers and no training"
 
 
 def draw_sheet(dataset: SeededImages, classes: Sequence[str]) -> Image.Image:
-    """Augmented training images, evenly spread over the set, each above the name of its label."""
+    """Draw augmented training images, evenly spaced over the set, each above the name of its label."""
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11)
     sheet = Image.new("RGB", (COLUMNS * (TILE + 4), ROWS * (TILE + CAPTION + 4)), "white")
     pen = ImageDraw.Draw(sheet)

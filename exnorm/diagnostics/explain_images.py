@@ -1,4 +1,4 @@
-"""What a trained model makes of single images: its prediction, and the ratios of every layer."""
+"""The prediction of a trained model for single images, and the ratios of every layer."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,11 +21,11 @@ SHOWN_CLASSES = 3
 
 
 class Explained(NamedTuple):
-    """One image as the model saw it.
+    """One image with the model's prediction and ratios.
 
     Attributes:
         pixels: the crop, (height, width, 3).
-        guesses: the likeliest classes with their probabilities.
+        guesses: the most likely classes with their probabilities.
         ratios: layer, kind, normalizer, mean; layers in the order of the network.
     """
 
@@ -37,17 +37,17 @@ class Explained(NamedTuple):
 
 @torch.no_grad()
 def explain_images(run_path: Path, images: Sequence[Path], *, at: str = "last") -> list[Explained]:
-    """Look at images with a checkpoint of a run: last, best or a file.
+    """Return predictions and ratios for images, from a checkpoint of a run: last, best or a file.
 
     Raises:
-        UserError: a model that mixes nothing, a file that is no image, no run or checkpoint.
+        UserError: the model has no ratios, a file is not an image, or there is no run or checkpoint.
     """
     opened_images = [(path.name, opened(str(path), partial(open, path, "rb"))) for path in images]
     folder = RunFolder(run_path)
     config, state = checkpoint.read_config(folder), checkpoint.find(folder, at)
     model = checkpoint.build_trained(config, state).eval()
     if not mixing_layers(model):
-        raise UserError(f"{run_path}: norm={config.norm.name} mixes nothing; explain a run of sn, ssn or en")
+        raise UserError(f"{run_path}: norm={config.norm.name} does not mix normalizers. Use a run of sn, ssn or en")
     transform = eval_transform(config.data)
     found = []
     for name, image in opened_images:

@@ -20,7 +20,7 @@ from exnorm.runs.table import print_table
 
 HEADS = ("claim", "verdict", "comparison", "metric", "seeds", "mean difference", "95 % interval", "p (Holm)")
 VERDICT = HEADS.index("verdict")
-WEAK = f"fewer than {ENOUGH_SEEDS} seeds, of which one decides nothing and two only what is far from chance"
+WEAK = f"fewer than {ENOUGH_SEEDS} seeds; one seed decides nothing, and two seeds decide only clear differences"
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,20 @@ class Judged:
 
 
 def judged_studies(names: Sequence[str], scale: str, results: Path) -> list[Judged]:
-    """The studies that something was measured of at a scale, judged; all studies if none is named.
+    """Return the studies with measurements at a scale, judged. Without names, all studies.
 
     Raises:
-        UserError: there is no such folder of results.
+        UserError: the folder of results does not exist.
     """
     if not results.is_dir():
-        raise UserError(f"no folder {results}: measure first, exnorm reproduce STUDY, or type --results FOLDER")
+        raise UserError(f"there is no folder {results}. Type exnorm reproduce STUDY first, or --results FOLDER")
     studies = [load_study(name, scale) for name in names or group_options("study")]
     records = [(study, read_records(results, study.id)) for study in studies]
     return [judged_study(study, rows) for study, rows in records if any(row["scale"] == scale for row in rows)]
 
 
 def judged_study(study: Study, rows: Sequence[Row]) -> Judged:
-    """A study with its comparisons judged by the rows of its record."""
+    """Return a study with its comparisons, judged by the rows of its record."""
     by_claim: dict[str, list[Comparison]] = {}
     for comparison in judge(study, rows):
         by_claim.setdefault(comparison.claim, []).append(comparison)
@@ -53,7 +53,7 @@ def judged_study(study: Study, rows: Sequence[Row]) -> Judged:
 
 
 def grid_of(judged: Judged) -> Grid:
-    """A row for each comparison, and the verdict on the claim in bold."""
+    """Return a row for each comparison, and the verdict on each claim in bold."""
     rows = []
     for claim, comparisons in judged.comparisons.items():
         for comparison in comparisons:
@@ -66,19 +66,19 @@ def grid_of(judged: Judged) -> Grid:
 
 
 def labelled(comparisons: Sequence[Comparison]) -> str:
-    """The verdict on a claim, marked as weak where a comparison has fewer than 5 seeds."""
+    """Return the verdict on a claim, marked as weak if a comparison has fewer than 5 seeds."""
     return overall(comparisons) + (" (weak)" if is_weak(comparisons) else "")
 
 
 def not_covered() -> list[str]:
-    """The claims that no study is about."""
+    """Return the claims that no study tests."""
     studies = [load_study(name, "mini") for name in group_options("study")]
     covered = {wanted["id"] for study in studies for wanted in study.values.get("claims", ())}
     return [claim for claim in claims() if claim not in covered]
 
 
 def as_csv(judged: Sequence[Judged]) -> str:
-    """A line for each comparison of each study, in plain numbers."""
+    """Return CSV with a line for each comparison of each study."""
     lines: list[list[Any]] = []
     lines.append(
         ["study", "scale", "claim", "metric", "comparison", "seeds", "mean", "low", "high", "p", "p_holm", "verdict"]
@@ -111,9 +111,9 @@ def _texts(comparison: Comparison) -> list[str]:
 
 
 def print_verdicts(judged: Sequence[Judged]) -> None:
-    """The verdicts on the terminal, study by study, and the claims that no study covers."""
+    """Print the verdicts, study by study, and the claims that no study tests."""
     if not judged:
-        print("nothing was measured yet: exnorm reproduce STUDY")
+        print("Nothing was measured yet. Type exnorm reproduce STUDY")
         return
     known: dict[str, Claim] = {}
     for item in judged:
@@ -128,4 +128,4 @@ def print_verdicts(judged: Sequence[Judged]) -> None:
     print("The claims:")
     for name, claim in known.items():
         print(f"  {name} ({claim.paper}): {claim.claim}")
-    print(f"No study covers: {', '.join(not_covered()) or 'none'}")
+    print(f"No study tests: {', '.join(not_covered()) or 'none'}")

@@ -1,6 +1,6 @@
-"""Figures of what EN mixes for single classes, from ratios by epoch, layer, class and normalizer.
+"""Figures of EN's ratios for single classes, from ratios by epoch, layer, class and normalizer.
 
-Each figure has a table of the numbers in it, and what draws that table.
+Each figure has a function that returns the table of its numbers, and a function that draws the table.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from exnorm.report.palette import colour
 from exnorm.report.ratio_figures import finish
 from exnorm.runs.layer_ratios import bottom_middle_top
 
-SHOWN_CLASSES = 4  # over training, at even distances among the measured ones; as many as in EN's paper
-NO_LENGTH = 1e-9  # of a deviation: what rounding leaves of 0
-FEWEST_CLASSES = 3  # of two the deviations from their mean are opposite whatever they are
+SHOWN_CLASSES = 4  # in the figure over training, evenly spaced among the measured ones; as many as in EN's paper
+NO_LENGTH = 1e-9  # deviations below this are 0 up to rounding
+FEWEST_CLASSES = 3  # of two classes the deviations from their mean are always opposite
 
 
 def dynamics_data(frame: pd.DataFrame) -> pd.DataFrame:
-    """The ratios of four classes in a bottom, a middle and a top layer, at each checkpoint; empty if there is one."""
+    """Return the ratios of four classes in a bottom, a middle and a top layer; empty for a single checkpoint."""
     if frame.epoch.nunique() < 2:
         return frame.iloc[:0]
     classes = list(frame["class"].unique())
@@ -31,7 +31,7 @@ def dynamics_data(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_dynamics(data: pd.DataFrame, title: str) -> Figure:
-    """A row for each layer, a column for each class, a line for each normalizer; shaded, the deviation over images."""
+    """Draw a row for each layer, a column for each class and a line for each normalizer. Shaded: the deviation."""
     layers, classes = list(data.layer.unique()), list(data["class"].unique())
     figure = Figure(figsize=(2.3 * len(classes) + 1.2, 1.9 * len(layers) + 0.6), layout="constrained")
     panels = figure.subplots(len(layers), len(classes), sharex=True, sharey="row", squeeze=False)
@@ -53,10 +53,10 @@ def draw_dynamics(data: pd.DataFrame, title: str) -> Figure:
 
 
 def spread_data(frame: pd.DataFrame) -> pd.DataFrame:
-    """How far ratios spread over images after the last epoch: within classes, and between the classes' means.
+    """Return how far ratios spread over images after the last epoch: within classes, and between the classes' means.
 
-    within = sqrt(mean_c std_c^2), between = the deviation of the mean_c (of the population) over classes c, per layer
-    and normalizer; with equally many images of each class the variance over all images is within^2 + between^2.
+    For each layer and normalizer, within = sqrt(mean_c std_c^2), and between is the population deviation of mean_c over
+    classes c. With equally many images of each class, the variance over all images is within^2 + between^2.
     """
     last = frame[frame.epoch == frame.epoch.max()]
     grouped: Any = last.groupby(["layer", "normalizer"], sort=False)
@@ -73,7 +73,7 @@ def spread_data(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_spread(data: pd.DataFrame, title: str) -> Figure:
-    """A panel for the deviation within classes and one for that between them; a line for each normalizer."""
+    """Draw a panel for the deviation within classes and one for that between them; a line for each normalizer."""
     layers = list(data.layer.unique())
     figure = Figure(figsize=(max(6.0, 0.22 * len(layers)), 4.4), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
@@ -91,10 +91,10 @@ def draw_spread(data: pd.DataFrame, title: str) -> Figure:
 
 
 def similarity_data(frame: pd.DataFrame) -> pd.DataFrame:
-    """How alike two classes are mixed: the cosine of their ratio vectors (all layers and normalizers), centred.
+    """Return the cosine of the centred ratio vectors (all layers and normalizers) of each pair of classes.
 
-    Centred by the mean over classes, since uncentred ones are alike in everything that all classes share. Empty for
-    fewer than FEWEST_CLASSES; a class at the mean itself has no direction, and no number.
+    The vectors are centred by the mean over classes, because uncentred vectors share what all classes have in common.
+    Empty for fewer than FEWEST_CLASSES classes. A class at the mean has no direction; its cosine is NaN.
     """
     last = frame[frame.epoch == frame.epoch.max()]
     wide = last.pivot_table(index="class", columns=["layer", "normalizer"], values="mean", sort=False)
@@ -110,7 +110,7 @@ def similarity_data(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_similarity(data: pd.DataFrame, title: str) -> Figure:
-    """A square for each pair of classes."""
+    """Draw a square for each pair of classes."""
     wide = data.pivot_table(index="class", columns="other", values="cosine", sort=False, dropna=False)
     side = 0.11 * max(len(str(name)) for name in wide.index)
     figure = Figure(figsize=(5.4 + side, 4.8 + side), layout="constrained")
@@ -125,7 +125,7 @@ def draw_similarity(data: pd.DataFrame, title: str) -> Figure:
 
 
 def difference_data(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
-    """The mean ratio over classes on the left less that on the right, of each layer and normalizer, at the end."""
+    """Return the mean ratio over classes, left minus right, of each layer and normalizer after the last epoch."""
     means = []
     for frame in (left, right):
         last = frame[frame.epoch == frame.epoch.max()]
@@ -134,7 +134,7 @@ def difference_data(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_differences(data: pd.DataFrame, title: str) -> Figure:
-    """A panel for each pair, with bars for each layer and normalizer."""
+    """Draw a panel for each pair, with bars for each layer and normalizer."""
     pairs = list(data.pair.unique())
     layers = list(data.layer.unique())
     figure = Figure(figsize=(max(7.5, 0.3 * len(layers) + 1.5), 1.9 * len(pairs) + 1.0), layout="constrained")

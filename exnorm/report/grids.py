@@ -21,28 +21,28 @@ TEX = {
 
 
 class Entry(NamedTuple):
-    """The text of one place in a table."""
+    """The text of one entry of a table."""
 
     text: str
     bold: bool = False
 
 
 class Grid(NamedTuple):
-    """Headings, and rows as long as they."""
+    """The headings of a table, and its rows, which have the same length."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[Entry]]
 
 
 def to_markdown(grid: Grid) -> str:
-    """A table in GitHub's Markdown."""
+    """Return a table in GitHub's Markdown."""
     lines = [list(grid.heads), ["---"] * len(grid.heads)]
     lines += [[f"**{text}**" if bold else text for text, bold in row] for row in grid.rows]
     return "\n".join(f"| {' | '.join(text.replace('|', '/') for text in line)} |" for line in lines)
 
 
 def to_tex(grid: Grid) -> str:
-    """A `tabular` with the rules of the package booktabs."""
+    """Return a `tabular` with the rules of the package booktabs."""
     body = [[rf"\textbf{{{_tex(text)}}}" if bold else _tex(text) for text, bold in row] for row in grid.rows]
     lines = [rf"{' & '.join(line)} \\" for line in ([_tex(head) for head in grid.heads], *body)]
     columns = "l" * len(grid.heads)
@@ -60,7 +60,7 @@ def to_tex(grid: Grid) -> str:
 
 
 def to_html(grid: Grid) -> str:
-    """A `<table>`."""
+    """Return a `<table>`."""
     head = "".join(f"<th>{html.escape(text)}</th>" for text in grid.heads)
     rows = (
         "".join(f"<td{' class=best' if bold else ''}>{html.escape(text)}</td>" for text, bold in row)

@@ -1,4 +1,4 @@
-"""`exnorm report STUDY|RUN_DIR`: one HTML file that needs no network, with every run behind the numbers."""
+"""`exnorm report STUDY|RUN_DIR`: write one HTML file, which needs no network, with every run behind the numbers."""
 
 import base64
 import glob
@@ -36,14 +36,14 @@ from exnorm.runs.records import Row, read_records
 PAGE = Path(__file__).with_name("page.html")
 WIDTH, HEIGHT = 220, 70  # px of a small curve
 PIXELS, POINTS = 96, 72  # in an inch
-SMALLEST = 8  # px of a letter that can be read
+SMALLEST = 8  # px of the smallest readable letter
 Curve = list[tuple[float, float]]  # epoch and top-1
-Drawn = tuple[str, Callable[[], Figure]]  # the name of a figure, and what draws it
+Drawn = tuple[str, Callable[[], Figure]]  # the name of a figure, and the function that draws it
 KEPT = ("seed", "value", "hours", "device", "torch", "commit", "config_hash", "run")
 
 
 def write_report(what: str, scale: str, out: Path | None, *, runs: Path, results: Path) -> Path:
-    """Write the page of a run folder, if `what` is a folder, or else of a study; return the file."""
+    """Write the page of a run if `what` is a folder, or else of a study. Return the file."""
     if out is not None:
         check_out(out, ".html", ".htm")
     if Path(what).is_dir():
@@ -59,7 +59,7 @@ def write_report(what: str, scale: str, out: Path | None, *, runs: Path, results
 
 
 def study_page(study: Study, results: Path, runs: Path) -> str:
-    """The page of a study; configuration and provenance of the runs whose folders are below `runs`.
+    """Return the page of a study. It shows configuration and provenance of the runs whose folders are in `runs`.
 
     Raises:
         UserError: nothing was measured at this scale.
@@ -70,7 +70,7 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
         f"<p class='quiet'>Study {_text(study.id)}, scale <strong>{_text(study.scale)}</strong>. "
         f"{_text(answers_to(study))} {_text(duration(table))}</p>",
         *([f"<h2>{_text(table.caption())}</h2>", _wide(to_html(table.across()))] if "columns" in study.values else []),
-        "<h2>Cell by cell, beside the paper</h2>",
+        "<h2>Cell by cell, with the paper's numbers</h2>",
         "<label>Show cells with <input id='filter' type='search' placeholder='sn 8x2'></label>",
         _wide(_cells_table(table)),
         "<ul class='notes'>" + "".join(f"<li>{_text(line)}</li>" for line in table.footnotes()) + "</ul>",
@@ -84,10 +84,10 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
 
 
 def run_page(folder: RunFolder) -> str:
-    """The page of one run: result, curves, ratios, configuration, provenance.
+    """Return the page of one run: result, curves, ratios, configuration, provenance.
 
     Raises:
-        ValueError: the folder is none of a run.
+        ValueError: the folder is not a run folder.
     """
     config, record = folder.read_config(), folder.read_record() or {}
     log = MetricsLog.read(folder.metrics_file)
@@ -106,7 +106,7 @@ def run_page(folder: RunFolder) -> str:
         "<h2>Curves</h2>",
         *_run_curves(log),
         *_figures(drawn),
-        "<h2>Where it comes from</h2>",
+        "<h2>Origin of the run</h2>",
         *_origin(folder),
     ]
     return _page(folder.path.name, parts)
@@ -127,7 +127,7 @@ def _number(value: float | str) -> str:
 
 
 def _wide(content: str) -> str:
-    """A table or figure that scrolls sideways in a narrow window, where the page then says that it does."""
+    """Make a table or figure scroll sideways in a narrow window, with a hint on the page."""
     return f"<div class='wide'><div class='scroller'>{content}</div></div>"
 
 
@@ -136,12 +136,12 @@ def _slug(cell: Cell) -> str:
 
 
 def _searched(study: Study, cell: Cell) -> str:
-    """What the filter looks into: the values as they are typed and as they are shown."""
+    """Return the text that the filter searches: the values as typed and as shown."""
     return " ".join([cell.name, *(study.label(value) for _, value in cell.key)])
 
 
 def _cells_table(table: StudyTable) -> str:
-    """The table cell by cell, each first entry a link to the cell's runs."""
+    """Return the table cell by cell. The first entry of each row is a link to the cell's runs."""
     grid = table.by_cell()
     head = "".join(f"<th>{_text(text)}</th>" for text in grid.heads)
     rows = []
@@ -163,7 +163,7 @@ def _verdicts(judged: Judged) -> list[str]:
 
 
 def _run_curves(log: Sequence[dict[str, Any]]) -> list[str]:
-    """Loss, accuracy and learning rate of a run, and which epoch was the best."""
+    """Return the figures of loss, accuracy and learning rate of a run, and its best epoch."""
     best = best_epoch(log)
     if best is None:
         return ["<p>No epoch has ended yet.</p>"]
@@ -177,7 +177,7 @@ def _run_curves(log: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _figures(figures: Sequence[Drawn]) -> list[str]:
-    """The figures, by their names and what draws them, one at a time, and the control that chooses."""
+    """Return the figures, of which the page shows one at a time, and the control that selects it."""
     if not figures:
         return []
     names = "".join(f"<option>{_text(name)}</option>" for name, _ in figures)
@@ -189,7 +189,7 @@ def _figures(figures: Sequence[Drawn]) -> list[str]:
 
 
 def _image(name: str, draw: Callable[[], Figure]) -> str:
-    """A figure that shrinks with the window as long as its smallest letters can be read."""
+    """Return a figure that shrinks with the window while its smallest letters stay readable."""
     stream = io.BytesIO()
     with rc_context(STYLE):
         figure = draw()
@@ -204,7 +204,7 @@ def _image(name: str, draw: Callable[[], Figure]) -> str:
 
 
 def curves_of(study: Study, results: Path) -> dict[str, dict[int, Curve]]:
-    """Validation top-1 after each epoch, by cell and seed."""
+    """Return validation top-1 after each epoch, by cell and seed."""
     found: dict[str, dict[int, Curve]] = {}
     for row in read_records(results, study.id, "epochs"):
         if row["scale"] == study.scale:
@@ -214,7 +214,7 @@ def curves_of(study: Study, results: Path) -> dict[str, dict[int, Curve]]:
 
 
 def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], by_seed: Mapping[int, Curve], runs: Path) -> str:
-    """The runs of one cell: command, result of each seed, curves, configuration and provenance."""
+    """Return the runs of one cell: command, result of each seed, curves, configuration and provenance."""
     metric = study.metrics[0]
     own = [r for r in rows if (r["scale"], r["cell"], r["metric"]) == (study.scale, cell.name, metric)]
     values = measured(study, rows, metric).get(cell.name)
@@ -225,7 +225,7 @@ def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], by_seed: Mapping[int
     settings += f"\nexnorm eval RUN_DIR {shlex.join(cell.evaluate)}" if cell.evaluate else ""
     grid = Grid(KEPT, [[Entry(row[name]) for name in KEPT] for row in own])
     parts = [
-        f"<pre>{_text(command)}\n\nwhich is, with seed=N:\n{_text(settings)}</pre>",
+        f"<pre>{_text(command)}\n\nThis runs, for each seed N, with seed=N:\n{_text(settings)}</pre>",
         _wide(to_html(grid)) if own else "",
         _curves(by_seed) if by_seed else "",
     ]
@@ -239,7 +239,7 @@ def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], by_seed: Mapping[int
 
 
 def _origin(folder: RunFolder) -> list[str]:
-    """Configuration and provenance of a run, as they lie in its folder."""
+    """Return configuration and provenance of a run, as stored in its folder."""
     found = []
     for name, file in (("configuration", folder.config_file), ("provenance", folder.provenance_file)):
         if file.is_file():
@@ -249,7 +249,7 @@ def _origin(folder: RunFolder) -> list[str]:
 
 
 def _curves(by_seed: Mapping[int, Curve]) -> str:
-    """Small curves of all seeds: top-1 from 0 to 100 over the epochs."""
+    """Return small curves of all seeds: top-1 from 0 to 100 over the epochs."""
     last = max(epoch for points in by_seed.values() for epoch, _ in points)
     lines = []
     for points in by_seed.values():

@@ -1,4 +1,4 @@
-"""Single images beside what a model made of them: the prediction, and the ratios through the depth of the network."""
+"""The figure of `exnorm explain`: images with the model's prediction, and the ratios of every layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ ROW_INCHES = 2.0
 
 
 def image_figure(explained: Sequence[Any], title: str) -> Figure:
-    """A row for each image: the crop, the likeliest classes, and a line for each normalizer's share in each layer.
+    """Draw a row for each image: the crop, the most likely classes, and a line for each normalizer over the layers.
 
     `explained` has `name`, `pixels` (height, width, 3), `guesses` [(class, probability)] and `ratios` (a table of
     layer, kind, normalizer, mean).

@@ -1,4 +1,4 @@
-"""What a study's record says about a cell: the values over seeds, their mean and deviation."""
+"""The measured values of a cell over seeds, with their mean and standard deviation, from a study's record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ class Measured:
 
     @property
     def std(self) -> float | None:
-        """The standard deviation over seeds (n - 1); None of one seed."""
+        """The standard deviation over seeds (n - 1); None for one seed."""
         return stdev(self.by_seed.values()) if self.n > 1 else None
 
 
 def measured(study: Study, rows: Sequence[Row], metric: str) -> dict[str, Measured]:
-    """What was measured at the study's scale, by the name of the cell."""
+    """Return the values of a metric at the study's scale, by the name of the cell."""
     names = {cell.name for cell in study.cells}
     found: dict[str, dict[int, float]] = {}
     for row in rows:

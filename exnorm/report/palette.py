@@ -17,10 +17,10 @@ OTHER = "#7F7F7F"
 
 
 def shade(number: int, count: int) -> str:
-    """The colour of line `number` of `count` that are no normalizers: from dark to light, safe as well."""
+    """Return a colour for line `number` of `count` lines that are not normalizers: dark to light, also safe."""
     return to_hex(colormaps["viridis"](0.85 * number / max(1, count - 1)))
 
 
 def colour(normalizer: str) -> str:
-    """The colour of a normalizer; grey for one that has none."""
+    """Return the colour of a normalizer; grey if it has none."""
     return COLOURS.get(normalizer, OTHER)

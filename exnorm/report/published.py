@@ -1,4 +1,4 @@
-"""The papers' numbers and claims, from `results/published/`, the only place of the project where they are written."""
+"""The papers' numbers and claims, from `results/published/`. The project writes them nowhere else."""
 
 import csv
 import functools
@@ -21,23 +21,23 @@ class Claim(NamedTuple):
 
 
 def published_folder() -> Path:
-    """The folder of the CSV files: inside the package (wheel), else in the checkout.
+    """Return the folder of the CSV files: inside the package (wheel), else in the checkout.
 
     Raises:
-        UserError: it is missing.
+        UserError: the folder is missing.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "published", package.parent / "results" / "published"):
         if (folder / "claims.csv").is_file():
             return folder
-    raise UserError(f"no published/claims.csv in or next to {package}: reinstall exnorm")
+    raise UserError(f"there is no published/claims.csv in or next to {package}. Reinstall exnorm")
 
 
 class Published(NamedTuple):
-    """A number of a paper as it is printed there; a text alone where there is none.
+    """A number as printed in a paper, or only a text if the paper has no number.
 
     Attributes:
-        note: what is known about the number; empty where there is none.
+        note: a note on the number; empty if there is none.
     """
 
     text: str
@@ -46,10 +46,10 @@ class Published(NamedTuple):
 
 
 def published(study: Study, cell: Cell, metric: str) -> Published | None:
-    """What the paper has for a cell; None where it says nothing, or its tables are not at hand.
+    """Return the paper's number for a cell. None if the paper has none, or if its tables are not available.
 
     Raises:
-        UserError: the study asks for several of its numbers at once.
+        UserError: several of the paper's numbers fit the cell.
     """
     wanted = study.values.get("published")
     if wanted is None:
@@ -73,23 +73,23 @@ def published(study: Study, cell: Cell, metric: str) -> Published | None:
 
 
 def claims() -> dict[str, Claim]:
-    """The papers' claims by their id."""
+    """Return the papers' claims by their id."""
     return {row["id"]: Claim(row["paper"], row["claim"], row["expect"]) for row in _rows("claims")}
 
 
 def claims_of(study: Study) -> dict[str, Claim]:
-    """The claims that a study judges: of the papers, or its own, with `claim` and `expect` in its yaml.
+    """Return the claims that a study tests: the papers', or its own with `claim` and `expect` in its yaml.
 
     Raises:
-        UserError: one that is neither.
+        UserError: a claim is neither.
     """
     papers, found = claims(), dict[str, Claim]()
     for wanted in study.values.get("claims", ()):
         name, own = str(wanted["id"]), {"claim", "expect"} & set(wanted)
         if name not in papers and len(own) < 2:
             raise UserError(
-                f"study {study.id}: claim '{name}' is none of the papers' ({', '.join(papers)}); of your own: "
-                "add claim: what it says, and expect: left > right"
+                f"study {study.id}: claim '{name}' is none of the papers' ({', '.join(papers)}). For your own "
+                "claim, add claim: (its text) and expect: left > right"
             )
         if name in papers and own:
             raise UserError(f"study {study.id}: claim '{name}' is a paper's; give your own another id")

@@ -1,4 +1,4 @@
-"""Figures of ratios: each layer's after the last epoch as stacked bars, and some layers' over the epochs."""
+"""Figures of ratios: stacked bars of each layer after the last epoch, and lines of some layers over the epochs."""
 
 import textwrap
 
@@ -13,15 +13,15 @@ from exnorm.runs.layer_ratios import bottom_middle_top, symmetric_kl
 
 TITLES = {"lambda": "ratio", "mean": "ratio of\nthe mean", "var": "ratio of\nthe variance"}
 PHONE_INCHES = 3.7  # the width of a figure that a phone shows without shrinking it
-LETTERS = 8  # pt, of the names of layers
-LETTER_INCHES = 0.067  # of a name of a layer
-LEGEND_INCHES = 1.15  # of an entry of the legend
-TITLE_INCHES = 0.085  # of a letter of the title
+LETTERS = 8  # pt, size of the names of layers
+LETTER_INCHES = 0.067  # width of a letter in the name of a layer
+LEGEND_INCHES = 1.15  # width of an entry of the legend
+TITLE_INCHES = 0.085  # width of a letter of the title
 DASHES = {"lambda": "-", "mean": "-", "var": "--"}
 
 
 def stacked(frame: pd.DataFrame, title: str) -> Figure:
-    """A bar for each layer, the input on top; a panel for each kind of ratio, and for SN's divergence."""
+    """Draw a bar for each layer, from the input down, in a panel for each kind of ratio and one for SN's divergence."""
     last = frame.query("epoch == epoch.max()")
     kinds, layers = list(last.kind.unique()), list(last.layer.unique())
     diverging = {"mean", "var"} <= set(kinds)
@@ -50,7 +50,7 @@ def stacked(frame: pd.DataFrame, title: str) -> Figure:
 
 
 def dynamics(frame: pd.DataFrame, title: str) -> Figure:
-    """The ratios of a bottom, a middle and a top layer after each epoch; shaded, the deviation over samples."""
+    """Draw the ratios of a bottom, a middle and a top layer after each epoch. Shaded: the deviation over samples."""
     chosen = bottom_middle_top(list(frame.query("epoch == epoch.max()").layer.unique()))
     figure = Figure(figsize=(PHONE_INCHES, 1.6 * len(chosen) + 1.2), layout="constrained")
     panels = figure.subplots(len(chosen), 1, sharex=True, sharey=True, squeeze=False)[:, 0]

@@ -1,4 +1,4 @@
-"""`exnorm ratios RUN_DIR`: what the layers of a run chose, from its `metrics.jsonl`."""
+"""`exnorm ratios RUN_DIR`: the ratios of the layers of a run, from its `metrics.jsonl`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +28,8 @@ def run(run_path: Path) -> None:
     frame = shares(log)
     if frame.empty:
         ended = any("val/top1" in row for row in log)
-        reason = f"norm={config['norm']['name']} mixes nothing, or logger.probe_images was 0"
-        raise UserError(f"{run_path} has no ratios: {reason if ended else 'no epoch has ended'}")
+        reason = f"norm={config['norm']['name']} does not mix normalizers, or logger.probe_images was 0"
+        raise UserError(f"{run_path} has no ratios: {reason if ended else 'no epoch has ended yet'}")
     print_layers(per_layer(frame))
     for line in advice(frame, run_path):
         print(line)
@@ -41,7 +41,7 @@ def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
     """Print how far the ratios of each layer spread over images and classes, and write the figures by class.
 
     Args:
-        frames: what was measured on each data set, the run's own first.
+        frames: the measured ratios by data set, the run's own first.
     """
     folder, figures = RunFolder(run_path), dict[str, Figure]()
     for name, frame in frames.items():
@@ -52,7 +52,7 @@ def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
                 figures[f"{kind}-{name}"] = draw(data, title)
         print(f"Images of {name}: mean ratio, deviation within and between {frame['class'].nunique()} classes")
         if frame.epoch.nunique() < 2:
-            print("Nothing over training: the run kept no snapshots; trainer.snapshots=[0.1,0.5] keeps them")
+            print("No figure over training: the run kept no snapshots. Train with trainer.snapshots=[0.1,0.5]")
         spread = class_figures.spread_data(frame)
         print_layers(spread.pivot_table(index="layer", columns="normalizer", values=list(SPREAD), sort=False), 4)
     own, *others = frames
@@ -74,7 +74,7 @@ def save_figures(folder: RunFolder, figures: Mapping[str, Figure]) -> None:
 
 
 def per_layer(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row for each layer after the last epoch: its ratios, and the divergence of SN's two sets of them."""
+    """Return a row for each layer after the last epoch: its ratios, and the divergence of SN's two sets of ratios."""
     last = frame.query("epoch == epoch.max()")
     wide = last.pivot_table(index="layer", columns=["kind", "normalizer"], values="mean", sort=False)
     if {"mean", "var"} <= set(last.kind):
@@ -86,21 +86,21 @@ def per_layer(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def advice(frame: pd.DataFrame, run_path: Path) -> list[str]:
-    """What the authors of SN advise for its ratios; nothing for those of EN."""
+    """Return the advice of SN's authors on its ratios; nothing for EN's ratios."""
     last = frame.query("epoch == epoch.max() and normalizer == 'bn' and kind != 'lambda'")
     if last.empty:
         return []
     ratio = float(last["mean"].to_numpy().mean())
     if ratio > LARGE_BN:
         return [
-            f"BN's mean ratio is {ratio:.2f}, above {LARGE_BN}: SN's authors advise to evaluate with batch averages, "
-            f"exnorm eval {run_path} inference=batch_average"
+            f"BN's mean ratio is {ratio:.2f}, above {LARGE_BN}: SN's authors advise batch averages. "
+            f"Type exnorm eval {run_path} inference=batch_average"
         ]
-    return [f"BN's mean ratio is {ratio:.2f}; up to {LARGE_BN} SN's authors find the moving average good enough"]
+    return [f"BN's mean ratio is {ratio:.2f}. Up to {LARGE_BN}, SN's authors find the moving average good enough"]
 
 
 def print_layers(wide: pd.DataFrame, digits: int = 3) -> None:
-    """The table on the terminal."""
+    """Print the table on the terminal."""
     heads = [f"{KINDS.get(kind, f'{kind} ')}{normalizer}".strip() for kind, normalizer in wide.columns]
     table = Table("layer", *heads, box=None, pad_edge=False)
     for layer, values in zip(wide.index, wide.to_numpy(), strict=True):

@@ -1,6 +1,6 @@
-"""`exnorm results`: tables, verdicts, figures and the page `results/README.md`, all from `results/records/`.
+"""`exnorm results`: write tables, verdicts, figures and `results/README.md` from `results/records/`.
 
-`--check` writes nothing and names what differs from the records; figures are compared by the numbers in them.
+`--check` writes nothing and prints the files that differ from the records. It compares figures by the numbers in them.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from exnorm.runs.layer_ratios import LARGE_KL
 from exnorm.runs.records import read_records, recorded
 
 SUFFIXES = ("md", "csv")
-FRONT = "sn-table2"  # the study on the first screen of the project's README, between these two marks
+FRONT = "sn-table2"  # its figure is in the project's README, between the two marks
 BEGIN, END = "<!-- made by exnorm results -->", "<!-- end -->"
 
 
 def write_results(results: Path) -> list[Path]:
-    """Write everything that follows from the records; return the files."""
+    """Write everything that is made from the records. Return the files."""
     texts, figures = everything(results)
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,22 +37,22 @@ def write_results(results: Path) -> list[Path]:
 
 
 def differences(results: Path) -> list[str]:
-    """What in the files is not what the records say: a line for each file."""
+    """Return a line for each file that differs from the records."""
     texts, figures = everything(results)
     pictures = [path.with_suffix(suffix) for path in figures for suffix in (".svg", ".png")]
-    lines = [f"{path} is not what the records say" for path, text in texts.items() if _read(path) != text]
+    lines = [f"{path} differs from the records" for path, text in texts.items() if _read(path) != text]
     lines += [f"{path} is missing" for path in pictures if not path.is_file()]
     known = {*texts, *pictures}
     folders = (results / "tables", results / "figures")
     return lines + [
-        f"{path} follows from no record" for folder in folders for path in sorted(folder.glob("*")) if path not in known
+        f"{path} belongs to no record" for folder in folders for path in sorted(folder.glob("*")) if path not in known
     ]
 
 
 def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]:
-    """The texts to be written, and the figures by their path without suffix."""
+    """Return the texts to write by their path, and the figures by their path without suffix."""
     if not (results / "records").is_dir():
-        raise UserError(f"{results} has no records/ in it: give the folder with the records, such as results")
+        raise UserError(f"{results} has no folder records/. Give the folder that contains records/, such as results")
     texts: dict[Path, str] = {}
     figures: dict[Path, StudyFigure] = {}
     tables = measured_tables(results)
@@ -78,7 +78,7 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
 
 
 def measured_tables(results: Path) -> list[StudyTable]:
-    """The tables of all studies and scales that have a record."""
+    """Return the tables of all studies and scales that have a record."""
     found = []
     for name in group_options("study"):
         scales = {row["scale"] for row in read_records(results, name)}
@@ -87,12 +87,12 @@ def measured_tables(results: Path) -> list[StudyTable]:
 
 
 def own_records(results: Path) -> list[str]:
-    """The records of studies that are not those of `conf/study`."""
+    """Return the names of the records whose study is not in `conf/study`."""
     return [name for name in recorded(results) if name not in group_options("study")]
 
 
 def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequence[str]) -> str:
-    """`results/README.md`, which a reader understands without the code."""
+    """Return the text of `results/README.md`, which a reader understands without the code."""
     by_study = {(item.study.id, item.study.scale): item for item in judged}
     missing = [name for name in group_options("study") if name not in {table.study.id for table in tables}]
     at = {table.study.scale: table.study.scale_notes for table in tables}
@@ -106,18 +106,18 @@ def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequen
     ]
     uncovered = ", ".join(f"`{claim}`" for claim in not_covered())
     unmeasured = f" Not measured yet: {', '.join(missing)}." if missing else ""
-    parts.append(f"No study is about: {uncovered}.{unmeasured}")
+    parts.append(f"No study tests: {uncovered}.{unmeasured}")
     for table in tables:
         parts += section(table, by_study[table.study.id, table.study.scale], figures)
     return "\n\n".join([*parts, ENDING]) + "\n"
 
 
 def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[str]:
-    """One study: its table across, or else cell by cell, verdicts, figures, and where the rest lies."""
+    """Return the section of one study: its first table, accuracy figures, remarks, verdicts and links."""
     study = table.study
     name = f"{study.id}-{study.scale}"
     caption, grid = table.grids()[0]
-    shows = f" The table: {caption}." if caption else ""
+    shows = f" The table shows {caption}." if caption else ""
     parts = [f"## {study.title}", f"`{study.id}`, scale {study.scale}. {duration(table)}{shows}", to_markdown(grid)]
     own = [figure for figure in figures if figure.startswith(f"{name}-")]
     parts += [f"![{study.title}](figures/{figure}.png)" for figure in own if "accuracy" in figure]
@@ -129,7 +129,7 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[s
 
 
 def first_screen(table: StudyTable, folder: str) -> str:
-    """What the project's own README shows of the results: one figure."""
+    """Return what the project's README shows of the results: one figure."""
     study = table.study
     name = f"{study.id}-{study.scale}"
     on = " on characters that exnorm draws, with a small ResNet" if study.scale == "mini" else ""
@@ -141,20 +141,21 @@ def first_screen(table: StudyTable, folder: str) -> str:
 
 
 def duration(table: StudyTable) -> str:
-    """How much was run, on what."""
+    """Return a text with the number of cells and runs, the time and the devices."""
     rows, runs = table.rows_of("top1"), table.hours()
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     cells = {row["cell"] for row in rows}
     if not runs:
-        return f"0 of {len(table.study.cells)} cells measured."
+        return f"0 of {len(table.study.cells)} cells were measured."
     return (
-        f"{len(cells)} of {len(table.study.cells)} cells measured, {len(runs)} runs, {sum(runs.values()):.1f} hours of "
-        f"training (validation not counted), {60 * sum(runs.values()) / len(runs):.1f} minutes a run on {devices}."
+        f"{len(cells)} of {len(table.study.cells)} cells were measured, in {len(runs)} runs. Training took "
+        f"{sum(runs.values()):.1f} hours in all, {60 * sum(runs.values()) / len(runs):.1f} minutes per run, without "
+        f"validation, on {devices}."
     )
 
 
 def summary(judged: Sequence[Judged]) -> Grid:
-    """A row for each claim and study."""
+    """Return a row for each claim and study."""
     rows = [
         [
             Entry(f"{known[claim].claim} ({known[claim].paper})"),
@@ -182,35 +183,48 @@ def _read(path: Path) -> str | None:
 
 
 INTRODUCTION = """# What was measured
-Made by `exnorm results` from `records/`; nothing here is typed. `records/*.csv` hold every number with its seed, \
-commit, device, versions, duration and the hash of its configuration; `exnorm reproduce STUDY` makes them again, on \
-this or another machine, and goes on where it was stopped.
+`exnorm results` writes this page from `records/`; nothing here is typed by hand. `records/*.csv` hold every number \
+with its seed, commit, device, versions, duration and the hash of its configuration. `exnorm reproduce STUDY` \
+measures them again, on this or another machine. If it is stopped, the same command continues.
 
-**Scale mini** is a stand-in that runs on a laptop: `glyphs`, ten classes of characters drawn in many styles (32 px, \
-12,000 images; validation on fonts that training did not see), for ImageNet; `glyphs_web`, other styles and a fifth of \
-the labels wrong, for WebVision; and `resnet_mini`, a ResNet of four blocks, for ResNet-50. The batch settings are the \
-papers' (replicas x samples, as virtual replicas on one core). How it was chosen, on BN alone and with a seed that is \
-in no record, is said in `conf/scale/mini.yaml`. **A mini result is no ImageNet result**: it shows whether an effect \
-appears at all at this size. **Scale full** is the papers' protocol, from the same files in `conf/study/`.
+**Scale mini** runs on a laptop. It replaces the papers' data and backbone by smaller ones:
 
-**The tables** show the mean ± standard deviation over seeds (how many; three are wanted, five of the cells that the \
-main claims are about), accuracies in %, and the best of those that differ in one thing alone in bold. *Published* is \
-the paper's number, on its data: the *difference* from it is at scale mini one of tasks as well. Means over different \
-numbers of seeds do not compare well; the comparisons below a table take the seeds that both cells have."""
+- `glyphs` replaces ImageNet: ten classes of characters drawn in many styles, 12,000 images of 32 px. The validation \
+images have fonts that training does not see.
+- `glyphs_web` replaces WebVision: characters in other styles, with a fifth of the labels wrong.
+- `resnet_mini`, a ResNet of four blocks, replaces ResNet-50.
 
-JUDGED = f"""A verdict is one on the comparisons that stand in the study's section, which may be less than the whole \
-sentence. It comes from the differences of equal seeds (the same data order and initialization), by a t-test with \
-Holm's correction over the comparisons of a study: supported or contradicted where the corrected p is below {LEVEL}, \
-else undecided; a claim is supported if all of its comparisons are, and contradicted if one is. The intervals of the \
-sections are not corrected: one without 0 can belong to an undecided comparison. "No worse than" (>=) allows {MARGIN} \
-points; "four times a gain" (>= 4 *) allows nothing and is undecided where there is no gain. What is claimed to hold \
-always is judged by all runs of the study. *As claimed*: the comparisons whose mean difference lies on the claimed \
-side, which alone decides nothing. Accuracies are compared in points, `ratio/bn` and `ratio/ln` as mean shares of all \
-layers between 0 and 1, `ratio_kl/large` in % of SN's layers: those whose ratios of the mean and of the variance have \
-a symmetric Kullback-Leibler divergence above {LARGE_KL} nats. *Weak*: {WEAK}. The last epoch counts; no best epoch is \
-picked on the validation set."""
+The batch settings are the papers' (replicas x samples, as virtual replicas on one core). The other settings were \
+chosen with BN alone, and with a seed that is in no record; `conf/scale/mini.yaml` says how. **A mini result is not \
+an ImageNet result.** It shows whether an effect appears at all at this size.
+
+**Scale full** is the papers' protocol, from the same files in `conf/study/`.
+
+**The tables** show the mean ± standard deviation over seeds, with the number of seeds in brackets. Three seeds are \
+planned for each cell, and five for the cells of the main claims. Accuracies are in %. Bold marks the best of the \
+cells that differ in one axis only. *Published* is the paper's number, on the paper's data. At scale mini the \
+*difference* from it is also a difference of tasks. Do not compare means over different numbers of seeds. The \
+comparisons below a table use only the seeds that both cells have."""
+
+JUDGED = f"""A verdict covers the comparisons listed in the study's section. They may test less than the full claim.
+
+- A comparison uses the differences of equal seeds (same data order and initialization). It is judged by a t-test \
+with Holm's correction over the comparisons of a study.
+- A comparison is supported or contradicted if the corrected p is below {LEVEL}, and undecided otherwise.
+- A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted.
+- The intervals in the sections are not corrected. So an interval without 0 can belong to an undecided comparison.
+- "No worse than" (>=) allows {MARGIN} points. "Four times a gain" (>= 4 *) allows nothing, and is undecided if there \
+is no gain.
+- A claim that something always holds is judged by all runs of its cells.
+- *As claimed* counts the comparisons whose mean difference lies on the claimed side. This count alone decides nothing.
+- *Weak* means {WEAK}.
+- Accuracies are compared in points. `ratio/bn` and `ratio/ln` are mean shares over all layers, between 0 and 1. \
+`ratio_kl/large` is a share of SN's layers in %. It counts the layers whose ratios of the mean and of the variance \
+have a symmetric Kullback-Leibler divergence above {LARGE_KL} nats.
+- The last epoch counts. No best epoch is picked on the validation set."""
 
 ENDING = """## The papers' numbers
-`published/` holds them with their sources. The tables of EN's paper were not at hand, so its cells read "not \
-available": who has the paper adds rows to `published/en2020.csv`, in the columns of `sn2019.csv`, and types `exnorm \
-results`; the column `table` is what `published:` in the study's yaml names. Speed and memory are in `bench/`."""
+`published/` holds them with their sources. The tables of EN's paper were not available here, so its cells read "not \
+available". If you have the paper, add rows to `published/en2020.csv`, in the columns of `sn2019.csv`, and type \
+`exnorm results`. The column `table` is the name that `published:` in the study's yaml gives. Speed and memory are in \
+`bench/`."""

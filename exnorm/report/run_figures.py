@@ -18,32 +18,32 @@ PANELS = {"loss": "loss", "top1": "top-1 %", "lr": "learning rate"}  # the last 
 
 
 class Best(NamedTuple):
-    """The epoch with the highest validation top-1, the first of several."""
+    """The first epoch with the highest validation top-1."""
 
     epoch: int
     top1: float
 
 
 def validated(log: Rows) -> list[dict[str, Any]]:
-    """The rows at the end of an epoch."""
+    """Return the rows at the end of an epoch."""
     return [row for row in log if "val/top1" in row]
 
 
 def best_epoch(log: Rows) -> Best | None:
-    """The best epoch so far; None before the first one has ended."""
+    """Return the best epoch so far; None before the first one has ended."""
     found = [Best(row["epoch"], row["val/top1"]) for row in validated(log) if row["val/top1"] is not None]
     return max(found, key=lambda best: best.top1, default=None)
 
 
 def curves(log: Rows) -> list[tuple[str, Callable[[], Figure]]]:
-    """The figures by their names, and what draws each; none before an epoch has ended."""
+    """Return names and drawing functions of the figures; none before an epoch has ended."""
     ended, best = validated(log), best_epoch(log)
     if best is None:
         return []
     steps_per_epoch = ended[0]["step"] / ended[0]["epoch"]
     found = []
     for part, label in PANELS.items():
-        rows = log if part == "lr" else ended  # the rate also inside of epochs
+        rows = log if part == "lr" else ended  # the rate also within epochs
         at = [row["step"] / steps_per_epoch for row in rows]
         lines = {key: [_number(row.get(key)) for row in rows] for key in ended[-1] if key.rpartition("/")[2] == part}
         found.append((label, partial(draw_curve, label, at, lines, best)))
@@ -51,7 +51,7 @@ def curves(log: Rows) -> list[tuple[str, Callable[[], Figure]]]:
 
 
 def draw_curve(label: str, at: Sequence[float], lines: dict[str, list[float]], best: Best) -> Figure:
-    """A line for each metric over the epochs, and the best epoch as a dotted one across."""
+    """Draw a line for each metric over the epochs, and a dotted vertical line at the best epoch."""
     figure = Figure(figsize=(PHONE_INCHES, 2.6), layout="constrained")
     panel = figure.subplots()
     panel.axvline(best.epoch, color="black", linestyle=":", linewidth=1, label=f"best epoch, {best.epoch}")
@@ -70,5 +70,5 @@ def draw_curve(label: str, at: Sequence[float], lines: dict[str, list[float]], b
 
 
 def _number(value: float | None) -> float:
-    """NaN leaves a gap in the line, where a metric was not finite or is not there."""
+    """Return NaN, which leaves a gap in the line, for a metric that is missing or was not finite."""
     return np.nan if value is None else value

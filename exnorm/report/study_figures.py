@@ -1,4 +1,4 @@
-"""The figures of a study, each with the numbers that it shows; from the study's record."""
+"""The figures of a study, each with the numbers that it shows, from the study's record."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ from exnorm.runs.layer_ratios import bottom_middle_top
 from exnorm.runs.records import Row, read_records
 
 MARKERS = "osD^vP*Xh<>"
-LETTER_INCHES = 0.065  # of a legend or a label
+LETTER_INCHES = 0.065  # width of a letter in a legend or a label
 DASHES = ("-", "--", ":", "-.")
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "exnorm", "axes.spines.top": False, "axes.spines.right": False}
 NORMALIZERS = ("in", "ln", "bn")
@@ -34,7 +34,7 @@ NORMALIZERS = ("in", "ln", "bn")
 
 @dataclass(frozen=True)
 class StudyFigure:
-    """A figure by its name, the numbers in it, and what draws them."""
+    """The name of a figure, its numbers, and the function that draws them."""
 
     name: str
     data: pd.DataFrame
@@ -42,7 +42,7 @@ class StudyFigure:
 
 
 def figures_of(study: Study, results: Path) -> list[StudyFigure]:
-    """The figures that the study's record is enough for."""
+    """Return the figures for which the study's record has numbers."""
     rows = read_records(results, study.id)
     found = [
         StudyFigure("accuracy", accuracy_data(study, rows), lambda data: draw_accuracy(study, data)),
@@ -61,12 +61,12 @@ def figures_of(study: Study, results: Path) -> list[StudyFigure]:
 
 
 def titled(study: Study) -> str:
-    """The study and its scale, as the figures of single cells name them."""
+    """Return the study and its scale, for the titles of figures of single cells."""
     return f"{study.id}, scale {study.scale}"
 
 
 def class_figures_of(study: Study, results: Path) -> list[StudyFigure]:
-    """Of each cell on its own data: classes over training, spread over images, likeness; then pairs of cells."""
+    """Return the figures by class: those of each cell on its own data, and the differences between pairs of cells."""
     found = []
     frames = {cell: class_data(study, cell, results) for cell in study.by_class}
     for cell, frame in frames.items():
@@ -86,7 +86,7 @@ def class_figures_of(study: Study, results: Path) -> list[StudyFigure]:
 
 
 def class_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
-    """The ratios by class of a cell's first seed."""
+    """Return the ratios by class of a cell's first seed."""
     rows = _rows_of(study, cell, results, "classes")
     columns = ["epoch", "layer", "class", "normalizer", "images", "mean", "std"]
     frame = pd.DataFrame([{name: row[name] for name in columns} for row in rows], columns=columns)
@@ -94,7 +94,7 @@ def class_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
 
 
 def difference_data(study: Study, frames: Mapping[Cell, pd.DataFrame]) -> pd.DataFrame:
-    """What two cells differ by in each layer, for the pairs that the study names and that were measured."""
+    """Return the differences of ratios in each layer, for the pairs of cells that the study names and has measured."""
     parts = [pd.DataFrame(columns=["pair", "layer", "normalizer", "difference"])]
     for pair in study.values.get("ratio_differences", ()):
         left, right = study.cell(pair["left"]), study.cell(pair["right"])
@@ -106,7 +106,7 @@ def difference_data(study: Study, frames: Mapping[Cell, pd.DataFrame]) -> pd.Dat
 
 
 def save(figure: StudyFigure, path: Path) -> None:
-    """Write a figure as SVG and PNG beside each other."""
+    """Write a figure as SVG and as PNG."""
     with rc_context(STYLE):
         drawn = figure.draw(figure.data)
         drawn.savefig(path.with_suffix(".svg"), metadata={"Date": None})
@@ -114,7 +114,7 @@ def save(figure: StudyFigure, path: Path) -> None:
 
 
 def accuracy_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
-    """The first metric of each cell: seeds, mean, deviation, and the paper's number."""
+    """Return the first metric of each cell: number of seeds, mean, deviation, and the paper's number."""
     metric = study.metrics[0]
     values = measured(study, rows, metric)
     lines = []
@@ -127,14 +127,14 @@ def accuracy_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
-    """Accuracy over the axis that the table has across, a line for each choice of the others; right, the paper's."""
+    """Draw accuracy over the axis `columns`, a line for each choice of the other axes; on the right, the paper's."""
     axis = study.values.get("columns", next(iter(study.axes)))
     sides = [("mean", f"measured, scale {study.scale}")]
     if data["published"].notna().to_numpy().any():
         sides.append(("published", f"{study.values.get('paper', '')}, {study.values.get('table', '')}"))
     there = {dict(cell.key)[axis] for cell in study.cells}
     places = {value: place for place, value in enumerate(value for value in study.axes[axis] if value in there)}
-    joined = "columns" in study.values and axis != "norm"  # what has no order is no line
+    joined = "columns" in study.values and axis != "norm"  # values without an order are not joined
     drawn = _lines(study, data, axis)
     width = max(3.4, 0.62 * len(places) + 1.4) * len(sides) + LETTER_INCHES * max(len(label) for label, _ in drawn)
     figure = Figure(figsize=(width, 3.4), layout="constrained")
@@ -160,7 +160,7 @@ def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
 
 
 def curve_data(study: Study, results: Path) -> pd.DataFrame:
-    """Validation top-1 after each epoch, mean and deviation over seeds, of each cell that was trained for itself."""
+    """Return validation top-1 after each epoch, mean and deviation over seeds, of each cell with its own training."""
     rows = [row for row in read_records(results, study.id, "epochs") if row["scale"] == study.scale]
     if not rows:
         return pd.DataFrame()
@@ -170,7 +170,7 @@ def curve_data(study: Study, results: Path) -> pd.DataFrame:
 
 
 def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
-    """Learning curves, a panel for each value of the axis that the table has across."""
+    """Draw learning curves, with a panel for each value of the axis `columns`."""
     axis = study.values.get("columns")
     groups: dict[str, list[Cell]] = {}
     for cell in study.cells:
@@ -202,19 +202,19 @@ def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
 
 
 def ratio_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
-    """The mean share of each normalizer over all layers and seeds, of each cell that mixes."""
+    """Return the mean ratio of each normalizer over all layers and seeds, for each cell that has ratios."""
     shares = {name: measured(study, rows, f"ratio/{name}") for name in NORMALIZERS}
     lines = [
         {"cell": cell.name, "normalizer": name, "mean": values[cell.name].mean, "std": values[cell.name].std}
         for cell in study.cells
         for name, values in shares.items()
-        if cell.name in values and not cell.evaluate  # which are those of the run, on its own data
+        if cell.name in values and not cell.evaluate  # an evaluation has the ratios of its run
     ]
     return pd.DataFrame(lines)
 
 
 def draw_mean_ratios(study: Study, data: pd.DataFrame) -> Figure:
-    """A stacked bar for each cell."""
+    """Draw a stacked bar for each cell."""
     cells = [cell for cell in study.cells if cell.name in set(data.cell)]
     labels = [called(study, dict(cell.key)) for cell in cells]
     height = 2.6 + LETTER_INCHES * max(map(len, labels))
@@ -233,7 +233,7 @@ def draw_mean_ratios(study: Study, data: pd.DataFrame) -> Figure:
 
 
 def layer_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
-    """The ratios of all layers of a cell's first seed."""
+    """Return the ratios of all layers of a cell's first seed."""
     rows = _rows_of(study, cell, results, "layers")
     columns = ["epoch", "layer", "kind", "normalizer", "mean", "std"]
     frame = pd.DataFrame([{name: row[name] for name in columns} for row in rows], columns=columns)
@@ -250,7 +250,7 @@ def _named(kind: str, cell: Cell) -> str:
 
 
 def _lines(study: Study, data: pd.DataFrame, axis: str) -> list[tuple[str, pd.DataFrame]]:
-    """What is one line of the figure: its label and points, in the order of the study."""
+    """Return the label and the points of each line of the figure, in the order of the study."""
     others = [name for name in study.axes if name != axis]
     if not others:
         return [(study.id, data)]
@@ -259,7 +259,7 @@ def _lines(study: Study, data: pd.DataFrame, axis: str) -> list[tuple[str, pd.Da
 
 
 def _series(points: pd.DataFrame, axis: str) -> list[pd.DataFrame]:
-    """The parts of a line: batch settings of one number of replicas belong together."""
+    """Split a line into parts. Batch settings with the same number of replicas are one part."""
     if axis != "batch":
         return [points]
     groups: Any = points.groupby(points[axis].str.partition("x")[0], sort=False)
@@ -267,17 +267,19 @@ def _series(points: pd.DataFrame, axis: str) -> list[pd.DataFrame]:
 
 
 def called(study: Study, values: Mapping[str, str]) -> str:
-    """Values of axes as a legend has them, with the name of an axis that shares its values with another one."""
+    """Return the label of axis values in a legend. An axis that shares values with another axis is named."""
     shared = {axis for axis, of in study.axes.items() if any(set(of) & set(study.axes[o]) for o in values if o != axis)}
     return " ".join(f"{axis} {study.label(v)}" if axis in shared else study.label(v) for axis, v in values.items())
 
 
 def look(study: Study, key: dict[str, str], across: str | None, number: int) -> tuple[str, str]:
-    """The colour and dash of a line: the normalizer's, with a dash for what else lines differ in; or else a shade.
+    """Return the colour of a line, which is the normalizer's, and its dash, which shows the values of other axes.
+
+    Without an axis `norm`, the colour is a shade.
 
     Args:
-        across: the axis whose values are not lines but places or panels.
-        number: of the line, in the study's order.
+        across: the axis whose values are ticks or panels, not lines.
+        number: position of the line in the study's order.
     """
     others = {axis: tuple(values) for axis, values in study.axes.items() if axis != across}
     if "norm" not in others:
@@ -292,7 +294,7 @@ def look(study: Study, key: dict[str, str], across: str | None, number: int) -> 
 
 
 def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One entry for each line that a panel has."""
+    """Draw a legend with one entry for each line of the panels."""
     found = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }

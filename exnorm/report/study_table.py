@@ -1,6 +1,6 @@
-"""`exnorm table STUDY`: what was measured beside what the paper printed, from the study's record.
+"""`exnorm table STUDY`: the measured numbers beside the published ones, from the study's record.
 
-Mean ± standard deviation (seeds); the best of those that differ in one axis alone is bold.
+Entries are the mean ± standard deviation (seeds). Bold marks the best of the cells that differ in one axis only.
 """
 
 import html
@@ -27,33 +27,33 @@ METRICS = {  # name: heading, digits, whether more is better
     "gflops": ("GFLOPs", 4, None),
     "images_per_s": ("images/s in training", 0, None),
 }
-OTHER = ("", 4, False)  # of any other metric that a record has, which is called by its own name
+OTHER = ("", 4, False)  # for any other metric; its heading is its own name
 
 
 def heading(metric: str) -> str:
-    """What a table calls a metric."""
+    """Return the heading of a metric in tables."""
     return METRICS.get(metric, (metric,))[0]
 
 
 @dataclass(frozen=True)
 class StudyTable:
-    """A study's table, in the forms that it is written in."""
+    """The table of a study, in several arrangements, and its footnotes."""
 
     study: Study
     rows: Sequence[Row]
 
     def grids(self) -> list[tuple[str, Grid]]:
-        """The tables: one across `columns`, where the study has such an axis, and one with a row for each cell."""
+        """Return the tables: one across the axis `columns`, if the study has one, and one with a row for each cell."""
         across = [(self.caption(), self.across())] if "columns" in self.study.values else []
         title = "Cell by cell" + (", with the paper's numbers" if self.study.values.get("published") else "")
         return [*across, (title if across else "", self.by_cell())]
 
     def caption(self) -> str:
-        """What `across` shows."""
+        """Return the caption of the table of `across`."""
         return f"{heading(self.study.metrics[0])} by {self.study.values['columns']}"
 
     def across(self) -> Grid:
-        """The first metric, with the values of one axis side by side."""
+        """Return the first metric, with the values of one axis side by side."""
         axis, metric = self.study.values["columns"], self.study.metrics[0]
         others = [name for name in self.study.axes if name != axis]
         values = measured(self.study, self.rows, metric)
@@ -67,7 +67,7 @@ class StudyTable:
         return Grid(heads, [[*map(Entry, labels), *entries] for labels, entries in lines.items()])
 
     def by_cell(self) -> Grid:
-        """A row for each cell: every metric, and beside an accuracy the paper's and the difference."""
+        """Return a row for each cell: every metric, and beside an accuracy the published number and the difference."""
         heads, columns = (
             list(self.study.axes),
             [[Entry(self.study.label(v)) for _, v in c.key] for c in self.study.cells],
@@ -85,49 +85,49 @@ class StudyTable:
         return Grid(heads, columns)
 
     def footnotes(self) -> list[str]:
-        """What a reader of the numbers has to know."""
+        """Return what a reader of the numbers has to know."""
         lines = ["Mean ± standard deviation over seeds (number of seeds); the last epoch counts."]
         if self.study.scale != "full" and "paper" in self.study.values:
             stand_ins = self._stand_ins()
             lines.append(
                 f"Scale {self.study.scale}: nothing here was measured on the paper's data"
                 + (f" ({stand_ins})" if stand_ins else "")
-                + "; a difference to the published number is one of tasks as well."
+                + ". A difference from the published number is also a difference of tasks."
             )
         return [*lines, *self.study.scale_notes, *self.remarks(), *self._origin()]
 
     def remarks(self) -> list[str]:
-        """Those footnotes that are about this study alone."""
+        """Return the footnotes that are about this study alone."""
         lines = list(self.study.notes)
         if "images_per_s" in self.study.metrics:
-            lines.append("images/s: the median over epochs, as the runs were made, several at once or alone.")
+            lines.append("images/s is the median over epochs. Several runs may have shared the machine.")
         lines += [*self._published_notes(), *self._facts()]
         for cell, steps in measured(self.study, self.rows, DIVERGED_AT).items():
             seeds = ", ".join(f"seed {seed} at step {step:.0f}" for seed, step in steps.by_seed.items())
-            lines.append(f"{cell} diverged, its loss was not finite: {seeds}; means and verdicts are without them.")
+            lines.append(f"{cell} diverged (its loss was not finite): {seeds}. Means and differences exclude it.")
         return lines
 
     def _origin(self) -> list[str]:
-        """What the numbers were made with."""
+        """Return the devices, versions, commits and hours behind the numbers."""
         rows = self.rows_of("top1")
         found = {name: ", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("device", "torch", "commit")}
         lines = [f"{name}{' ' if name == 'torch' else ': '}{texts}." for name, texts in found.items() if texts]
         changed = {row["run"] for row in rows if row["uncommitted"] == "yes"}
         if changed:
-            lines.append(f"{len(changed)} of the runs were made with changes that are not in that commit.")
+            lines.append(f"{len(changed)} of the runs were made with uncommitted changes.")
         hours = self.hours()
         return [*lines, f"Runs: {len(hours)}, with {sum(hours.values()):.1f} hours of training in all."]
 
     def hours(self) -> dict[str, float]:
-        """The hours of training of each run, which several cells may share."""
+        """Return the hours of training of each run. Several cells may share a run."""
         return {row["run"]: float(row["hours"]) for row in self.rows_of("top1")}
 
     def rows_of(self, metric: str) -> list[Row]:
-        """The rows of one metric at the study's scale."""
+        """Return the rows of one metric at the study's scale."""
         return [row for row in self.rows if row["scale"] == self.study.scale and row["metric"] == metric]
 
     def _published_notes(self) -> list[str]:
-        """What is known about the papers' numbers."""
+        """Return the notes on the published numbers."""
         cells: dict[str, list[str]] = {}
         for cell in self.study.cells:
             for metric in PERCENT:
@@ -137,19 +137,19 @@ class StudyTable:
         return [f"Published {', '.join(names)}: {note}." for note, names in cells.items()]
 
     def _facts(self) -> list[str]:
-        """What holds for all cells, or else for which ones."""
+        """Return a line for each group of settings and, if there are several groups, their cells."""
         by_fact: dict[str, dict[str, None]] = {}
         for row in self.rows_of("top1"):
             by_fact.setdefault(row["facts"], {})[row["cell"]] = None
         if len(by_fact) == 1:
-            return [f"Facts: {fact}." for fact in by_fact]
-        return [f"Facts: {fact}: {'; '.join(cells)}." for fact, cells in by_fact.items()]
+            return [f"Settings: {fact}." for fact in by_fact]
+        return [f"Settings: {fact} for {'; '.join(cells)}." for fact, cells in by_fact.items()]
 
     def _entry(self, cell: Cell, value: Measured | None, metric: str, best: bool) -> Entry:
         if value is None:
             return Entry("diverged") if cell.name in measured(self.study, self.rows, DIVERGED_AT) else NOTHING
         _, digits, compared = METRICS.get(metric, OTHER)
-        constant = compared is None and round(value.std or 0, digits) == 0  # as parameters, the same for all seeds
+        constant = compared is None and round(value.std or 0, digits) == 0  # as parameters: equal for all seeds
         spread = "" if value.std is None or constant else f" ± {value.std:.{digits}f}"
         return Entry(f"{value.mean:.{digits}f}{spread} ({value.n})", best)
 
@@ -158,7 +158,7 @@ class StudyTable:
         return ", ".join(f"{self.study.stand_ins[value]} for {value}" for value in dict.fromkeys(used))
 
     def _best(self, metric: str) -> set[str]:
-        """The cells with the highest mean among those that differ from them in the compared axis alone."""
+        """Return the cells with the highest mean among the cells that differ only in the compared axis."""
         if not METRICS.get(metric, OTHER)[2]:
             return set()
         axis = self.study.values.get("compare", "norm" if "norm" in self.study.axes else next(iter(self.study.axes)))
@@ -180,7 +180,7 @@ class StudyTable:
 
 
 def table_of(study: Study, results: Path) -> StudyTable:
-    """The table of a study.
+    """Return the table of a study.
 
     Raises:
         UserError: nothing was measured at this scale.
@@ -188,7 +188,7 @@ def table_of(study: Study, results: Path) -> StudyTable:
     rows = read_records(results, study.id)
     if not any(row["scale"] == study.scale for row in rows):
         raise UserError(
-            f"nothing was measured of {study.id} at scale {study.scale}: exnorm reproduce {study.named} "
+            f"nothing was measured of {study.id} at scale {study.scale}. Type exnorm reproduce {study.named} "
             f"--scale {study.scale}"
         )
     return StudyTable(study, rows)
@@ -240,9 +240,9 @@ FORMATS = {"md": as_markdown, "tex": as_tex, "csv": as_csv, "html": as_html}
 
 
 def answers_to(study: Study) -> str:
-    """The paper's table that a study is about, if it names one."""
+    """Return the table of a paper that a study repeats, if it names one."""
     named = ", ".join(str(study.values[key]) for key in ("paper", "table") if key in study.values)
-    return f"Answers to: {named}." if named else "Answers to no paper."
+    return f"Paper and table: {named}." if named else "Paper: none."
 
 
 def _asked(study: Study) -> str:

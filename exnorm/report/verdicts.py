@@ -1,20 +1,22 @@
-"""`exnorm claims`: what the papers claim, judged by what was measured.
+"""`exnorm claims`: test the claims of the papers on the measurements.
 
-A comparison is `left` against `right`, each a cell, several cells with weights, or a number, as the study's yaml says;
-cells that leave an axis open are averaged over it. It is judged by the differences of equal seeds, d_i (equal data
-order and initialization), of which n are there:
+A comparison has a `left` and a `right`, from the study's yaml. Each is a cell, a weighted sum of cells, or a number. A
+cell that leaves an axis open is the mean over that axis. The test uses the differences d_i of left and right for equal
+seeds (equal data order and initialization). n is the number of seeds that both sides have.
 
     mean ± t_{0.975, n-1} s / sqrt(n)        the 95 % interval of the mean difference
     p = 2 P(T_{n-1} > |mean - threshold| / (s / sqrt(n))), Holm-corrected over the comparisons of the study
 
-"left > right" has the threshold 0; "left >= right" (no worse than) -0.5 points, fixed beforehand; "left >= k * right" 0
-for left - k right, where right, a gain, is above 0 in the mean. Corrected p below 0.05 is supported above the threshold
-and contradicted below it; all else is undecided: fewer than 2 seeds, differences without any spread, no gain. "Always"
-counts runs instead: it is supported if all runs of the left's cells ended with a finite loss, contradicted if one
-diverged, undecided while some are missing.
+The threshold depends on the claim. For "left > right" it is 0. For "left >= right" (no worse than) it is -0.5 points,
+fixed beforehand. For "left >= k * right" it is 0, for left - k right; right is a gain, and its mean must be above 0.
 
-A claim is supported if all of its comparisons are, contradicted if one of them is. Fewer than 5 seeds are weak. Holm:
-S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
+If the corrected p is below 0.05, a comparison is supported above the threshold and contradicted below it. All others
+are undecided. So are those with fewer than 2 seeds, without any spread of the differences, or without a gain. An
+"always" claim counts runs instead. It is supported if all runs of the left cells ended with a finite loss. It is
+contradicted if one diverged, and undecided while some are missing.
+
+A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted. Fewer than 5
+seeds are weak. Holm: S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
 """
 
 import math
@@ -34,17 +36,17 @@ LEVEL = 0.05
 MARGIN = 0.5  # points that "no worse than" allows
 IN_POINTS = ("top1", "top5", "train_top1", "ratio_kl/large")  # metrics in %
 ENOUGH_SEEDS = 5
-NO_SPREAD = 1e-9  # of differences: what rounding leaves of 0
+NO_SPREAD = 1e-9  # differences this close are equal up to rounding
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 
 
 class Runs(NamedTuple):
-    """The runs of some cells.
+    """Numbers of runs of some cells.
 
     Attributes:
-        finished, diverged: those with a finite loss at the end, and those without.
-        wanted: how many the study has.
-        seeds: of the cell with the fewest.
+        finished, diverged: runs that ended with a finite loss, and without one.
+        wanted: runs that the study has.
+        seeds: seeds of the cell with the fewest.
     """
 
     finished: int
@@ -55,14 +57,14 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison of a claim and what came of it.
+    """One comparison of a claim, and its result.
 
     Attributes:
-        threshold: the mean difference is judged against it; None where the paper claims no direction.
+        threshold: the mean difference is tested against it; None if the paper claims no direction.
         differences: left - right of each seed, or left - k right.
-        gains: right of each seed, in a claim about a multiple of it.
-        p, p_holm: None of fewer than 2 seeds and of equal differences, which say nothing of their spread.
-        runs: of a claim about what always holds.
+        gains: right of each seed, for a claim about a multiple of it.
+        p, p_holm: None for fewer than 2 seeds, and for equal differences, which have no spread.
+        runs: numbers of runs, for an "always" claim.
     """
 
     claim: str
@@ -97,7 +99,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """supported, contradicted or undecided; where no direction is claimed, whether there is a difference."""
+        """supported, contradicted or undecided. If no direction is claimed: whether a difference was found."""
         if self.runs:
             finished, diverged, wanted, _ = self.runs
             return CONTRADICTED if diverged else SUPPORTED if finished == wanted else UNDECIDED
@@ -112,10 +114,10 @@ class Comparison:
 
 
 def check(study: Study) -> None:
-    """Refuse a study that asks for a metric which no run has, or for a verdict that cannot be given.
+    """Refuse a study with an unknown metric, or with a claim that cannot be judged.
 
     Raises:
-        UserError: it does.
+        UserError: the study has one.
     """
     wanted = [*study.metrics, *(claim["metric"] for claim in study.values.get("claims", ()) if "metric" in claim)]
     for metric in wanted:
@@ -125,7 +127,7 @@ def check(study: Study) -> None:
 
 
 def judge(study: Study, rows: Sequence[Row]) -> list[Comparison]:
-    """Every comparison of a study, with Holm's correction over them."""
+    """Return every comparison of a study, with Holm's correction over them."""
     known = claims_of(study)
     found = [
         _compare(study, rows, wanted, known[str(wanted["id"])].expect) for wanted in study.values.get("claims", ())
@@ -135,7 +137,7 @@ def judge(study: Study, rows: Sequence[Row]) -> list[Comparison]:
 
 
 def overall(comparisons: Sequence[Comparison]) -> str:
-    """The verdict on a claim by those on its comparisons."""
+    """Return the verdict on a claim from the verdicts on its comparisons."""
     verdicts = [comparison.verdict for comparison in comparisons]
     if CONTRADICTED in verdicts:
         return CONTRADICTED
@@ -143,20 +145,20 @@ def overall(comparisons: Sequence[Comparison]) -> str:
 
 
 def as_claimed(comparisons: Sequence[Comparison]) -> str:
-    """`2 of 3`: how many mean differences, of those that claim a direction, lie on its side, decided or not."""
+    """Return how many mean differences lie on the claimed side, decided or not, such as `2 of 3`."""
     sides = [c.mean > c.threshold for c in comparisons if c.mean is not None and c.threshold is not None]
     return f"{sum(sides)} of {len(sides)}" if sides else "–"
 
 
 def is_weak(comparisons: Sequence[Comparison]) -> bool:
-    """Whether one of them has fewer than 5 seeds."""
+    """Return whether a comparison has fewer than 5 seeds."""
     return any(comparison.n < ENOUGH_SEEDS for comparison in comparisons)
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Corrected p-values: of the i-th smallest of m the largest of (m - j + 1) p_j for j up to i, at most 1.
+    """Return corrected p-values: for the i-th smallest of m, the largest (m - j + 1) p_j for j up to i, at most 1.
 
-    What has no p-value yet counts as one of the m, so that a verdict is not taken back when it gets one.
+    A comparison without a p-value yet counts in m, so that its later p-value does not take a verdict back.
     """
     order = sorted((value, index) for index, value in enumerate(values) if value is not None)
     corrected: list[float | None] = [None] * len(values)
@@ -168,7 +170,7 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 
 def p_value(differences: Sequence[float], threshold: float) -> float | None:
-    """The two-sided p-value of a t-test of the mean against a threshold; None of fewer than 2 values, or equal ones."""
+    """Return the two-sided p-value of a t-test of the mean against a threshold. None for < 2 values or equal values."""
     if len(differences) < 2 or max(differences) - min(differences) < NO_SPREAD:
         return None
     from scipy.stats import t
@@ -182,7 +184,7 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
     if expect == "always":
         return _count(study, rows, wanted)
     if not any(compared_cells(wanted[side]) for side in ("left", "right") if side in wanted) or "right" not in wanted:
-        raise UserError(f"study {study.id}: claim {wanted['id']}: write a cell at left and one, or a number, at right")
+        raise UserError(f"study {study.id}: claim {wanted['id']} needs a cell at left, and a cell or a number at right")
     metric = wanted.get("metric", study.metrics[0])
     values = {cell: value.by_seed for cell, value in measured(study, rows, metric).items()}
     factor = _factor(expect)
@@ -192,7 +194,7 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
     if threshold and metric not in IN_POINTS:
         raise UserError(
             f"study {study.id}: claim {wanted['id']}: 'left >= right' allows {MARGIN} points, and {metric} is not in "
-            f"%; expect left > right, or use {', '.join(IN_POINTS)}"
+            f"%. Write expect: left > right, or use a metric in %: {', '.join(IN_POINTS)}"
         )
     return Comparison(
         str(wanted["id"]),
@@ -206,29 +208,29 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
 
 
 def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comparison:
-    """How many runs of some cells, of the study's seeds, ended with a finite loss."""
+    """Count the runs of some cells, with the study's seeds, that ended with a finite loss."""
     if not isinstance(wanted["left"], Mapping):
-        raise UserError(f"study {study.id}: claim {wanted['id']}: write cells at left, such as {{norm: en}}")
+        raise UserError(f"study {study.id}: claim {wanted['id']} needs cells at left, such as {{norm: en}}")
     cells = study.cells_with(wanted["left"])
     ended = [_seeds(study, rows, cell, ("top1", DIVERGED_AT)) for cell in cells]
     finished = sum(len(_seeds(study, rows, cell, ("loss",))) for cell in cells)
     diverged = sum(map(len, ended)) - finished
     runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells), min(map(len, ended)))
-    counted = f"{finished + diverged} of {runs.wanted} runs are there, {diverged} of them without a finite loss"
+    counted = f"{finished + diverged} of {runs.wanted} runs have ended, {diverged} of them without a finite loss"
     return Comparison(str(wanted["id"]), "loss", f"{_written(study, wanted['left'])}: {counted}", None, (), runs=runs)
 
 
 def _seeds(study: Study, rows: Sequence[Row], cell: Cell, metrics: Sequence[str]) -> set[int]:
-    """The seeds of a cell that one of the metrics was recorded of."""
+    """Return the seeds of a cell for which one of the metrics was recorded."""
     found = [measured(study, rows, metric).get(cell.name) for metric in metrics]
     return {seed for value in found if value is not None for seed in value.by_seed if seed in cell.seeds}
 
 
-Term = tuple[float, list[str] | None]  # a weight, and the cells whose mean it weighs; None: the number 1
+Term = tuple[float, list[str] | None]  # a weight, and the cells whose mean it multiplies; None: the number 1
 
 
 def _terms(study: Study, side: Any) -> list[Term]:
-    """The left or right of a comparison: a cell, `[[weight, cell], ...]`, or a number."""
+    """Return the terms of one side of a comparison: a cell, `[[weight, cell], ...]`, or a number."""
     if isinstance(side, int | float):
         return [(float(side), None)]
     if isinstance(side, Mapping):
@@ -241,7 +243,7 @@ def _cells(study: Study, selector: Mapping[str, str]) -> list[str]:
 
 
 def _differences(terms: Sequence[Term], values: Mapping[str, Mapping[int, float]]) -> list[float]:
-    """The weighted sum of each seed that all cells have."""
+    """Return the weighted sum for each seed that all cells have."""
     cells = [cell for _, names in terms for cell in names or ()]
     seeds = set.intersection(*(set(values.get(cell, {})) for cell in cells))
     return [
@@ -268,7 +270,7 @@ def _sign(expect: str) -> str:
 
 
 def _written(study: Study, side: Any) -> str:
-    """A side of a comparison in words, with what stands for a value at this scale in its place."""
+    """Return a side of a comparison in words, with the stand-ins of this scale."""
     if isinstance(side, int | float):
         return f"{side:g}"
     if isinstance(side, Mapping):

@@ -1,1 +1,1 @@
-"""A table of a paper as a plan of runs: which there are, which are done, and the rest run. Imports no torch itself."""
+"""Studies: list the runs of a paper's table, find the finished ones and run the rest. Does not import torch itself."""

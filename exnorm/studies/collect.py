@@ -1,4 +1,4 @@
-"""From run folders to a study's records; they can be made again at any time from the folders that are there."""
+"""Write the records of a study from its run folders. They can be made again at any time from existing folders."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ from exnorm.runs.records import (
 )
 from exnorm.studies.plan import Job, jobs_of
 
-DIGITS = 6  # of a value, significant
+DIGITS = 6  # significant digits of a value
 RATIO_DIGITS = 4
 
 
@@ -69,21 +69,21 @@ def rows_of(study: Study, job: Job) -> Rows:
 
 
 def _refuse_damaged(folder: RunFolder, record: dict[str, Any], log: list[dict[str, Any]]) -> None:
-    """Its rows would take the place of whole ones.
+    """Refuse a run without its last epoch, since its rows would replace complete ones.
 
     Raises:
-        UserError: a run that lacks what every finished one has.
+        UserError: the last epoch is missing in record.json or metrics.jsonl.
     """
     steps, top1 = record.get("steps"), record.get("val/top1")
     if top1 is None or not any(row.get("step") == steps and "val/top1" in row for row in log):
         raise UserError(
-            f"{folder.path} is damaged: record.json and metrics.jsonl do not both have the last epoch; the record is "
-            "left as it is; remove the folder to train the run again"
+            f"{folder.path} is damaged: the last epoch is missing in record.json or metrics.jsonl. The record is left "
+            "as it is. Remove the folder to train the run again"
         )
 
 
 def origin_of(folder: RunFolder, job: Job) -> Row:
-    """What made a run, at its first start and where it was resumed."""
+    """Return the versions and commits that made a run, at its first start and at each resume."""
     provenance = read_json(folder.provenance_file) or {}
     starts = [provenance, *provenance.get("resumed", ())]
     states = [start.get("git") or {} for start in starts]
@@ -101,13 +101,13 @@ def _each(texts: Iterable[str]) -> str:
 
 
 def curves_of(log: list[dict[str, Any]]) -> list[Row]:
-    """The accuracies and the validation loss after each epoch."""
+    """Return the accuracies and the validation loss after each epoch."""
     names = {"epoch": "epoch", "train_top1": "train/top1", "top1": "val/top1", "loss": "val/loss"}
     return [{column: _number(row.get(name)) for column, name in names.items()} for row in log if "val/top1" in row]
 
 
 def layers_of(log: list[dict[str, Any]]) -> list[Row]:
-    """The ratios of all layers after the last epoch, and of a bottom, a middle and a top one after each."""
+    """Return the ratios of all layers after the last epoch, and of a bottom, a middle and a top layer after each."""
     frame: Any = shares(log)
     if frame.empty:
         return []
@@ -118,7 +118,7 @@ def layers_of(log: list[dict[str, Any]]) -> list[Row]:
 
 
 def classes_of(file: Path, own: bool) -> list[Row]:
-    """The ratios by class; of an evaluation on other data only those after the last epoch."""
+    """Return the ratios by class. For an evaluation on other data, only those after the last epoch."""
     frame: Any = read_class_ratios(file).drop(columns="data")
     kept = frame if own else frame[frame.epoch == frame.epoch.max()]
     rows: list[dict[str, Any]] = kept.to_dict("records")
@@ -126,7 +126,7 @@ def classes_of(file: Path, own: bool) -> list[Row]:
 
 
 def _texts(row: dict[str, Any]) -> Row:
-    """A row of ratios as it is recorded."""
+    """Return a row of ratios as texts for the record."""
     return {
         name: _number(value, RATIO_DIGITS) if name in ("mean", "std") else str(value) for name, value in row.items()
     }
@@ -137,9 +137,9 @@ def _number(value: Any, digits: int = DIGITS) -> str:
 
 
 def metrics_of(record: dict[str, Any], result: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, float]:
-    """What a run is compared by: accuracies in % of the last epoch, cost, and ratios over all layers.
+    """Return the metrics of a run: accuracies in % of the last epoch, cost, and mean ratios over all layers.
 
-    `result` is the record, or the evaluation that stands for it. `ratio_kl/large` is the share in % of SN's layers
+    `result` is the record, or the evaluation that replaces it. `ratio_kl/large` is the share in % of SN's layers
     whose ratios of the mean and of the variance have a symmetric KL divergence above LARGE_KL.
     """
     epochs = [row for row in log if "val/top1" in row]
@@ -166,7 +166,7 @@ def metrics_of(record: dict[str, Any], result: dict[str, Any], log: list[dict[st
 
 
 def facts_of(config: dict[str, Any], record: dict[str, Any], result: dict[str, Any]) -> str:
-    """What belongs into a footnote: the rule of inference, dropout, images that were left out."""
+    """Return the settings for the footnotes: inference, devices, dropout, and the number of excluded images."""
     facts = {"inference": result.get("inference", record["inference"])}
     if result.get("calibration_batches"):
         facts["calibration_batches"] = result["calibration_batches"]
@@ -179,9 +179,9 @@ def facts_of(config: dict[str, Any], record: dict[str, Any], result: dict[str, A
 
 
 def excluded_images(record: dict[str, Any], result: dict[str, Any]) -> dict[str, int]:
-    """How many images `data.exclude` left out: of training, and of the validation set that the accuracy is of.
+    """Return how many images `data.exclude` left out of training and of the validation set behind the accuracy.
 
-    A record counts them by split, the validation sets in their order; an evaluation counts those of its own set.
+    A record counts them by split, with the validation sets in their order. An evaluation counts those of its own set.
     """
     splits: dict[str, int] = record.get("excluded_images", {})
     of_run = next((count for split, count in splits.items() if split.startswith("val/")), 0)
@@ -193,7 +193,7 @@ def excluded_images(record: dict[str, Any], result: dict[str, Any]) -> dict[str,
 
 
 def add_to_record(study: Study, job: Job, results: Path) -> None:
-    """Write the rows of a run into the study's record, in the place of earlier ones of this cell and seed."""
+    """Write the rows of a run into the study's record. They replace earlier rows of this cell and seed."""
     rows = rows_of(study, job)
     same = (study.scale, job.name, str(job.seed))
     change_records(
@@ -251,9 +251,9 @@ def _changed(before: list[Row], found: dict[tuple[str, ...], Rows], outdated: It
 
 
 def stale_rows(results: Path) -> list[str]:
-    """A line for each run in the records whose configuration is not the one that its study asks for now.
+    """Return a line for each recorded run whose configuration is not the one that its study asks for now.
 
-    Of runs whose data are not here that cannot be told.
+    Runs whose data are not on this machine cannot be compared and get no line.
     """
     lines: dict[str, None] = {}
     for name in (name for name in recorded(results) if name in group_options("study")):
@@ -267,34 +267,34 @@ def stale_rows(results: Path) -> list[str]:
 
 
 def _without_snapshots(jobs: Sequence[Job]) -> list[str]:
-    """Runs that were made before a snapshot of them was asked for."""
+    """Return a line for each run that was trained before the study asked for a snapshot of it."""
     notes = []
     for job in (job for job in jobs if job.by_class or job.cell is None):
         missing, folder = job.missing_snapshots(), job.folder()
         if missing and folder is not None:
             shares = ", ".join(f"{share:g}" for share in missing)
             notes.append(
-                f"{folder.path} kept no snapshot after {shares} of its epochs, and what needs one is left out: "
-                "remove the folder to train it again"
+                f"{folder.path} has no snapshot after {shares} of its epochs. Results that need it are left out. "
+                "Remove the folder to train the run again"
             )
     return list(dict.fromkeys(notes))
 
 
 def _outdated(study: Study, row: Row, hashes: dict[str, str | None]) -> str | None:
-    """Why a row of a record is not one of the study any more; None where it is."""
+    """Return why a row of a record is outdated; None if it is not."""
     if row["scale"] != study.scale:
         return None
-    where = f"left out: {row['cell']}, seed {row['seed']}"
+    where = f"outdated row: {row['cell']}, seed {row['seed']}"
     if row["cell"] not in {cell.name for cell in study.cells}:
-        return f"{where}: {study.id} has no such cell any more"
+        return f"{where}: {study.id} no longer has this cell"
     wanted = hashes.get(row["cell"])
     if wanted is not None and row["config_hash"] != wanted:
-        return f"{where}: made with the configuration {row['config_hash']}, the study's is {wanted} now"
+        return f"{where}: made with the configuration {row['config_hash']}; the study now asks for {wanted}"
     return None
 
 
 def _other_runs(study: Study, jobs: Sequence[Job]) -> list[str]:
-    """Finished runs that were made for one of these cells and seeds and are not what the study asks for now."""
+    """Return a line for each finished run of these cells and seeds that the study no longer asks for."""
     if not jobs:
         return []
     wanted = {folder.path for job in jobs if (folder := job.folder()) is not None}
@@ -304,12 +304,14 @@ def _other_runs(study: Study, jobs: Sequence[Job]) -> list[str]:
         origin = (read_json(file) or {}).get("study") or {}
         ours = tuple(origin.get(name) for name in ("id", "scale", "cell", "seed")) in asked
         if ours and (file.parent / "record.json").is_file() and file.parent not in wanted:
-            notes.append(f"left out: {file.parent}, made for {origin.get('cell')}: the study asks for another run now")
+            notes.append(
+                f"outdated run: {file.parent}, made for {origin.get('cell')}: the study now asks for another run"
+            )
     return notes
 
 
 def in_order(study: Study, rows: list[Row]) -> list[Row]:
-    """Rows by scale, cell in the study's order, and seed; those of one run stay as they are."""
+    """Sort rows by scale, by cell in the study's order, and by seed. Rows of one run keep their order."""
     order = {cell.name: position for position, cell in enumerate(study.cells)}
     return sorted(rows, key=lambda row: (row["scale"], order.get(row["cell"], len(order)), int(row["seed"])))
 

@@ -1,4 +1,4 @@
-"""How long the rest of a study takes, from what was measured."""
+"""Estimate the remaining time of a study from measured runs."""
 
 import csv
 import re
@@ -13,16 +13,16 @@ from exnorm.studies.plan import Job
 
 
 class Speed(NamedTuple):
-    """Images that one device trains on per second, and where that number comes from; None where nothing is known."""
+    """Images that one device trains on per second (None if unknown), and the source of that number."""
 
     images_per_s: float | None
     source: str
 
 
 def hours_left(jobs: Sequence[Job], speed: Speed, measured_h: dict[str, float]) -> float | None:
-    """The hours of one device, or core, in training: as a cell's other seeds took, or else by the speed.
+    """Return the hours of training left, on one device or core. None if the time of a run cannot be estimated.
 
-    None where a run's time cannot be told.
+    A run takes as long as the other seeds of its cell did on average, or else its images divided by the speed.
     """
     total = 0.0
     for job in jobs:
@@ -36,7 +36,7 @@ def hours_left(jobs: Sequence[Job], speed: Speed, measured_h: dict[str, float]) 
 
 
 def measured_hours(study: Study, results: Path) -> dict[str, float]:
-    """The mean hours of one device that the runs of each cell took, as the record holds them, at the study's scale."""
+    """Return the mean hours of training of each cell on one device, from the record at the study's scale."""
     hours: dict[str, list[float]] = {}
     for row in read_records(results, study.id):
         if row["scale"] == study.scale and row["metric"] == "top1":
@@ -45,9 +45,9 @@ def measured_hours(study: Study, results: Path) -> dict[str, float]:
 
 
 def speed_of(study: Study, results: Path, given: float | None) -> Speed:
-    """The speed that was given; or the mean over the records at this scale; or that of `exnorm bench train`."""
+    """Return the given speed, or else the mean of the records at this scale, or else that of `exnorm bench train`."""
     if given is not None:
-        return Speed(given, "as given by --images-per-s")
+        return Speed(given, "given by --images-per-s")
     measured = [
         float(row["value"]) / _devices(row)
         for name in recorded(results)
@@ -67,8 +67,8 @@ def _devices(row: Row) -> int:
 
 
 def _benchmarked(file: Path) -> Speed:
-    """The last training step of ResNet-50 at 224 px on a GPU with a normalizer of ours in the benchmark's table."""
-    unknown = "nothing was measured yet: exnorm bench train measures it, --images-per-s tells it"
+    """Return the speed in the benchmark's last row for ResNet-50 at 224 px with an exnorm layer on a GPU."""
+    unknown = "nothing was measured yet; run exnorm bench train, or give --images-per-s"
     try:
         rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def _benchmarked(file: Path) -> Speed:
         row
         for row in rows
         if (row["model"], row["image_size"]) == ("resnet50", "224") and row["layers"] != "timm" and row["peak_mib"]
-    ]  # the peak of memory is known of a GPU alone
+    ]  # only rows of a GPU have a peak of memory
     if not fitting:
         return Speed(None, unknown)
     last = fitting[-1]

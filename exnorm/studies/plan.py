@@ -1,8 +1,9 @@
-"""The runs of a study: for each cell and seed its configuration, folder, and whether it has finished.
+"""The runs of a study: the configuration and folder of each cell and seed, and whether the run has finished.
 
-A run that begins with a checkpoint of another one (`{source@0.3}` in a setting: what `trainer.snapshots` keeps of the
-source after 0.3 of its epochs, of the same seed; `{source}`: the last one) is known by the configuration of the source
-instead of by the bytes of that file, so that a plan can be made before the source has run.
+A run can begin with a checkpoint of another run, its source. In a setting, `{source@0.3}` is the snapshot of the source
+after 0.3 of its epochs (`trainer.snapshots`), with the same seed. `{source}` is its last checkpoint. Such a run is
+identified by the configuration of its source, not by the bytes of the file. So a plan can be made before the source
+has run.
 """
 
 import functools
@@ -24,22 +25,22 @@ from exnorm.runs.identity import run_dir
 from exnorm.runs.metrics import MetricsLog
 
 Facts = tuple[str | None, float | None, str]  # config_hash, images and problem of a job
-RunKey = tuple[str | tuple[str, ...], int]  # the hash, or without data the settings, and the seed
+RunKey = tuple[str | tuple[str, ...], int]  # the hash (the settings if the data are missing) and the seed
 SOURCE = re.compile(r"\{([\w-]+)(?:@(\d*\.?\d+))?\}")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a study: a cell, or a source of cells, with a seed.
+    """One run of a study: a cell, or the source of cells, with a seed.
 
     Attributes:
         cell: None for a source.
-        settings: of `exnorm train`, without seed and runs; `{source@0.3}` as in the study.
-        config_hash: of what the run does; the same for all seeds. None where its data are not at hand.
-        images: that it trains on, over all epochs; None where the size of its data is not known.
-        problem: what is wrong where there is no hash.
-        needs: the source's job, if it begins with a checkpoint of one.
-        by_class: whether its ratios are measured class by class.
+        settings: arguments of `exnorm train`, without seed and runs; `{source@0.3}` as in the study.
+        config_hash: hash of the configuration, the same for all seeds. None if the data are missing.
+        images: number of training images times epochs. None if the size of the data set is unknown.
+        problem: why there is no hash.
+        needs: the job of the source, if the run begins with a checkpoint of it.
+        by_class: whether the ratios of each class are measured.
     """
 
     cell: Cell | None
@@ -55,19 +56,19 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What lists call it."""
+        """The name of the job in lists."""
         return f"{self.name}, seed {self.seed}"
 
     @property
     def run_key(self) -> "RunKey":
-        """What cells that share a run have in common."""
+        """The key of the run. Cells that share a run have the same key."""
         return self.config_hash or self.settings, self.seed
 
     @property
     def result_hash(self) -> str | None:
-        """The hash of what the cell's numbers come from, the run and, after a dash, its evaluation.
+        """The hash of the run and, after a dash, of the cell's evaluation of it.
 
-        None where the data of one of them are not at hand.
+        None if the data of one of them are missing.
         """
         if self.config_hash is None or self.cell is None or not self.cell.evaluate:
             return self.config_hash
@@ -78,46 +79,46 @@ class Job:
         return f"{self.config_hash}-{evaluated}"
 
     def arguments(self) -> list[str]:
-        """What `exnorm train` is given.
+        """Return the arguments of `exnorm train`.
 
         Raises:
-            UserError: the checkpoint that it begins with is not there.
+            UserError: the checkpoint that the run begins with does not exist.
         """
         return [*self._with_checkpoints(), f"seed={self.seed}", f"runs={self.runs}"]
 
     def folder(self) -> RunFolder | None:
-        """The run's folder, which need not exist; None before its source has run, or without its data."""
+        """Return the run's folder, which need not exist. None before its source has run, or if its data are missing."""
         if self.config_hash is None or (self.needs and not self.needs.trained()):
             return None
         values, hash8 = _identified(tuple(self._with_checkpoints()))
         return RunFolder(run_dir({**values, "seed": self.seed, "runs": str(self.runs)}, hash8=hash8))
 
     def trained(self) -> bool:
-        """Whether the run has finished."""
+        """Return whether the run has finished."""
         folder = self.folder()
         return folder is not None and folder.read_record() is not None
 
     def diverged(self) -> bool:
-        """Whether the run ended with a loss that is not finite; it is not tried again."""
+        """Return whether the run ended with a loss that is not finite. Such a run is not started again."""
         folder = self.folder()
         return folder is not None and folder.diverged_at() is not None
 
     def finished(self) -> bool:
-        """Whether the run, and what its cell evaluates afterwards, has a result."""
+        """Return whether the run has finished, with the evaluation and the class ratios that its cell asks for."""
         evaluates = self.cell is not None and self.cell.evaluate
         if not self.trained() or (evaluates and self.evaluation() is None):
             return False
         return not self.by_class or self.class_ratios_file().is_file()
 
     def missing_snapshots(self) -> list[float]:
-        """The snapshots that are asked for and that the finished run, made when they were not, did not keep."""
+        """Return the snapshots that the study asks for now and that the finished run did not keep."""
         folder = self.folder()
         if folder is None or not self.trained():
             return []
         return [share for share in _config(self._own()).trainer.snapshots if not folder.snapshot_file(share).exists()]
 
     def evaluation(self) -> dict[str, Any] | None:
-        """The row of `evaluations.jsonl` that the cell asks for, of the run's last checkpoint."""
+        """Return the row of `evaluations.jsonl` for this cell and the run's last checkpoint; None if there is none."""
         folder = self.folder()
         record = folder.read_record() if folder is not None else None
         if folder is None or record is None or self.cell is None:
@@ -127,7 +128,7 @@ class Job:
         return next((row for row in reversed(rows) if (row.get("id"), row["step"]) == (wanted, record["steps"])), None)
 
     def class_ratios_file(self) -> Path:
-        """Where `exnorm ratios --by-class` keeps what it measures of the finished run."""
+        """Return the file in which `exnorm ratios --by-class` keeps the ratios of the finished run."""
         folder = self.folder()
         record = folder.read_record() if folder is not None else None
         assert folder is not None and record is not None and self.cell is not None
@@ -138,7 +139,7 @@ class Job:
         """Refuse settings that cannot work, before anything runs.
 
         Raises:
-            UserError: such a setting of the training or of the evaluation.
+            UserError: a setting of the training or of the evaluation cannot work.
         """
         try:
             check(_config(self._own()))
@@ -148,7 +149,7 @@ class Job:
             raise UserError(f"{self.name}: {problem}") from None
 
     def _own(self) -> tuple[str, ...]:
-        """The settings without those of a checkpoint that is not there yet."""
+        """Return the settings without those that name a checkpoint of a source."""
         return tuple(text for text in self.settings if not SOURCE.search(text))
 
     def _with_checkpoints(self) -> list[str]:
@@ -163,12 +164,12 @@ class Job:
         fraction = found[2]
         path = None if folder is None else folder.snapshot_file(float(fraction)) if fraction else folder.path
         if path is None or not path.exists():
-            raise UserError(f"{self.name} begins with {found[0]}, and {path or 'that run'} is not there")
+            raise UserError(f"{self.name} begins with {found[0]}, but {path or 'that run'} does not exist")
         return text.replace(found[0], str(path))
 
 
 def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
-    """The runs of cells, sources first, then seed by seed, so that a table fills with whole columns of one seed."""
+    """Return the runs of cells: sources first, then seed by seed, so that all cells get their first seed early."""
     chosen = list(cells)
     facts = {cell: _facts(study, cell.train) for cell in chosen}
     sources: dict[tuple[str, int], Job] = {}
@@ -186,12 +187,12 @@ def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
 
 
 def trainings_of(jobs: Iterable[Job]) -> list[Job]:
-    """One job of each run: several cells may be evaluations of the same one."""
+    """Return one job for each run. Several cells may be evaluations of the same run."""
     return [group[-1] for group in by_run(jobs).values()]
 
 
 def by_run(jobs: Iterable[Job]) -> dict[RunKey, list[Job]]:
-    """The jobs of each run: its training and what cells evaluate of it."""
+    """Return the jobs of each run: its training and the evaluations of it."""
     groups: dict[RunKey, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.run_key, []).append(job)
@@ -201,24 +202,27 @@ def by_run(jobs: Iterable[Job]) -> dict[RunKey, list[Job]]:
 def _source_of(study: Study, settings: Iterable[str]) -> str | None:
     found = {match[1]: None for text in settings for match in SOURCE.finditer(text)}
     if len(found) > 1:
-        raise UserError(f"study {study.id}: a cell begins with checkpoints of one source, not of {' and '.join(found)}")
+        raise UserError(f"study {study.id}: a cell can begin with one source, not with {' and '.join(found)}")
     return next(iter(found), None)
 
 
 def _facts(study: Study, settings: tuple[str, ...]) -> Facts:
-    """The hash of a configuration, with that of its source in the place of a checkpoint; images trained on; problem."""
+    """Return hash, images and problem of a configuration. The source's hash replaces the path of a checkpoint."""
     source = _source_of(study, settings)
     if source is None:
         return _composed(settings, study.train_images)
     if source not in study.sources:
-        raise UserError(f"study {study.id} has no source '{source}': {', '.join(study.sources) or 'none'}")
+        raise UserError(f"study {study.id} has no source '{source}'; allowed: {', '.join(study.sources) or 'none'}")
     begins = study.sources[source]
     if _source_of(study, begins) is not None:
-        raise UserError(f"study {study.id}: the source '{source}' begins with another one, which is not possible")
+        raise UserError(f"study {study.id}: the source '{source}' begins with another source, which is not possible")
     kept = list(_config(begins).trainer.snapshots)
     asked = [float(match[2]) for text in settings if (match := SOURCE.search(text)) and match[2]]
     if lacking := [share for share in asked if share not in kept]:
-        raise UserError(f"study {study.id}: '{source}' keeps no snapshot {lacking[0]:g}, its trainer.snapshots={kept}")
+        raise UserError(
+            f"study {study.id}: the source '{source}' keeps no snapshot {lacking[0]:g}; its settings have "
+            f"trainer.snapshots={kept}"
+        )
     own = _facts(study, begins)[0]
     marked = [SOURCE.sub(lambda found: f"run-{own}-{found[2] or 'last'}", text) for text in settings]
     return _composed(tuple(marked), study.train_images)

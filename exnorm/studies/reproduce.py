@@ -1,7 +1,8 @@
-"""`exnorm reproduce STUDY`: run what is missing of a study, several runs at once; killed at any moment it goes on.
+"""`exnorm reproduce STUDY`: run the missing runs of a study, several at the same time.
 
-A finished run is not run again and one that was killed goes on from its checkpoint, as `exnorm train` does. A run that
-fails stops no other. The record is brought up to date after each run.
+The command can be killed at any moment; the same command then continues. It skips finished runs and resumes the others
+from their checkpoints, as `exnorm train` does. A failed run does not stop the others. The record is updated after each
+run.
 """
 
 import json
@@ -38,17 +39,17 @@ ERROR = "exnorm: error: "
 
 
 class Failed(Exception):
-    """A run that ended without a result; the message is its last line."""
+    """A run ended without a result. The message is its last line."""
 
 
-Problems = dict[str, str]  # what went wrong, by the title of the job
+Problems = dict[str, str]  # error messages by the title of the job
 
 
 def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int | None) -> int:
-    """Run what is missing and write the record; return the exit code: 0, 1 where a run failed, 128 + n after signal n.
+    """Run the missing runs and write the record. Return the exit code: 0, 1 if a run failed, 128 + n after signal n.
 
     Raises:
-        UserError: data that are not there; nothing was run.
+        UserError: data are missing, or a setting cannot work; nothing was run.
     """
     check_data(jobs)
     check_settings(jobs)
@@ -69,27 +70,27 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
         for future in futures.values():
             problems |= future.result()
     if runner.signum:
-        print(f"exnorm: stopped; the same command goes on with {study.id}", file=sys.stderr)
+        print(f"exnorm: stopped. Type the same command again to continue with {study.id}", file=sys.stderr)
         return 128 + runner.signum
-    print(f"record: {record_file(results, study.id)}; exnorm table {study.named} --scale {study.scale} shows it")
+    print(f"record: {record_file(results, study.id)}. To see it, type exnorm table {study.named} --scale {study.scale}")
     for title, problem in problems.items():
         print(f"failed: {title}: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
 def elsewhere(study: Study, left: Iterable[Job], results: Path) -> str:
-    """How many of the runs that are left the record has, whose folders are not here; empty if none."""
+    """Return a text with the number of remaining runs that the record has without a run folder; empty if none."""
     rows = read_records(results, study.id)
     recorded = {(row["cell"], row["seed"], row["config_hash"]) for row in rows if row["scale"] == study.scale}
     known = sum((job.name, str(job.seed), job.config_hash) in recorded for job in left)
-    return f"; {known} more are in the record, from run folders that are not here, and are run again" if known else ""
+    return f"; {known} more are in the record, but their run folders are not here, so they run again" if known else ""
 
 
 def check_data(jobs: Iterable[Job]) -> None:
-    """Refuse runs whose data are not there.
+    """Refuse runs whose data are missing.
 
     Raises:
-        UserError: they are not.
+        UserError: data are missing.
     """
     problems = list(dict.fromkeys(job.problem for job in jobs if job.config_hash is None))
     if problems:
@@ -97,17 +98,17 @@ def check_data(jobs: Iterable[Job]) -> None:
 
 
 def check_settings(jobs: Iterable[Job]) -> None:
-    """Refuse settings that cannot work, of each cell once.
+    """Refuse settings that cannot work. Each cell is checked once.
 
     Raises:
-        UserError: such a setting.
+        UserError: a setting cannot work.
     """
     for job in {job.name: job for job in jobs}.values():
         job.check()
 
 
 class Runner:
-    """Starts runs as processes of their own, which end with this one, and passes signals on to them."""
+    """Starts each run as a subprocess, which ends with this process, and forwards signals to it."""
 
     def __init__(self, study: Study, results: Path, *, total: int) -> None:
         self.study, self.results, self.total = study, results, total
@@ -117,7 +118,7 @@ class Runner:
         self._changing = threading.Lock()
 
     def run_all(self, jobs: Sequence[Job], source: "Future[Problems] | None") -> Problems:
-        """Do the jobs of one run, each evaluation after the training; return what went wrong with which."""
+        """Do the jobs of one run: the training, then its evaluations. Return the problems by the title of the job."""
         needed = jobs[-1].needs
         if source is not None and needed is not None and needed.title in source.result():
             return {job.title: "the run that it begins with failed" for job in jobs}
@@ -135,7 +136,7 @@ class Runner:
         """Train, evaluate and record one job.
 
         Raises:
-            Failed: without a result.
+            Failed: the job ended without a result.
         """
         started = time.monotonic()
         try:
@@ -164,7 +165,7 @@ class Runner:
 
     @contextmanager
     def forwarding_signals(self) -> Iterator[None]:
-        """Within, a stop signal ends the runs, each with a checkpoint, and no other is started; two Ctrl-C kill."""
+        """In this context a stop signal ends each run with a checkpoint, and no other starts. A second Ctrl-C kills."""
 
         def stop(signum: int, frame: FrameType | None) -> None:
             again = signum == self.signum == signal.SIGINT
@@ -182,9 +183,9 @@ class Runner:
                 signal.signal(signum, handler)
 
     def _train(self, folder: RunFolder, arguments: list[str], job: Job) -> None:
-        """Train what has not finished; a run that diverges is a result, too: it is recorded and not tried again."""
+        """Train until the run has finished. A run that diverges is recorded as a result and not tried again."""
         while folder.read_record() is None:
-            while folder.is_locked() and not self.signum:  # by another study, or a killed one that is ending
+            while folder.is_locked() and not self.signum:  # another study trains it, or a killed run is ending
                 time.sleep(LOCK_PAUSE_S)
             step = folder.diverged_at()
             if step is not None:
@@ -195,7 +196,7 @@ class Runner:
                 self._try_to_train(folder, arguments, job)
 
     def _try_to_train(self, folder: RunFolder, arguments: list[str], job: Job) -> None:
-        """One attempt, which may find that another process has just begun, or that the run diverges."""
+        """Try once. Another process may have just started this run, or the run may diverge."""
         try:
             self._exnorm(["train", *arguments], job)
         except Failed:
@@ -223,10 +224,10 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                start_new_session=True,  # Ctrl-C reaches it through `forwarding_signals` alone
+                start_new_session=True,  # Ctrl-C reaches it only through `forwarding_signals`
             )
             self._processes.add(process)
-        if self.signum:  # it came in between
+        if self.signum:  # the signal came in between
             process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
         lines = process.stdout.read().splitlines()
@@ -241,7 +242,7 @@ class Runner:
 def _without_result(verb: str, folder: RunFolder) -> str:
     return (
         f"exnorm {verb} ended without an error, but {folder.path} has no result: the data or the initial weights have "
-        "changed since this command began. Type it again; it then reads them anew"
+        "changed since this command began. Type the same command again; it then reads the new ones"
     )
 
 
@@ -253,7 +254,7 @@ def _result(job: Job) -> str:
 
 
 def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s: float | None) -> None:
-    """List the cells with their seeds, which are done, and the hours that are left."""
+    """Print the cells with their seeds, how many are done, and the hours left."""
     from rich.table import Table
 
     from exnorm.runs.table import print_table
@@ -267,11 +268,11 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
         own = [job for job in jobs if job.cell == cell]
         labels = [study.label(value) for _, value in cell.key]
         done = sum(job not in left for job in own)
-        hours = _hours([job for job in to_train if job.cell == cell], speed, measured_h)  # of several cells' run: once
+        hours = _hours([job for job in to_train if job.cell == cell], speed, measured_h)  # a shared run: once
         table.add_row(*labels, str(len(own)), str(done), hours)
     print_table(table)
     for problem in dict.fromkeys(job.problem for job in jobs if job.problem):
-        print(f"not here: {problem}")
+        print(f"missing data: {problem}")
     trainings = trainings_of(jobs)
     evaluations = [job for job in jobs if job.cell is not None and job.cell.evaluate]
     further = f" and {len(evaluations)} evaluations of them" if evaluations else ""

@@ -1,1 +1,1 @@
-"""What a run learns: criterion and metrics. One file per task."""
+"""Tasks: criterion and metrics. One file per task."""

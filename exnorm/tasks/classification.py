@@ -1,6 +1,6 @@
 """Classification: cross-entropy, top-1 and top-5.
 
-Metrics are sums over samples, divided by their true number at the end; a mean of batch means is not the mean.
+Metrics are sums over samples, divided by the number of samples at the end. A mean of batch means is not the mean.
 """
 
 from typing import Any
@@ -26,10 +26,11 @@ class Classification:
 
     @torch.no_grad()
     def sums(self, logits: Tensor, labels: Tensor, clean: Tensor) -> Tensor:
-        """Sums over the samples in float64, against labels of which some may be noisy.
+        """Return sums over the samples, in float64. Some labels may be wrong.
 
-        Loss without smoothing, hits in top 1 and top 5, samples; wrong labels, and how many of them the prediction
-        agrees with (fitted), or with the clean label instead (recovered).
+        The sums are the loss without smoothing, hits in top 1 and in top 5, the number of samples, and the number of
+        wrong labels. Of the wrong labels: those that the prediction agrees with (fitted), and those for which it is the
+        clean label (recovered).
         """
         logits = logits.float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
@@ -48,9 +49,9 @@ class Classification:
 
 
 def summarize(sums: Tensor, split: str) -> dict[str, float]:
-    """Sums as metrics under `<split>/`: loss, top-1 and top-5 in percent.
+    """Return sums as metrics under `<split>/`: loss, and top-1 and top-5 in percent.
 
-    Where labels are wrong: the percentage of them that was fitted, and of those that were recovered.
+    If labels are wrong: also the percentages of them that were fitted and recovered.
     """
     loss, top1, top5, count, noisy, fitted, recovered = sums.tolist()
     metrics = {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
