@@ -10,13 +10,14 @@ from typing import Any
 import timm.optim
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.schema import OptimConfig
 from exnorm.norms import Norm
 
 LIKE_SGD = ("momentum", "nesterov", "nesterovw", "lars", "nlars", "larc", "nlarc")  # SGD's learning rate works for them
-SCHEDULES = ("step", "cosine")
+SCHEDULES = ("step", "cosine", "poly")
 ROUNDING = 1e-6  # of a step: 0.6 x 100 epochs is not exactly 60 in binary
 
 
@@ -29,7 +30,7 @@ def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch
     if config.schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={config.schedule} is unknown; allowed: {', '.join(SCHEDULES)}")
     lr = peak_lr(config, total_batch=total_batch)
-    parameters = parameter_groups(model, lr)
+    parameters = parameter_groups(model, lr, decay=config.decay)
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -62,19 +63,33 @@ def _refuse_rate_of_sgd(config: Any) -> None:
         )
 
 
-def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """Return parameter groups: one for most parameters, and others for those with `Norm.param_options`."""
+def parameter_groups(model: nn.Module, lr: float, *, decay: str = "all") -> list[dict[str, Any]]:
+    """Return parameter groups: one for most parameters, and others for those with options of their own.
+
+    Those are the options of `Norm.param_options`, and no weight decay for what `decay` excludes.
+
+    Args:
+        decay: `all`, or `weights` for the weights of convolutions and linear layers only.
+    """
     own: dict[nn.Parameter, dict[str, float]] = {}
     for module in model.modules():
         if isinstance(module, Norm):
             options = module.param_options().items()
             own |= {p: option for name, option in options if (p := getattr(module, name)).requires_grad}
+    if decay == "weights":
+        own = {p: {"weight_decay": 0.0, **own.get(p, {})} for p in _without_decay(model)}
     usual = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in own]
     groups: list[dict[str, Any]] = [{"params": usual}]
     for options in {tuple(sorted(options.items())): options for options in own.values()}.values():
         params = [parameter for parameter in own if own[parameter] == options]
         groups.append({"params": params, "lr": lr * options.get("lr_scale", 1.0), **options})
     return groups
+
+
+def _without_decay(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are not weights of convolutions or linear layers."""
+    weights = {module.weight for module in model.modules() if isinstance(module, _ConvNd | nn.Linear)}
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in weights]
 
 
 def peak_lr(config: Any, *, total_batch: int) -> float:
@@ -85,16 +100,19 @@ def peak_lr(config: Any, *, total_batch: int) -> float:
 def learning_rate(config: Any, *, step: int, steps_per_epoch: int, epochs: int, total_batch: int) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0.
 
-    step: peak x gamma^(milestones passed), milestones being fractions of all steps. cosine: peak x (1 + cos(pi t)) / 2
-    with t from 0 to 1 over the steps after the warm-up. Warm-up: linear from 0 over the fraction `warmup` of all steps.
+    step: peak x gamma^(milestones passed), milestones being fractions of all steps. cosine: peak x (1 + cos(pi t)) / 2.
+    poly: peak x (1 - t)^power. Here t goes from 0 to 1 over the steps after the warm-up. Warm-up: linear from 0 over
+    the fraction `warmup` of all steps.
     """
     peak = peak_lr(config, total_batch=total_batch)
     warmup_steps = config.warmup * epochs * steps_per_epoch
     if step < warmup_steps:
         return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1.0, epochs * steps_per_epoch - warmup_steps)
     if config.schedule == "cosine":
-        progress = (step - warmup_steps) / max(1.0, epochs * steps_per_epoch - warmup_steps)
         return peak * (1 + math.cos(math.pi * progress)) / 2
+    if config.schedule == "poly":
+        return peak * max(0.0, 1 - progress) ** config.power
     total = epochs * steps_per_epoch
     passed = sum(step >= fraction * total - ROUNDING for fraction in config.milestones)
     return peak * config.gamma**passed

@@ -386,7 +386,7 @@ class Visit:
             return
         milliseconds = self.ms(captured.replay, 20)
         self.row(
-            norm=norm, batch=batch, image_size=224, graph=True, ms=round(milliseconds, 2),
+            norm=norm, batch=batch, image_size=32 if self.dry else 224, graph=True, ms=round(milliseconds, 2),
             images_per_s=round(batch / milliseconds * 1e3, 1),
         )  # fmt: skip
 

@@ -149,9 +149,30 @@ def test_weight_decay_reaches_every_parameter() -> None:
         assert torch.allclose(parameter, torch.full_like(parameter, 1 - 0.1 * 1e-4)), name
 
 
+def test_poly_falls_from_the_peak_to_zero_by_its_power() -> None:
+    values = rates(10, 10, schedule="poly", power=0.9, warmup=0.2)
+    assert values[:20] == pytest.approx([0.1 * step / 20 for step in range(20)])
+    assert values[20:] == pytest.approx([0.1 * (1 - t / 80) ** 0.9 for t in range(80)])
+
+
+@pytest.mark.parametrize("norm", ["bn", "en", "ssn"])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_can_be_left_to_convolutions_and_linear_layers(norm: str, name: str) -> None:
+    model = build(norm)
+    config = compose_train([f"optim={name}", "optim.decay=weights", "optim.weight_decay=0.1"]).optim
+    groups = build_optimizer(model, config, total_batch=256).param_groups
+    decays = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decays.keys() == set(model.parameters())
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            decayed = key == "weight" and isinstance(module, nn.Conv2d | nn.Linear)
+            assert decays[parameter] == (0.1 if decayed else 0.0), f"{path}.{key}"
+
+
 def test_an_unknown_optimizer_is_refused() -> None:
+    unknown = SimpleNamespace(name="sdg", schedule="step", lr=1.0, decay="all")
     with pytest.raises(UserError, match="did you mean 'sgd'"):
-        build_optimizer(nn.Linear(1, 1), SimpleNamespace(name="sdg", schedule="step", lr=1.0), total_batch=1)
+        build_optimizer(nn.Linear(1, 1), unknown, total_batch=1)
 
 
 @pytest.mark.parametrize("norm", ["sn", "en"])

@@ -56,7 +56,7 @@ class DataConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     epochs: int = 100  # the usual length of training on this data set; default of trainer.epochs
-    schedule: str = "step"  # step | cosine; default of optim.schedule
+    schedule: str = "step"  # step | cosine | poly; default of optim.schedule
     workers: int = 4  # loader processes per device
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     num_classes: int | None = None  # of a drawn set; for WebVision, use only the first ones
@@ -74,10 +74,12 @@ class OptimConfig:
     lr_per_256: float = 0.1
     momentum: float = 0.9
     nesterov: bool = False
-    weight_decay: float = 1e-4  # on all parameters, those of the norms included
-    schedule: str = "step"  # step | cosine
+    weight_decay: float = 1e-4
+    decay: str = "all"  # all | weights: what decays; weights are those of convolutions and linear layers
+    schedule: str = "step"  # step | cosine | poly
     milestones: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9])  # fractions of the epochs
     gamma: float = 0.1
+    power: float = 0.9  # of poly
     warmup: float = 0.0  # fraction of the epochs, linear from 0
 
 

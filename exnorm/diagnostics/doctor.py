@@ -1,6 +1,5 @@
 """`exnorm doctor`: check that this installation works on this machine. Each check runs real code on small data."""
 
-import os
 import platform
 import shutil
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exnorm.runs.provenance import cpu_model, versions
+from exnorm.runs.subprocesses import available_cores
 
 MIN_FREE_GIB = 5.0
 
@@ -49,7 +49,7 @@ def _matching_pair() -> str:
 def _devices() -> str:
     import torch
 
-    cpu = f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"
+    cpu = f"{cpu_model()}, {available_cores()} cores"
     if not torch.cuda.is_available():
         return f"{cpu}; no GPU"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

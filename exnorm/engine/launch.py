@@ -39,7 +39,8 @@ CHOICES = {
     "trainer.device": ("auto", "cpu", "cuda"),
     "trainer.precision": ("fp32", "bf16", "fp16"),
     "trainer.inference": ("moving_average", "batch_average"),
-    "optim.schedule": ("step", "cosine"),
+    "optim.schedule": ("step", "cosine", "poly"),
+    "optim.decay": ("all", "weights"),
     "logger.wandb": ("off", "offline", "online"),
     "task.name": ("classification",),
 }
