@@ -208,7 +208,7 @@ def test_every_command_prints_in_any_encoding(tmp_path: Path, encoding: str, run
     assert shown.returncode == 0 and f"80.50 {plus_minus} 0.71 (2)" in shown.stdout, shown.stderr
     name = os.fsdecode("Bücher-鳥-".encode() + b"\xe9")
     done = run_cli("runs", name, env=env)
-    assert done.returncode == 2 and done.stderr.startswith("exnorm: error: no folder B")
+    assert done.returncode == 2 and done.stderr.startswith("exnorm: error: there is no folder B")
 
 
 def test_the_package_offers_its_functions_without_importing_torch() -> None:

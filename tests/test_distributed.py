@@ -68,7 +68,7 @@ def test_sync_is_one_scope_over_all_devices(images: Path, tmp_path: Path) -> Non
 def test_whole_model_compilation_keeps_the_mathematics_on_two_devices(images: Path, tmp_path: Path) -> None:
     setting = ["norm=en", "batch=8x4"]
     one = state_after_a_step(images, tmp_path / "one", *setting)
-    compiled = [*setting, "trainer.devices=2", "trainer.compile=true"]
+    compiled = [*setting, "trainer.devices=2", "trainer.passes=2", "trainer.compile=true"]
     assert_close(one, state_after_a_step(images, tmp_path / "two", *compiled))
 
 

@@ -50,7 +50,7 @@ def test_broken_images_are_named_and_fail(tmp_path: Path, capsys: pytest.Capture
     broken.write_text("<html>")
     arguments = ("data=imagenet", f"data.root={root}")
     code, text = look(capsys, tmp_path / "sheet.png", *arguments)
-    assert code == 1 and f"broken: {broken.relative_to(root)} (no known format" in text
+    assert code == 1 and f"broken: {broken.relative_to(root)} (the image format is not known" in text
     assert "FAIL: 2.08 % of the training images are broken" in text
     assert look(capsys, tmp_path / "sheet.png", *arguments, "data.max_bad_fraction=0.05")[0] == 0
     victim = sorted((root / "val" / WNIDS[0]).iterdir())[0]

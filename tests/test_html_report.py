@@ -231,6 +231,6 @@ def test_what_a_record_holds_cannot_become_a_part_of_the_page(tmp_path: Path) ->
 
 
 def test_a_folder_that_is_no_run_and_a_study_without_a_record_are_one_line(tmp_path: Path, run_cli: CliRunner) -> None:
-    for what, said in ((str(tmp_path), "is no run folder"), ("en-pi", "nothing was measured of en-pi")):
+    for what, said in ((str(tmp_path), "is not a run folder"), ("en-pi", "nothing was measured of en-pi")):
         done = run_cli("report", what)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

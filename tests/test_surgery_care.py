@@ -184,7 +184,7 @@ def test_a_recalibration_that_cannot_be_leaves_the_statistics() -> None:
         exnorm.recalibrate(model, [images(), images()[:, :2]])
     assert_same(state(model), before, rtol=0, atol=0)
     assert all(module.training for module in model.modules())
-    with pytest.raises(ValueError, match="no layer with running statistics that are not frozen"):
+    with pytest.raises(ValueError, match="found no layer with running statistics, or all such layers are frozen"):
         exnorm.recalibrate(exnorm.freeze(model), [images()])
 
 

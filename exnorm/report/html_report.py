@@ -51,7 +51,7 @@ def write_report(what: str, scale: str, out: Path | None, *, runs: Path, results
         text, path = run_page(folder), out or folder.path / "report.html"
     else:
         if what not in group_options("study") and not is_file_name(what):
-            raise UserError(f"{what} is no run folder and no study: {suggest(what, group_options('study'))}")
+            raise UserError(f"{what} is neither a run folder nor a study: {suggest(what, group_options('study'))}")
         study = load_study(what, scale)
         text, path = study_page(study, results, runs), out or Path(f"{study.id}-{scale}.html")
     write_text_atomic(path, text)
