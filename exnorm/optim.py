@@ -69,7 +69,8 @@ def parameter_groups(model: nn.Module, lr: float, *, decay: str = "all") -> list
     Those are the options of `Norm.param_options`, and no weight decay for what `decay` excludes.
 
     Args:
-        decay: `all`, or `weights` for the weights of convolutions and linear layers only.
+        decay: `all`, or `weights` for the weights of convolutions and linear layers only. Parameters of norms, also
+            the matrices of EN, then do not decay.
     """
     own: dict[nn.Parameter, dict[str, float]] = {}
     for module in model.modules():

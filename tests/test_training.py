@@ -188,6 +188,9 @@ BAD = {
     "batch=1x1": "more than 1 value per channel",
     "trainer.eval_batch_size=0": "give 1 or more",
     "trainer.precision=fp8": "allowed: fp32, bf16, fp16",
+    "trainer.cuda_graph=true": "needs a GPU",
+    "optim.power=-1": "above 0, such as 0.9",
+    "optim.decay=weight": "allowed: all, weights",
     "data.resize=16": "data.resize=32",
 }
 

@@ -75,7 +75,7 @@ class OptimConfig:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
-    decay: str = "all"  # all | weights: what decays; weights are those of convolutions and linear layers
+    decay: str = "all"  # all | weights: of convolutions and linear layers only, no parameter of a norm
     schedule: str = "step"  # step | cosine | poly
     milestones: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9])  # fractions of the epochs
     gamma: float = 0.1

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from exnorm.config.errors import UserError
 from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
-from exnorm.data.loader_room import BATCHES_AHEAD, check_room
 from exnorm.data.splits import Images
 from exnorm.data.transforms import Transform
+from exnorm.runs.loader_room import BATCHES_AHEAD, check_room
 from exnorm.runs.subprocesses import STOP_SIGNALS, stop_signals_blocked
 
 Key = tuple[int, int]  # epoch, index
@@ -43,6 +43,11 @@ class SeededImages(Dataset[tuple[Tensor, int, int]]):
         self.transform = transform
         self.seed = seed
         self.bad_images = bad_images
+
+    @property
+    def sample_bytes(self) -> int:
+        """The size of a cropped image."""
+        return 3 * self.transform.size**2
 
     def __len__(self) -> int:
         return len(self.images)
@@ -138,7 +143,7 @@ class Loader:
         workers = min(workers, os.cpu_count() or 1)
         self.dataset, self.device, self.channels_last = dataset, device, channels_last
         samples = batches.share if isinstance(batches, TrainBatches) else max(map(len, batches), default=0)
-        check_room(workers, samples * 3 * dataset.transform.size**2)
+        check_room(workers, batches=len(batches), batch_bytes=samples * dataset.sample_bytes)
         self.batches: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,

@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 TITLE = """# Speed and memory
-`exnorm bench norms`, `exnorm bench train`, `exnorm bench data` and `scripts/gpu_visit.py` append rows to the CSV files
-here, with device, versions and commit. The first three write this page. A ratio is the median over rounds in which all
-candidates ran in turn.
+`exnorm bench norms`, `exnorm bench train` and `exnorm bench data` append rows to the CSV files here, with device,
+versions and commit, and write this page. `scripts/gpu_visit.py` writes the rows for `gpu.csv`. A ratio is the median
+over rounds in which all candidates ran in turn.
 """
 
 
@@ -98,8 +98,8 @@ def _gpu(path: Path) -> Iterator[str]:
         yield f"## Training steps on one {device}"
         yield (
             f"`scripts/gpu_visit.py`; ResNet-50, 224 px, bfloat16, channels last, torch {group.torch.iloc[-1]}. Images "
-            "per second over those of timm's model with torch's BN, in the same visit, under the same conditions; the "
-            "range over visits where there are several."
+            "per second over those of timm's model with torch's BN, at the same commit, under the same conditions; the "
+            "range over commits where there are several."
         )
         yield markdown(pd.DataFrame(lines).set_index("step"))
 

@@ -46,6 +46,7 @@ def describe_run(
     left = steps - learner.step
     processes = f"{world.size} process{'es' if world.size > 1 else ''}"
     compiled = ", compiled" if config.trainer.compile else ", in a CUDA graph" if config.trainer.cuda_graph else ""
+    about = "at most" if config.trainer.cuda_graph else "about"  # the measured step has no graph
     resume = f"resumed after step {learner.step}, " if resumed else ""
     size = config.data.image_size
     lines = [
@@ -53,7 +54,7 @@ def describe_run(
         f"device {device}, {processes}; precision {learner.precision}; back end {backend}{compiled}",
         f"{parameters / 1e6:.3f} M parameters, {gflops:.3f} GFLOPs per {size} px image (multiply-adds counted once)",
         learner.plan.describe(),
-        f"{steps} steps in {config.trainer.epochs} epochs; {resume}about {duration(left * step_s)} plus validation",
+        f"{steps} steps in {config.trainer.epochs} epochs; {resume}{about} {duration(left * step_s)} plus validation",
     ]
     if world.device.type == "cpu":
         lines += busy(torch.get_num_threads(), os.getloadavg()[0], available_cores())

@@ -14,6 +14,7 @@ from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import eval_loader
 from exnorm.engine.progress import Progress
 from exnorm.runs.folder import RunFolder, write_text_atomic
+from exnorm.runs.loader_room import check_room
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
         bad_images.look_again(splits.train)
     workers, in_val = config.data.workers, eval_transform(config.data)
     train_set = SeededImages(splits.train, train_transform(config.data), seed=config.seed, bad_images=bad_images)
+    if config.trainer.inference == "batch_average":  # its loader starts behind an epoch, when a refusal would cost it
+        batch_bytes = plan.scope * train_set.sample_bytes
+        check_room(workers, batches=config.trainer.calibration_batches, batch_bytes=batch_bytes)
     val_sets = {
         name: SeededImages(images, in_val, seed=config.seed)
         for name, images in validation_sets(config.data, splits).items()

@@ -166,6 +166,10 @@ def check(config: DictConfig) -> BatchPlan:
     gpu = on_gpu(config.trainer.device, "trainer.device")
     if config.trainer.precision == "fp16" and not gpu:
         raise UserError("trainer.precision=fp16 needs a GPU. On a CPU use bf16 or fp32")
+    if config.trainer.cuda_graph:
+        _check_cuda_graph(config, gpu=gpu)
+    if config.optim.power <= 0:
+        raise UserError(f"optim.power={config.optim.power}: give a number above 0, such as 0.9")
     sync = bool(config.norm.get("sync", False))
     devices = _count_devices(config.trainer.devices, "trainer.devices", gpu)
     if devices is None:
@@ -298,6 +302,13 @@ def _check_same_run(folder: RunFolder, hash8: str) -> None:
 def _check_positive(value: int, key: str) -> None:
     if value < 1:
         raise UserError(f"{key}={value} is not possible; give 1 or more")
+
+
+def _check_cuda_graph(config: DictConfig, *, gpu: bool) -> None:
+    if not gpu:
+        raise UserError("trainer.cuda_graph=true needs a GPU, and this run uses the CPU. Leave it out")
+    if config.trainer.compile:
+        raise UserError("trainer.cuda_graph=true and trainer.compile=true do not work together. Set one of them")
 
 
 def _check_choice(value: Any, key: str, allowed: tuple[str, ...]) -> None:

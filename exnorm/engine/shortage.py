@@ -3,8 +3,8 @@
 import errno
 import re
 
-from exnorm.data.loader_room import no_files, no_shared_memory, shared_free
 from exnorm.runs.folder import DISK_FULL, RunFolder
+from exnorm.runs.loader_room import no_files, no_shared_memory, shared_free
 
 LITTLE = 1 << 20  # bytes; less free shared memory counts as none
 NO_SHARED_MEMORY = re.compile(r"shared memory\(shm\)|out of shared memory|killed by signal: Bus error|</torch_")

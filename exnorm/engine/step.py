@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from exnorm.config.errors import UserError
+from exnorm.config.errors import UserError, first_line
 from exnorm.data.loader import mixed_seed
-from exnorm.engine.batch import BatchPlan
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import autocast
 from exnorm.engine.learner import NO_BAD_STEP, Learner
 from exnorm.norms import commit_running_stats
+from exnorm.norms.batch_scope import batch_scope_norms
 
 Batch = Sequence[Tensor]  # images, labels, clean labels
 Passes = Callable[[Learner, Batch], tuple[Tensor, Tensor]]
@@ -67,8 +67,8 @@ def run_passes(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
 class GraphedPasses:
     """`run_passes`, replayed from a CUDA graph after a few steps; all batches have the same shapes.
 
-    Gradients stay allocated: a replay overwrites them. With several processes they are averaged after the replay, for
-    a graph would have to hold the exchange.
+    Gradients stay allocated: a replay overwrites them. So do all activations: validation needs memory of its own. With
+    several processes the gradients are averaged after the replay, because a graph would have to hold the exchange.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class GraphedPasses:
         return results
 
     def _run_aside(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Run on a side stream, as a capture does: what is allocated now is then known there."""
+        """Run on the stream of the capture, which compiles kernels and makes the workspaces of this stream."""
         learner.optimizer.zero_grad(set_to_none=True)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -106,9 +106,16 @@ class GraphedPasses:
     def _capture(self, learner: Learner, batch: Batch) -> None:
         self.batch = [tensor.clone() for tensor in batch]
         learner.optimizer.zero_grad(set_to_none=True)
-        # Only this thread's calls are captured: the loader's thread pins memory meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.results = run_passes(learner, self.batch)
+        try:
+            # Only calls of this thread are captured: the loader's thread pins memory meanwhile.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.results = run_passes(learner, self.batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as problem:
+            raise UserError(
+                f"this model cannot be captured in a CUDA graph ({first_line(problem)}). Leave trainer.cuda_graph out"
+            ) from problem
 
 
 def average_gradients(model: nn.Module, world: World) -> None:
@@ -122,24 +129,17 @@ def average_gradients(model: nn.Module, world: World) -> None:
     torch._foreach_copy_(gradients, [mean.view(g.shape) for mean, g in zip(means, gradients, strict=True)])
 
 
-def choose_passes(config: Any, plan: BatchPlan, world: World) -> Passes:
+def choose_passes(config: Any, learner: Learner) -> Passes:
     """Choose how passes run, by `trainer.cuda_graph`.
 
     Raises:
-        UserError: a CUDA graph cannot hold this run.
+        UserError: a layer exchanges statistics between GPUs, which a graph cannot hold.
     """
     if not config.trainer.cuda_graph:
         return run_passes
-    problem = None
-    if world.device.type != "cuda":
-        problem = "needs an NVIDIA GPU, and this run uses the CPU: leave it out, or set trainer.device=cuda"
-    elif config.trainer.compile:
-        problem = "and trainer.compile=true do not work together yet: set one of them"
-    elif plan.span > 1 or (plan.sync and world.size > 1):
-        problem = (
-            f"cannot capture statistics that are exchanged between GPUs: BN's scope of {plan.scope} samples spans "
-            "several. Use fewer trainer.devices, or leave trainer.cuda_graph out"
+    if any(norm.has_batch_scope() and norm.scope()[1] is not None for norm in batch_scope_norms(learner.model)):
+        raise UserError(
+            f"trainer.cuda_graph=true cannot capture statistics that GPUs exchange: BN's scope of {learner.plan.scope} "
+            "samples spans several. Use fewer trainer.devices, or leave trainer.cuda_graph out"
         )
-    if problem is not None:
-        raise UserError(f"trainer.cuda_graph=true {problem}")
     return GraphedPasses()

@@ -68,8 +68,8 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     batches, bad_images = images.batches, images.bad_images
 
     # Model and optimizer, restored from the last checkpoint
-    passes = choose_passes(config, plan, world)
     learner = build_learner(config, plan, world, list(images.splits.classes))
+    passes = choose_passes(config, learner)
     state = checkpoint.resume(folder, world)
     if state is not None:
         restore(learner, state)

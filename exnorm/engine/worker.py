@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
         _report(problem)
         return EXIT_USER_ERROR
     except torch.OutOfMemoryError as problem:
-        less = "Use more trainer.passes, a smaller batch or trainer.precision=bf16"
+        less = "Use more trainer.passes, a smaller batch or trainer.precision=bf16, and no trainer.cuda_graph"
         _report(UserError(f"the memory of the GPU is full. {less} ({first_line(problem)})"))
         return EXIT_USER_ERROR
     except Exception as problem:
