@@ -124,9 +124,11 @@ def _run_apart(options: argparse.Namespace, part: str, limit: float, environment
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
             code: Any = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as end:
             os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
             process.wait()
+            if isinstance(end, KeyboardInterrupt):
+                raise SystemExit(130) from None
             code = "out of time"
     print(f"{part}: exit {code}, {time.monotonic() - start:.0f} s", flush=True)
     if code != 0:
