@@ -99,12 +99,14 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str |
     Raises:
         UserError: the weights are of another architecture.
     """
-    own = model.state_dict()
+    own, norms, classifiers = model.state_dict(), _norm_names(model), _classifiers(model)
     given, taken = _state_for(own, state)
-    given = _in_own_shapes(given, own, _norm_names(model))
+    given = _in_own_shapes(given, own, norms)
     reshaped = {key for key, value in given.items() if key in own and own[key].shape != value.shape}
-    head = {key for key in reshaped if key.rpartition(".")[0] in _classifiers(model)}
-    _refuse_other_architecture(model, given, reshaped - head, source)
+    head = {key for key in reshaped if key.rpartition(".")[0] in classifiers}
+    lacking = {key for key in own.keys() ^ given.keys() if key.rpartition(".")[0] not in norms}  # on either side
+    if wrong := sorted((reshaped - head) | lacking):
+        raise UserError(f"{source} holds the weights of another architecture: {wrong[0]} ({len(wrong)} in all) differs")
     model.load_state_dict({k: v for k, v in given.items() if k in own and k not in head}, strict=False)
     missing = len(own.keys() - given.keys())
     notes = taken + [f"classifier {key} has another shape and starts anew" for key in sorted(head)]
@@ -121,20 +123,6 @@ def _in_own_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], norms
         elif key.rpartition(".")[0] in norms and value.numel() == other.numel():  # as in the published SN code
             fitted[key] = other.reshape(value.shape)
     return fitted
-
-
-def _refuse_other_architecture(
-    model: nn.Module, given: Mapping[str, Tensor], reshaped: set[str], source: str | Path
-) -> None:
-    """Raise UserError where weights do not fit; a norm's tensors may be missing or left over."""
-    own, norms = model.state_dict().keys(), _norm_names(model)
-
-    def of_a_norm(key: str) -> bool:
-        return key.rpartition(".")[0] in norms
-
-    wrong = sorted(reshaped | {key for key in own ^ given.keys() if not of_a_norm(key)})
-    if wrong:
-        raise UserError(f"{source} holds the weights of another architecture: {wrong[0]} ({len(wrong)} in all) differs")
 
 
 def _state_for(own: Mapping[str, Tensor], content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

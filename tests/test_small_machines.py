@@ -49,6 +49,20 @@ def test_a_run_works_on_a_network_disk_without_locks(images: Path, tmp_path: Pat
     assert listed.returncode == 0 and "running" not in listed.stdout
 
 
+def train_in_shell(shell: list[str], limit: str, images: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A training with two loader processes, in a shell that sets a limit first."""
+    command = shlex.join([sys.executable, "-m", "exnorm", *tiny(images, "data.workers=2")])
+    return subprocess.run(
+        [*shell, f"{limit}; exec {command}"],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(
     ("shell", "limit", "said"),
     [
@@ -63,16 +77,7 @@ def test_a_run_works_on_a_network_disk_without_locks(images: Path, tmp_path: Pat
 def test_a_machine_that_is_too_small_is_one_line(
     shell: list[str], limit: str, said: str, images: Path, tmp_path: Path
 ) -> None:
-    command = shlex.join([sys.executable, "-m", "exnorm", *tiny(images, "data.workers=2")])
-    done = subprocess.run(
-        [*shell, f"{limit} || exit 77; exec {command}"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
+    done = train_in_shell(shell, f"{limit} || exit 77", images, tmp_path)
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("this machine lets no test mount a disk")
     assert done.returncode == 2, done.stderr
@@ -82,14 +87,5 @@ def test_a_machine_that_is_too_small_is_one_line(
 
 
 def test_a_low_limit_of_open_files_is_raised(images: Path, tmp_path: Path) -> None:
-    command = shlex.join([sys.executable, "-m", "exnorm", *tiny(images, "data.workers=2")])
-    done = subprocess.run(
-        ["bash", "-c", f"ulimit -S -n 30; exec {command}"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
+    done = train_in_shell(["bash", "-c"], "ulimit -S -n 30", images, tmp_path)
     assert done.returncode == 0, done.stderr

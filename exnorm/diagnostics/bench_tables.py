@@ -92,9 +92,9 @@ def _gpu(path: Path) -> Iterator[str]:
     rows["graph"] = rows.graph.fillna(False).astype(bool)
     rows["whole"] = rows.backend.fillna("").str.endswith("whole model")
     for device, group in rows.groupby("device", sort=False):
-        lines = [_gpu_line(group, setting, "images_per_s", bar) for setting, bar in GPU_BARS.items()]
-        lines.append({"step": "peak memory, 256 images", **_gpu_ratios(group, (256, False, False), "peak_gib")})
-        lines[-1]["bar"] = f"at most {PEAK_BAR}"
+        lines = [_gpu_line(group, setting, bar) for setting, bar in GPU_BARS.items()]
+        peak = _gpu_ratios(group, (256, False, False), "peak_gib")
+        lines.append({"step": "peak memory, 256 images", **peak, "bar": f"at most {PEAK_BAR}"})
         yield f"## Training steps on one {device}"
         yield (
             f"`scripts/gpu_visit.py`; ResNet-50, 224 px, bfloat16, channels last, torch {group.torch.iloc[-1]}. Images "
@@ -104,15 +104,15 @@ def _gpu(path: Path) -> Iterator[str]:
         yield markdown(pd.DataFrame(lines).set_index("step"))
 
 
-def _gpu_line(rows: pd.DataFrame, setting: tuple[int, bool, bool], column: str, bar: float | None) -> dict[str, str]:
+def _gpu_line(rows: pd.DataFrame, setting: tuple[int, bool, bool], bar: float | None) -> dict[str, str]:
     batch, graph, whole = setting
     how = ", CUDA graph" if graph else ", whole-model torch.compile" if whole else ""
     target = "" if bar is None else f"at least {bar}"
-    return {"step": f"{batch} images{how}", **_gpu_ratios(rows, setting, column), "bar": target}
+    return {"step": f"{batch} images{how}", **_gpu_ratios(rows, setting, "images_per_s"), "bar": target}
 
 
 def _gpu_ratios(rows: pd.DataFrame, setting: tuple[int, bool, bool], column: str) -> dict[str, str]:
-    """Each normalizer's value over stock's of the same visit; the lowest and highest of several visits."""
+    """Each normalizer's value over stock's at the same commit; the lowest and highest of several commits."""
     batch, graph, whole = setting
     same = rows[(rows.batch == batch) & (rows.graph == graph) & (rows.whole == whole)]
     values = same.pivot_table(index="commit", columns="norm", values=column, sort=False, aggfunc="last")

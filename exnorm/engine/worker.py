@@ -19,7 +19,7 @@ from exnorm.config.errors import BUG, UserError, first_line
 from exnorm.engine.shortage import shortage
 from exnorm.runs.folder import RunFolder, RunLocked
 from exnorm.runs.output import outlive_output, print_anything
-from exnorm.runs.subprocesses import available_cores, end_with_parent, heeded_signals
+from exnorm.runs.subprocesses import available_cores, end_with_parent, heeded_signals, workers_here
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
@@ -44,8 +44,7 @@ def main(arguments: list[str]) -> int:
     from exnorm.runs.counted_warnings import counted_warnings
 
     if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-        torch.set_num_threads(max(1, available_cores() // local))
+        torch.set_num_threads(max(1, available_cores() // workers_here()))
     folder = RunFolder(folder_name)
     try:
         config = checkpoint.read_config(folder)

@@ -9,6 +9,7 @@ import resource
 import shutil
 
 from exnorm.config.errors import UserError
+from exnorm.runs.subprocesses import workers_here
 
 SHARED = "/dev/shm"
 OWN_FILES = "/proc/self/fd"
@@ -29,8 +30,7 @@ def check_room(workers: int, *, batches: int, batch_bytes: int) -> None:
     """
     if workers == 0:
         return
-    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))  # on this machine
-    needed = trainers * min(workers * BATCHES_AHEAD, batches) * batch_bytes
+    needed = workers_here() * min(workers * BATCHES_AHEAD, batches) * batch_bytes
     if os.path.isdir(SHARED) and shared_free() < needed:
         raise UserError(
             f"shared memory is too small: {SHARED} has {shared_free()} bytes free, and the batches that loader "

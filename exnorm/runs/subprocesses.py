@@ -50,6 +50,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def workers_here() -> int:
+    """The training processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
 def importing_environment() -> dict[str, str]:
     """Return the environment for a Python process that can import the same modules as this one.
 
