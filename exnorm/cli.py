@@ -35,6 +35,7 @@ class Kind(StrEnum):
     norms = "norms"
     models = "models"
     data = "data"
+    tasks = "tasks"
     studies = "studies"
 
 
@@ -44,6 +45,7 @@ class Item(StrEnum):
     norm = "norm"
     model = "model"
     data = "data"
+    task = "task"
 
 
 class Format(StrEnum):

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from exnorm.config import backbones
 from exnorm.config.compose import (
-    check_norm_types,
+    check_options,
     compose_eval,
     compose_train,
     conf_dir,
@@ -108,7 +108,7 @@ def test_what_cannot_be_parsed_is_one_line_with_an_example(override: str) -> Non
 def test_a_float_takes_an_integer_and_a_null_default_anything() -> None:
     compose_train(["norm.eps=1", "norm.initial=bn"])
     with pytest.raises(UserError, match="expected an integer"):
-        check_norm_types({"name": "en", "pi": True})
+        check_options("norm", {"name": "en", "pi": True})
 
 
 def test_any_model_of_timm_is_an_option(some_timm: None) -> None:

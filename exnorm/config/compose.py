@@ -19,13 +19,13 @@ from exnorm.config.groups import (
     register_option,
     register_schemas,
 )
-from exnorm.config.norm import check_norm_types, split_norm
+from exnorm.config.options import UNTYPED, USUAL_TASK, check_options, split_norm
 from exnorm.config.schema import TrainConfig
 from exnorm.config.words import with_home
 
 __all__ = [
     "calibration_data",
-    "check_norm_types",
+    "check_options",
     "check_train",
     "compose_eval",
     "compose_train",
@@ -80,27 +80,35 @@ def calibration_data(wanted: Any, own: Any) -> Any:
 
 
 def check_train(config: DictConfig) -> None:
-    """Raise UserError for an unknown key, an unresolvable value, or an option of the norm with a wrong type."""
+    """Raise UserError for an unknown key, an unresolvable value, or an option of norm or task with a wrong type."""
     values = resolved(config, "train")
     check_keys(values, "train")
-    check_norm_types(values.get("norm", {}))
+    for group in UNTYPED:
+        check_options(group, values.get(group, {}))
 
 
 def schema_defaults() -> dict[str, Any]:
     """Return the defaults of every key that the schema types."""
-    values = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
+    return values_of(TrainConfig)
+
+
+def values_of(schema: type) -> dict[str, Any]:
+    """Return the defaults of a class of the schema."""
+    values = OmegaConf.to_container(OmegaConf.structured(schema), throw_on_missing=False)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def default_values(norm_name: str) -> dict[str, Any]:
-    """Return the defaults of the schema and of the norm's yaml. A run's hash leaves out values that equal them.
+def default_values(norm_name: str, task_name: str = USUAL_TASK) -> dict[str, Any]:
+    """Return the defaults of the schema and of the yaml of norm and task. A run's hash leaves out values equal to them.
 
-    The norm's name has no default, so it is always in the hash.
+    The norm's name has no default, so it is always in the hash. That of the task is there if it is another task than
+    classification.
     """
     norm = option_values("norm", norm_name)
     del norm["name"]
-    return {**schema_defaults(), "norm": norm}
+    task = {**option_values("task", task_name), "name": USUAL_TASK}
+    return {**schema_defaults(), "norm": norm, "task": task}
 
 
 def composed(config_name: str, overrides: list[str]) -> DictConfig:

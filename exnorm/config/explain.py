@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from exnorm.config.errors import UserError, first_line, nearest, shorten
 from exnorm.config.groups import OF_STUDIES, group_options, groups, option_values, unknown_option
-from exnorm.config.norm import written
+from exnorm.config.options import UNTYPED, written
 from exnorm.config.schema import EvalConfig, TrainConfig
 from exnorm.config.words import quoted
 
@@ -179,9 +179,10 @@ def known_values(config_name: str) -> dict[str, Any]:
     schema = OmegaConf.structured({"train": TrainConfig, "eval": EvalConfig}[config_name])
     known = dotted(OmegaConf.to_container(schema, throw_on_missing=False))
     if config_name == "train":
-        del known["norm"]
-        for name in group_options("norm"):
-            known |= {f"norm.{key}": value for key, value in option_values("norm", name).items()}
+        for group in UNTYPED:
+            del known[group]
+            for name in group_options(group):
+                known |= {f"{group}.{key}": value for key, value in option_values(group, name).items()}
     return known
 
 

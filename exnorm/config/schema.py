@@ -1,4 +1,4 @@
-"""The typed schema of a run: every key that a user can set, except those of `norm`, which its constructor checks.
+"""The typed schema of a run: every key that a user can set, except those of `norm` and `task`, typed by their yaml.
 
 Never change a default here or its meaning. The hash of a run (`exnorm.runs.identity`) leaves out values that equal
 their default, so a new option does not change the hashes of earlier runs.
@@ -22,6 +22,8 @@ class ModelConfig:
     init_ratios_from: str | None = None  # the same, but only the parameters of the ratios are loaded
     replace: list[str] = field(default_factory=lambda: ["batch"])  # kinds of layers that the norm replaces
     options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the model's constructor
+    head: str | None = None  # of a segmentation network: fcn | psp | deeplabv3; null: the task's default
+    keep: list[str] = field(default_factory=list)  # patterns of names of layers that the norm does not replace
 
 
 @dataclass
@@ -53,6 +55,12 @@ class DataConfig:
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # its width : height
     hflip: float = 0.5  # probability of a horizontal flip
     padding: int | None = None  # px around an image before a random crop; null: random resized crop
+    targets: str = "labels"  # labels | masks: what the data set gives for each image; a task needs one of them
+    short_sides: list[int] | None = None  # px; with masks, one of them is drawn for a training image
+    long_side: int | None = None  # px; with masks, the most that the longer side may have after resizing
+    zoom: list[float] | None = None  # with masks, the range of a random factor on the size of a training image
+    rotation: float = 0.0  # degrees; with masks, the largest random rotation to either side
+    blur: float = 0.0  # with masks, the probability of a Gaussian blur
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     epochs: int = 100  # the usual length of training on this data set; default of trainer.epochs
@@ -76,6 +84,7 @@ class OptimConfig:
     nesterov: bool = False
     weight_decay: float = 1e-4
     decay: str = "all"  # all | weights: of convolutions and linear layers only, no parameter of a norm
+    head_lr_scale: float = 1.0  # factor on the learning rate of all layers outside of the backbone
     schedule: str = "step"  # step | cosine | poly
     milestones: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9])  # fractions of the epochs
     gamma: float = 0.1
@@ -88,6 +97,8 @@ class TrainerConfig:
     """How long, where and how exactly to train."""
 
     epochs: int = 100
+    steps: int | None = None  # the number of optimizer steps, in place of a number of epochs
+    validate_every: int | None = None  # steps between validations; null: one epoch
     device: str = "auto"  # auto | cpu | cuda
     devices: int | None = None  # processes, one per device; null: as many GPUs as exist and fit the batch
     passes: int = 1  # forward-backward passes per optimizer step and device (gradient accumulation)
@@ -102,14 +113,6 @@ class TrainerConfig:
     inference: str = "moving_average"  # moving_average | batch_average: BN's statistics at test time
     calibration_batches: int = 200  # batches of training images for batch_average
     eval_batch_size: int = 64  # per device
-
-
-@dataclass
-class TaskConfig:
-    """What a run learns."""
-
-    name: str = "classification"
-    label_smoothing: float = 0.0
 
 
 @dataclass
@@ -138,13 +141,22 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: Any = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)
     batch: str = "1x32"  # replicas x samples per replica
     seed: int = 0
     runs: str = "runs"  # the folder in which run folders are made
     fresh: bool = False  # start over instead of resuming
+
+
+@dataclass
+class TestConfig:
+    """How a segmentation network is applied to a test image."""
+
+    scales: list[float] = field(default_factory=lambda: [1.0])  # of data.resize; the mean over scales is scored
+    flip: bool = False  # the mean with the mirrored image
+    window: str = "whole"  # whole | N: the side in px of a sliding window, which moves by 2/3 of it
 
 
 @dataclass
@@ -159,3 +171,4 @@ class EvalConfig:
     device: str = "auto"
     devices: int | None = 1
     precision: str | None = None  # fp32 | bf16 | fp16
+    test: TestConfig = field(default_factory=TestConfig)

@@ -17,8 +17,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from exnorm.config.compose import calibration_data, compose_eval, default_values, schema_defaults
+from exnorm.config.compose import calibration_data, compose_eval, default_values, schema_defaults, values_of
 from exnorm.config.errors import UserError
+from exnorm.config.schema import TestConfig
 from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
 from exnorm.engine.processes import missing_gpu, run_workers, visible_gpus
@@ -42,7 +43,6 @@ CHOICES = {
     "optim.schedule": ("step", "cosine", "poly"),
     "optim.decay": ("all", "weights"),
     "logger.wandb": ("off", "offline", "online"),
-    "task.name": ("classification",),
 }
 INITIAL_WEIGHTS = ("init_from", "init_ratios_from")
 POSITIVE = (
@@ -146,8 +146,8 @@ def evaluation_id(config: DictConfig, trained: dict[str, Any]) -> str:
     """
     values: Any = OmegaConf.to_container(config, resolve=True)
     averages = config.inference == "batch_average"
-    keys = ("data", "checkpoint", "inference", "precision", *(["calibration_batches"] if averages else []))
-    defaults = {"data": schema_defaults()["data"]}
+    keys = ("data", "checkpoint", "inference", "precision", "test", *(["calibration_batches"] if averages else []))
+    defaults = {"data": schema_defaults()["data"], "test": values_of(TestConfig)}
     calibrates = averages and calibration_data(config.data, trained["data"]) is config.data
     text = fingerprint(config.data, train=calibrates)
     return config_hash({key: values[key] for key in keys}, defaults=defaults, fingerprint=text)
@@ -206,7 +206,7 @@ def identity(config: DictConfig, values: dict[str, Any], *, content_id: Callable
         key: content_id(values["model"][key], f"model.{key}") for key in INITIAL_WEIGHTS if values["model"][key]
     }
     values = {**values, "model": {**values["model"], **contents}}
-    defaults = default_values(values["norm"]["name"])
+    defaults = default_values(values["norm"]["name"], values["task"]["name"])
     return config_hash(values, defaults=defaults, fingerprint=fingerprint(config.data))
 
 

@@ -1,4 +1,4 @@
-"""Check `norm`, which has no schema: the defaults in `conf/norm/<name>.yaml` give the types of its options."""
+"""Check `norm` and `task`, which have no schema: their yaml in `conf/` gives the defaults and types of options."""
 
 from typing import Any
 
@@ -16,21 +16,25 @@ def split_norm(norm: DictConfig | dict[str, Any]) -> tuple[str, str, dict[str, A
     return options.pop("name"), options.pop("_target_"), options
 
 
-def check_norm_types(norm: DictConfig | dict[str, Any]) -> None:
-    """Compare the options of `norm` with the defaults of its yaml; raise UserError for the first mistake.
+USUAL_TASK = "classification"
+UNTYPED = {"norm": "norm=en", "task": f"task={USUAL_TASK}"}  # groups whose options are typed by their yaml
+
+
+def check_options(group: str, chosen: DictConfig | dict[str, Any]) -> None:
+    """Compare the options of `norm` or `task` with the defaults of its yaml; raise UserError for the first mistake.
 
     An integer is accepted as a float. Any value is accepted where the default is null.
     """
-    values = OmegaConf.to_container(norm, resolve=True) if isinstance(norm, DictConfig) else norm
+    values = OmegaConf.to_container(chosen, resolve=True) if isinstance(chosen, DictConfig) else chosen
     if not isinstance(values, dict) or "name" not in values:
-        raise UserError("no norm is chosen. Type for example norm=en; exnorm list norms shows all of them")
+        raise UserError(f"no {group} is chosen. Type for example {UNTYPED[group]}; exnorm list {group}s shows all of them")
     name = str(values["name"])
-    defaults = option_values("norm", name)
+    defaults = option_values(group, name)
     for key, value in values.items():
         if key not in defaults:
-            raise UserError(f"unknown key 'norm.{key}' for norm {name}: {suggest(str(key), defaults)}")
+            raise UserError(f"unknown key '{group}.{key}' for {group} {name}: {suggest(str(key), defaults)}")
         if not fits(value, defaults[key]):
-            raise UserError(f"norm.{key}={written(value)}: expected {expected(defaults[key])}")
+            raise UserError(f"{group}.{key}={written(value)}: expected {expected(defaults[key])}")
 
 
 def fits(value: Any, default: Any) -> bool:
