@@ -1,6 +1,6 @@
 """Backbones with their normalization replaced: any model of timm by its name, and torchvision's ShuffleNet v2."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,23 @@ def build_model(model_config: Any, norm_config: Mapping[str, Any], *, num_classe
     Raises:
         UserError: an unknown name, an option that the constructor refuses, or nothing to convert.
     """
+    return normalized(lambda: classifier(model_config, num_classes=num_classes), model_config, norm_config)
+
+
+def classifier(model_config: Any, *, num_classes: int) -> nn.Module:
+    """Return the backbone with `num_classes` outputs."""
+    return _backbone(model_config, num_classes)
+
+
+def normalized(network: Callable[[], nn.Module], model_config: Any, norm_config: Mapping[str, Any]) -> nn.Module:
+    """Return the network that `network` makes, converted to the normalizer.
+
+    Raises:
+        UserError: as `network` does, or there is nothing to convert.
+    """
     try:
-        model = _backbone(model_config, num_classes)
         options = _chosen_options(norm_config)
-        return convert(model, _target(norm_config["_target_"]), replace=tuple(model_config.replace), **options)
+        return convert(network(), _target(norm_config["_target_"]), replace=tuple(model_config.replace), **options)
     except UserError as problem:
         raise UserError(f"model={model_config.name} norm={norm_config['name']}: {problem}") from problem
 

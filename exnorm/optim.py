@@ -98,24 +98,23 @@ def peak_lr(config: Any, *, total_batch: int) -> float:
     return config.lr if config.lr is not None else config.lr_per_256 * total_batch / 256
 
 
-def learning_rate(config: Any, *, step: int, steps_per_epoch: int, epochs: int, total_batch: int) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 0.
+def learning_rate(config: Any, *, step: int, steps: int, total_batch: int) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0, of `steps`.
 
     step: peak x gamma^(milestones passed), milestones being fractions of all steps. cosine: peak x (1 + cos(pi t)) / 2.
     poly: peak x (1 - t)^power. Here t goes from 0 to 1 over the steps after the warm-up. Warm-up: linear from 0 over
     the fraction `warmup` of all steps.
     """
     peak = peak_lr(config, total_batch=total_batch)
-    warmup_steps = config.warmup * epochs * steps_per_epoch
+    warmup_steps = config.warmup * steps
     if step < warmup_steps:
         return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1.0, epochs * steps_per_epoch - warmup_steps)
+    progress = (step - warmup_steps) / max(1.0, steps - warmup_steps)
     if config.schedule == "cosine":
         return peak * (1 + math.cos(math.pi * progress)) / 2
     if config.schedule == "poly":
         return peak * max(0.0, 1 - progress) ** config.power
-    total = epochs * steps_per_epoch
-    passed = sum(step >= fraction * total - ROUNDING for fraction in config.milestones)
+    passed = sum(step >= fraction * steps - ROUNDING for fraction in config.milestones)
     return peak * config.gamma**passed
 
 

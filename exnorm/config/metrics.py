@@ -1,5 +1,6 @@
 """The metrics of a task, as its yaml in `conf/task/` declares them. Reports and listings know no metric by name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -34,8 +35,13 @@ class Metric(NamedTuple):
         """The name in a row of `metrics.jsonl` and in `record.json`."""
         return f"val/{self.name}"
 
+    @property
+    def worst(self) -> float:
+        """Minus infinity, or infinity where smaller values are better."""
+        return -math.inf if self.larger_is_better else math.inf
+
     def better(self, value: float, other: float) -> bool:
-        """Return whether a value is better than another one; nothing is better than itself or NaN than anything."""
+        """Return whether a value is better than another one. NaN is never better."""
         return value > other if self.larger_is_better else value < other
 
 

@@ -27,7 +27,9 @@ def check_options(group: str, chosen: DictConfig | dict[str, Any]) -> None:
     """
     values = OmegaConf.to_container(chosen, resolve=True) if isinstance(chosen, DictConfig) else chosen
     if not isinstance(values, dict) or "name" not in values:
-        raise UserError(f"no {group} is chosen. Type for example {UNTYPED[group]}; exnorm list {group}s shows all of them")
+        raise UserError(
+            f"no {group} is chosen. Type for example {UNTYPED[group]}; exnorm list {group}s shows all of them"
+        )
     name = str(values["name"])
     defaults = option_values(group, name)
     for key, value in values.items():

@@ -1,19 +1,18 @@
 """Broken training images: each is replaced by another image and listed; too many of them end the run.
 
 WebVision has truncated files, and error pages named `.jpg`. In training, the next good image of the same label
-replaces a broken one. Every loader process appends the broken images that it finds to one file of the run folder.
+replaces a broken one; with masks, the next good image. Every loader process appends the broken images that it finds to
+one file of the run folder.
 """
 
 import csv
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
+from typing import Any
 
 from exnorm.config.errors import UserError
 from exnorm.data.files import BadImage
 from exnorm.data.paths import BAD_IMAGES
-from exnorm.data.splits import Images
+from exnorm.data.splits import Samples
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.metrics import append_text
 from exnorm.runs.sinks import csv_text
@@ -36,30 +35,29 @@ class BadImages:
         self.seen_bytes = 0
         self.bad: dict[int, int] = {}  # broken image: its replacement
 
-    def open_image(self, images: Images, index: int) -> tuple[int, Image.Image]:
-        """Return image `index`, or the next good image of the same label, as (its index, the image).
+    def open(self, images: Samples, index: int) -> tuple[Any, ...]:
+        """Return image `index` with its targets, or the next good image that may replace it.
 
         Raises:
-            UserError: no image of the label is good.
+            UserError: no such image is good.
         """
         chosen = self.bad.get(index, index)
         try:
-            return chosen, images.open_image(chosen)
+            return images.open(chosen)
         except BadImage as bad:
             self._note(chosen, bad)
             example = bad
-        alike = np.flatnonzero(np.asarray(images.labels) == images.labels[index])
-        first = int(np.searchsorted(alike, index, side="right"))
-        for other in [*alike[first:], *alike[:first]][:-1]:
+        others = images.replacements(index)
+        for other in others:
             try:
-                image = images.open_image(int(other))
+                sample = images.open(int(other))
             except BadImage as bad:
                 self._note(int(other), bad)
                 continue
             self.bad[index] = int(other)
-            return int(other), image
-        label, such = images.labels[index], f"{example.name} ({example.reason})"
-        raise UserError(f"{self.data}: all {len(alike)} images of label {label} are broken, such as {such}")
+            return sample
+        alike, such = f"{len(others) + 1} {images.described(index)}", f"{example.name} ({example.reason})"
+        raise UserError(f"{self.data}: all {alike} are broken, such as {such}")
 
     def _note(self, index: int, bad: BadImage) -> None:
         head = [] if self.file.exists() else [BAD_IMAGES]  # two processes may both write it; `_all_rows` drops it
@@ -88,7 +86,7 @@ class BadImages:
         """Return (data, index, path, reason) of each broken image of this set, sorted by index."""
         return [row for row in self._all_rows() if row[0] == self.data]
 
-    def look_again(self, images: Images) -> None:
+    def look_again(self, images: Samples) -> None:
         """Remove the listed images that can be read now. Only one process calls this, before the others start."""
         if self.file.exists():
             rows = [row for row in self._all_rows() if row[0] != self.data or _is_broken(images, int(row[1]))]
@@ -108,9 +106,9 @@ class BadImages:
         return sorted(rows.values(), key=lambda row: (row[0], int(row[1])))
 
 
-def _is_broken(images: Images, index: int) -> bool:
+def _is_broken(images: Samples, index: int) -> bool:
     try:
-        images.open_image(index)
+        images.open(index)
     except BadImage:
         return True
     return False

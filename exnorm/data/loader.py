@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from exnorm.config.errors import UserError
 from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
-from exnorm.data.splits import Images
+from exnorm.data.splits import Samples
 from exnorm.data.transforms import Transform
 from exnorm.runs.loader_room import BATCHES_AHEAD, check_room
 from exnorm.runs.subprocesses import STOP_SIGNALS, stop_signals_blocked
@@ -31,48 +30,44 @@ def mixed_seed(*parts: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class SeededImages(Dataset[tuple[Tensor, int, int]]):
-    """Cropped images in uint8 with their label and their clean label, addressed by (epoch, index).
+class SeededImages(Dataset[tuple[Any, ...]]):
+    """Cropped images in uint8 with their targets, addressed by (epoch, index).
 
     Args:
+        transform: crops an image and, where that is a mask, its target.
         bad_images: replaces broken images; without it they raise an error.
     """
 
-    def __init__(self, images: Images, transform: Transform, *, seed: int, bad_images: BadImages | None = None) -> None:
+    def __init__(
+        self, images: Samples, transform: Transform, *, seed: int, bad_images: BadImages | None = None
+    ) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
         self.bad_images = bad_images
 
-    @property
-    def sample_bytes(self) -> int:
-        """The size of a cropped image."""
-        return 3 * self.transform.size**2
-
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
-        """Return the image, (height, width, 3) in uint8, its label and its clean label.
+    def __getitem__(self, key: Key) -> tuple[Any, ...]:
+        """Return the image, (height, width, 3) in uint8, and its targets: a label and its clean label, or a mask.
 
         Raises:
             UserError: the image is broken and may not be replaced.
         """
         epoch, index = key
         seed = mixed_seed(self.seed, epoch, index)
-        index, image = self._open(index)
+        sample = self._open(index)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
-        label = self.images.labels[index]
-        clean = label if self.images.clean_labels is None else self.images.clean_labels[index]
-        return torch.as_tensor(self.transform.crop(image)).permute(1, 2, 0), int(label), int(clean)
+        return self.transform(*sample)
 
-    def _open(self, index: int) -> tuple[int, Image.Image]:
+    def _open(self, index: int) -> tuple[Any, ...]:
         if self.bad_images is not None:
-            return self.bad_images.open_image(self.images, index)
+            return self.bad_images.open(self.images, index)
         try:
-            return index, self.images.open_image(index)
+            return self.images.open(index)
         except BadImage as bad:
             raise UserError(
                 f"{bad}. Leaving it out would change the result. Repair it, or list it in a file with a path on each "
@@ -81,36 +76,42 @@ class SeededImages(Dataset[tuple[Tensor, int, int]]):
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """One rank's share of each global batch of an epoch, from any step on; the last, incomplete batch is dropped.
+    """One rank's share of each global batch, between any two steps; an epoch's last, incomplete batch is dropped.
 
-    Sample i of the global batch belongs to replica i // samples. The ranks have consecutive shares.
+    Steps are counted over all epochs. Sample i of the global batch belongs to replica i // samples. The ranks have
+    consecutive shares.
     """
 
     def __init__(self, count: int, *, total: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self.count, self.total, self.seed = count, total, seed
         self.share = total // ranks
         self.offset = rank * self.share
-        self.epoch = 0
-        self.first_step = 0
+        self.first_step, self.end = 0, self.steps_per_epoch
 
     @property
     def steps_per_epoch(self) -> int:
         """Return the number of global batches in an epoch."""
         return self.count // self.total
 
-    def start(self, epoch: int, first_step: int) -> None:
-        """Set the epoch, and the step in it, at which the next iteration begins."""
-        self.epoch, self.first_step = epoch, first_step
+    def between(self, first_step: int, end: int) -> None:
+        """Set the first step of the next iteration, and the step before which it ends."""
+        self.first_step, self.end = first_step, end
 
     def __len__(self) -> int:
-        return self.steps_per_epoch - self.first_step
+        return self.end - self.first_step
 
     def __iter__(self) -> Iterator[list[Key]]:
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(self.count, generator=generator).tolist()
-        for step in range(self.first_step, self.steps_per_epoch):
-            first = step * self.total + self.offset
-            yield [(self.epoch, index) for index in order[first : first + self.share]]
+        order: list[int] = []
+        for step in range(self.first_step, self.end):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if not order or step_in_epoch == 0:
+                order = self._order(epoch)
+            first = step_in_epoch * self.total + self.offset
+            yield [(epoch, index) for index in order[first : first + self.share]]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+        return torch.randperm(self.count, generator=generator).tolist()
 
 
 def fixed_batches(indices: Sequence[int], size: int, *, epoch: int = 0) -> list[list[Key]]:
@@ -119,7 +120,7 @@ def fixed_batches(indices: Sequence[int], size: int, *, epoch: int = 0) -> list[
 
 
 class Loader:
-    """Iterates over batches of a set on a device: normalized images, labels, clean labels.
+    """Iterates over batches of a set on a device: normalized images and their targets.
 
     Its processes, at most one per core, stay alive between epochs. In memory the channels of a batch come last, as in
     its images, so no transposing copy is needed.
@@ -143,7 +144,7 @@ class Loader:
         workers = min(workers, os.cpu_count() or 1)
         self.dataset, self.device, self.channels_last = dataset, device, channels_last
         samples = batches.share if isinstance(batches, TrainBatches) else max(map(len, batches), default=0)
-        check_room(workers, batches=len(batches), batch_bytes=samples * dataset.sample_bytes)
+        check_room(workers, batches=len(batches), batch_bytes=samples * dataset.transform.sample_bytes)
         self.batches: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -154,13 +155,13 @@ class Loader:
             worker_init_fn=_obey_trainer_alone,
         )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         with stop_signals_blocked():
             batches = iter(self.batches)  # starts the processes
         for batch in batches:
-            pixels, labels, clean = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            pixels, *targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             images = self.dataset.transform.normalize(pixels)
-            yield images if self.channels_last else images.contiguous(), labels, clean
+            yield images if self.channels_last else images.contiguous(), *targets
 
 
 def _obey_trainer_alone(worker: int) -> None:

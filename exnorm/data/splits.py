@@ -101,6 +101,9 @@ def _none(index: int) -> Image.Image:
 NO_IMAGES = Images([], _none)
 
 
+Samples = Images | MaskedImages
+
+
 @dataclass(frozen=True)
 class Splits:
     """A training and a validation set over the same classes.
@@ -110,7 +113,7 @@ class Splits:
         mistaken_for: for each class, the one that asymmetric label noise changes it to; None for the next class.
     """
 
-    train: Images | MaskedImages
-    val: Images | MaskedImages
+    train: Samples
+    val: Samples
     classes: Sequence[str]
     mistaken_for: Sequence[int] | None = None

@@ -33,6 +33,15 @@ class Transform:
     std: tuple[float, ...]
     size: int
 
+    def __call__(self, image: Image.Image, *targets: Any) -> tuple[Any, ...]:
+        """Return the crop of an image, (size, size, 3) in uint8, and its targets, which are labels."""
+        return torch.as_tensor(self.crop(image)).permute(1, 2, 0), *targets
+
+    @property
+    def sample_bytes(self) -> int:
+        """The size of a cropped image."""
+        return 3 * self.size**2
+
     def normalize(self, pixels: Tensor) -> Tensor:
         """Return (N, height, width, 3) in uint8 as (N, 3, height, width): (pixels / 255 - mean) / std in float32.
 

@@ -97,7 +97,7 @@ def measure_by_class(folder: RunFolder, overrides: Sequence[str], names: Sequenc
 def _ratios_of(model: nn.Module, loader: Loader, folder: RunFolder) -> dict[str, Tensor]:
     """Return the ratios of all images, (N, K), for each layer that has ratios of each image."""
     found: dict[str, list[Tensor]] = {}
-    for images, _, _ in loader:
+    for images, *_ in loader:
         for layer, ratios in read_ratios(model, images).items():
             if "lambda" in ratios:
                 found.setdefault(layer, []).append(ratios["lambda"].cpu())

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import autocast
 from exnorm.engine.learner import Learner
 from exnorm.engine.progress import duration
+from exnorm.engine.schedule import Schedule
 from exnorm.models import count_parameters, gflops_per_image
 from exnorm.norms.batch_scope import BatchScopeNorm, take_pending
 from exnorm.runs.provenance import cpu_model
@@ -34,7 +36,7 @@ def describe_run(
     config: Any,
     *,
     backend: str,
-    steps: int,
+    schedule: Schedule,
     step_s: float,
     resumed: bool,
     world: World,
@@ -43,7 +45,7 @@ def describe_run(
     device = device_name(world.device)
     parameters = count_parameters(learner.model)
     gflops = gflops_per_image(learner.model, config.data.image_size)
-    left = steps - learner.step
+    left = schedule.steps - learner.step
     processes = f"{world.size} process{'es' if world.size > 1 else ''}"
     compiled = ", compiled" if config.trainer.compile else ", in a CUDA graph" if config.trainer.cuda_graph else ""
     about = "at most" if config.trainer.cuda_graph else "about"  # the measured step has no graph
@@ -54,7 +56,8 @@ def describe_run(
         f"device {device}, {processes}; precision {learner.precision}; back end {backend}{compiled}",
         f"{parameters / 1e6:.3f} M parameters, {gflops:.3f} GFLOPs per {size} px image (multiply-adds counted once)",
         learner.plan.describe(),
-        f"{steps} steps in {config.trainer.epochs} epochs; {resume}{about} {duration(left * step_s)} plus validation",
+        f"{schedule.steps} steps in {schedule.parts} {schedule.unit}s; {resume}{about} {duration(left * step_s)} plus "
+        "validation",
     ]
     if world.device.type == "cpu":
         lines += busy(torch.get_num_threads(), os.getloadavg()[0], available_cores())
@@ -85,8 +88,9 @@ def seconds_per_step(learner: Learner, image_size: int) -> float:
     for _ in range(TRIAL_STEPS):
         start = time.monotonic()
         with autocast(device, learner.precision):
-            logits = model(images)
-        logits.float().square().mean().backward()
+            output = model(images)
+        parts: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
+        torch.stack([part.float().square().mean() for part in parts]).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         elapsed = (time.monotonic() - start) * plan.passes

@@ -43,7 +43,7 @@ def batch_average(
     loader = Loader(dataset, _batches(dataset, scope, batches, world), workers=workers, device=world.device)
     count = torch.zeros(1, dtype=torch.float64)
     with _scope_on_this_device(model):
-        for images, _, _ in loader:
+        for images, *_ in loader:
             with autocast(world.device, precision):
                 model(images)
             count += 1

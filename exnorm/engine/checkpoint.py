@@ -1,9 +1,9 @@
 """Checkpoints: written completely or not at all, and checked before they are read.
 
 `checkpoints/step-<n>.pt` has plain dicts and tensors (`weights_only=True` reads them); the last two are kept. `best.pt`
-is the one with the best top-1, `snapshot-<fraction>.pt` are those that `trainer.snapshots` asks for. A checkpoint is
-written to a temporary file, synced and renamed. Before use, each of its records is checked against its CRC-32. A
-damaged one is renamed to `step-<n>.pt.damaged` when the run resumes.
+is the one with the best primary metric, `snapshot-<fraction>.pt` are those that `trainer.snapshots` asks for. A
+checkpoint is written to a temporary file, synced and renamed. Before use, each of its records is checked against its
+CRC-32. A damaged one is renamed to `step-<n>.pt.damaged` when the run resumes.
 """
 
 import errno
@@ -27,8 +27,9 @@ from exnorm.config.options import USUAL_TASK
 from exnorm.config.schema import TrainConfig
 from exnorm.engine.distributed import World
 from exnorm.engine.weight_files import read_file
-from exnorm.models import build_model
+from exnorm.models import normalized
 from exnorm.runs.folder import DISK_FULL, RunFolder, names_file, removes_on_failure, rename_synced
+from exnorm.tasks import make_task
 
 KEPT = 2
 BEST = "best.pt"
@@ -232,7 +233,8 @@ def read_config(folder: RunFolder) -> Any:
 def build_trained(config: Any, state: Mapping[str, Any]) -> nn.Module:
     """Return the model of a config with a checkpoint's weights and, if the run used them, calibrated statistics."""
     config = OmegaConf.merge(config, {"model": {"pretrained": False}})
-    model = build_model(config.model, config.norm, num_classes=len(state["classes"]))
+    task = make_task(config.task, state["classes"])
+    model = normalized(lambda: task.network(config.model), config.model, config.norm)
     try:
         model.load_state_dict({**state["model"], **(state.get("calibrated") or {})})
     except RuntimeError as problem:

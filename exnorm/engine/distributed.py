@@ -28,6 +28,13 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all workers, which can be pickled, in the order of their ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def largest(self, *values: int) -> list[int]:
         """Return the maximum of each value over all workers, exchanged on the CPU."""
         if self.size == 1:

@@ -1,15 +1,15 @@
 """Exact evaluation: every image counts once, on any number of devices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from exnorm.data.loader import Loader, SeededImages, fixed_batches
 from exnorm.engine.distributed import World
-from exnorm.tasks.classification import SUMS, Classification, summarize
+from exnorm.tasks.base import Task, named, zero_sums
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,33 +31,53 @@ def eval_loader(dataset: SeededImages, *, batch_size: int, workers: int, world: 
 def evaluate(
     model: nn.Module,
     loader: Loader,
-    task: Classification,
+    task: Task,
     *,
     precision: str,
     world: World,
+    test: Any = None,
 ) -> dict[str, float]:
-    """Return loss, top1 and top5 (in percent) over all workers' images, as `val/top1`; the model's mode is restored."""
+    """Return the task's metrics over all workers' images, as `val/<name>`; the model's mode is restored."""
     was_training = model.training
     model.eval()
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
-    for images, labels, clean in loader:
+    sums = zero_sums(task, world.device)
+    rows: list[Tensor] = []
+    for images, *targets in loader:
         with autocast(world.device, precision):
-            logits = model(images)
-        sums += task.sums(logits, labels, clean)
+            output = task.predict(model, images, targets, test)
+        sums += task.sums(output, targets)
+        if task.has_rows:
+            rows.append(task.rows(output, targets).cpu())
     model.train(was_training)
-    return summarize(world.sum_(sums), "val")
+    metrics = task.summarize(world.sum_(sums))
+    if task.has_rows:
+        metrics |= task.summarize_rows(_in_order(world.gather(rows)))
+    return named(metrics, "val")
+
+
+def _in_order(batches: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the rows of all workers in the order of the set, of which each worker has every len(batches)-th sample."""
+    rows = torch.cat([batch for share in batches for batch in share])
+    for rank, share in enumerate(batches):
+        if share:
+            rows[rank :: len(batches)] = torch.cat(list(share))
+    return rows
 
 
 def evaluate_all(
     model: nn.Module,
     loaders: Mapping[str, Loader],
-    task: Classification,
+    task: Task,
     *,
     precision: str,
     world: World,
+    test: Any = None,
 ) -> dict[str, float]:
-    """Return the metrics of the first set as `val/top1`; with several sets, also those of each as `val/<set>/top1`."""
-    each = {name: evaluate(model, loader, task, precision=precision, world=world) for name, loader in loaders.items()}
+    """Return the metrics of the first set as `val/<name>`; with several sets, also those of each as `val/<set>/...`."""
+    each = {
+        name: evaluate(model, loader, task, precision=precision, world=world, test=test)
+        for name, loader in loaders.items()
+    }
     results = dict(next(iter(each.values())))
     if len(each) > 1:
         for name, metrics in each.items():

@@ -9,7 +9,6 @@ from exnorm.config.compose import calibration_data
 from exnorm.config.schema import EvalConfig
 from exnorm.data import load, validation_sets
 from exnorm.data.loader import SeededImages
-from exnorm.data.transforms import eval_transform
 from exnorm.data.validation import matched
 from exnorm.engine import checkpoint
 from exnorm.engine.batch import plan_batch
@@ -20,7 +19,7 @@ from exnorm.engine.images import bad_images_of
 from exnorm.norms import configure_scope
 from exnorm.runs.folder import RunFolder, utc_now
 from exnorm.runs.metrics import MetricsLog
-from exnorm.tasks.classification import Classification
+from exnorm.tasks import make_task
 
 
 def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world: World) -> None:
@@ -40,13 +39,16 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     same = calibrated_on is wanted.data
     splits = matched(load(wanted.data, train=averages and same), state["classes"], name=wanted.data.name)
     val_sets = validation_sets(wanted.data, splits)
+    task = make_task(config.task, state["classes"])
     model = checkpoint.build_trained(config, {**state, "calibrated": None}).to(world.device)
     configure_scope(model)
     calibrated = {}
     if averages:
         own = splits if same else matched(load(calibrated_on), state["classes"], name=calibrated_on.name)
         bad_images = bad_images_of(folder, calibrated_on, own)
-        train_set = SeededImages(own.train, eval_transform(calibrated_on), seed=config.seed, bad_images=bad_images)
+        train_set = SeededImages(
+            own.train, task.transform(calibrated_on, "centre"), seed=config.seed, bad_images=bad_images
+        )
         plan = plan_batch(config.batch, devices=1, sync=bool(config.norm.get("sync", False)))
         calibrated = batch_average(
             model,
@@ -59,10 +61,10 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
         )
         bad_images.check()
     for name, images in val_sets.items():
-        val_set = SeededImages(images, eval_transform(wanted.data), seed=config.seed)
+        val_set = SeededImages(images, task.transform(wanted.data, "eval"), seed=config.seed)
         loader = eval_loader(val_set, batch_size=wanted.batch_size, workers=wanted.data.workers, world=world)
         with using(model, calibrated):
-            results = evaluate(model, loader, Classification(config.task), precision=wanted.precision, world=world)
+            results = evaluate(model, loader, task, precision=wanted.precision, world=world, test=wanted.test)
         if world.is_first:
             row = {
                 "id": evaluation_id,

@@ -8,28 +8,31 @@ from exnorm.data import load, noise, validation_sets
 from exnorm.data.bad_images import BadImages
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
 from exnorm.data.splits import Splits
-from exnorm.data.transforms import eval_transform, train_transform
 from exnorm.engine.batch import BatchPlan
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import eval_loader
 from exnorm.engine.progress import Progress
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.loader_room import check_room
+from exnorm.tasks import Task, make_task
 
 
 @dataclass(frozen=True)
 class RunImages:
-    """The images on which one worker trains and validates.
+    """The task of a run, and the images on which one worker trains and validates.
 
     Attributes:
-        calibration_set: the training images with the crops of validation.
+        calibration_set: the training images, cropped without randomness.
+        probe_set: the images of the main validation set, all cropped to one size.
         val_sets, val_loaders: by the name of the set; the first one is the run's main set.
     """
 
+    task: Task
     splits: Splits
     batches: TrainBatches
     train_loader: Loader
     calibration_set: SeededImages
+    probe_set: SeededImages
     val_sets: dict[str, SeededImages]
     val_loaders: dict[str, Loader]
     bad_images: BadImages
@@ -42,6 +45,7 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
         UserError: there are fewer images than one batch needs.
     """
     splits = load(config.data)
+    task = make_task(config.task, splits.classes)
     batches = TrainBatches(
         len(splits.train),
         total=plan.total,
@@ -57,20 +61,22 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
     bad_images = bad_images_of(folder, config.data, splits)
     if world.is_first:
         bad_images.look_again(splits.train)
-    workers, in_val = config.data.workers, eval_transform(config.data)
-    train_set = SeededImages(splits.train, train_transform(config.data), seed=config.seed, bad_images=bad_images)
+    workers, seed = config.data.workers, config.seed
+    in_val, centre = task.transform(config.data, "eval"), task.transform(config.data, "centre")
+    train_set = SeededImages(splits.train, task.transform(config.data, "train"), seed=seed, bad_images=bad_images)
     if config.trainer.inference == "batch_average":  # its loader starts behind an epoch, when a refusal would cost it
-        batch_bytes = plan.scope * train_set.sample_bytes
+        batch_bytes = plan.scope * train_set.transform.sample_bytes
         check_room(workers, batches=config.trainer.calibration_batches, batch_bytes=batch_bytes)
     val_sets = {
-        name: SeededImages(images, in_val, seed=config.seed)
-        for name, images in validation_sets(config.data, splits).items()
+        name: SeededImages(images, in_val, seed=seed) for name, images in validation_sets(config.data, splits).items()
     }
     return RunImages(
+        task,
         splits,
         batches,
         Loader(train_set, batches, workers=workers, device=world.device, channels_last=config.trainer.channels_last),
-        SeededImages(splits.train, in_val, seed=config.seed, bad_images=bad_images),
+        SeededImages(splits.train, centre, seed=seed, bad_images=bad_images),
+        SeededImages(next(iter(val_sets.values())).images, centre, seed=seed),
         val_sets,
         {
             name: eval_loader(val_set, batch_size=config.trainer.eval_batch_size, workers=workers, world=world)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from exnorm.config.compose import calibration_data, compose_eval, default_values, schema_defaults, values_of
 from exnorm.config.errors import UserError
+from exnorm.config.metrics import metrics_of
 from exnorm.config.schema import TestConfig
 from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
@@ -126,7 +127,7 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
         resumes=None,
     )
     sets = len(config.data.val or [config.data.name])
-    print_evaluations(MetricsLog.read(folder.path / "evaluations.jsonl")[-sets:])
+    print_evaluations(MetricsLog.read(folder.path / "evaluations.jsonl")[-sets:], metrics_of(trained))
 
 
 def resolve_eval_config(trained: dict[str, Any], overrides: list[str]) -> DictConfig:

@@ -14,11 +14,11 @@ from exnorm.engine import checkpoint
 from exnorm.engine.batch import BatchPlan
 from exnorm.engine.calibrate import Calibrated
 from exnorm.engine.distributed import World, replica_group
-from exnorm.models import build_model, load_ratios, load_weights
+from exnorm.models import load_ratios, load_weights, normalized
 from exnorm.norms import configure_scope
 from exnorm.optim import build_optimizer
 from exnorm.runs.folder import NOT_FINITE, RunFolder
-from exnorm.tasks.classification import SUMS, Classification
+from exnorm.tasks.base import Task, zero_sums
 
 NO_BAD_STEP = 2**62
 
@@ -32,15 +32,15 @@ class Learner:
     ddp: DistributedDataParallel | None  # inside `net`; None with one process, or where a CUDA graph runs the passes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    task: Classification
+    task: Task
     plan: BatchPlan
     precision: str
     world: World
+    group: Any  # the processes that share this worker's replica; None if it has complete replicas
     sums: Tensor
-    classes: list[str]
     bad_step: Tensor  # the first step with a non-finite loss; huge while there is none
     step: int = 0  # optimizer steps done
-    epoch: int = 0  # the current epoch
+    epoch: int = 0  # validations done
     train_s: float = 0.0  # seconds of training, until `clock`
     clock: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
@@ -53,10 +53,10 @@ class Learner:
         return self.train_s
 
 
-def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]) -> Learner:
+def build_learner(config: Any, plan: BatchPlan, world: World, task: Task) -> Learner:
     """Return model, optimizer and scaler of a new run, on this worker's device."""
     torch.manual_seed(mixed_seed(config.seed))
-    model = build_model(config.model, config.norm, num_classes=len(classes))
+    model = normalized(lambda: task.network(config.model), config.model, config.norm)
     if config.model.init_from is not None:
         source = config.model.init_from
         for note in load_weights(model, checkpoint.read_weights(source), source=source):
@@ -67,7 +67,8 @@ def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]
         load_ratios(model, checkpoint.read_weights(source), source=source)
     memory_format = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
     model = model.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
-    configure_scope(model, replicas=plan.replicas_per_pass, group=replica_group(world, plan.span))
+    group = replica_group(world, plan.span)
+    configure_scope(model, replicas=plan.replicas_per_pass, group=group)
     ddp = None
     if world.size > 1 and not config.trainer.cuda_graph:
         device_ids = [world.device] if world.device.type == "cuda" else None
@@ -82,12 +83,12 @@ def build_learner(config: Any, plan: BatchPlan, world: World, classes: list[str]
         ddp=ddp,
         optimizer=build_optimizer(model, config.optim, total_batch=plan.total),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.trainer.precision == "fp16"),
-        task=Classification(config.task),
+        task=task,
         plan=plan,
         precision=config.trainer.precision,
         world=world,
-        sums=torch.zeros(len(SUMS), dtype=torch.float64, device=world.device),
-        classes=classes,
+        group=group,
+        sums=zero_sums(task, world.device),
         bad_step=torch.tensor(NO_BAD_STEP, device=world.device),
     )
 
@@ -122,7 +123,7 @@ def save(folder: RunFolder, learner: Learner) -> Any:
                 "train_s": learner.train_s,
                 "best": learner.best,
                 "sums": sums.cpu(),
-                "classes": learner.classes,
+                "classes": learner.task.classes,
                 "model": learner.model.state_dict(),
                 "calibrated": learner.calibrated,
                 "optimizer": learner.optimizer.state_dict(),

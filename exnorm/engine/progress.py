@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from exnorm.engine.schedule import Schedule
 from exnorm.runs.metrics import append_text
+from exnorm.tasks import Task
 
 BAR_EVERY_S = 0.5
 LINE_EVERY_S = 60  # if stderr is a file or a pipe
@@ -17,13 +19,8 @@ LINE_EVERY_S = 60  # if stderr is a file or a pipe
 class Progress:
     """Prints the progress of a run in one worker; the others print nothing."""
 
-    def __init__(self, log_file: Path, *, steps: int, epochs: int, active: bool) -> None:
-        self.log_file, self.steps, self.epochs, self.active = (
-            log_file,
-            steps,
-            epochs,
-            active,
-        )
+    def __init__(self, log_file: Path, task: Task, schedule: Schedule, *, active: bool) -> None:
+        self.log_file, self.task, self.schedule, self.active = log_file, task, schedule, active
         self.on_terminal = active and sys.stderr.isatty()
         self.last_shown = time.monotonic()
         self.first: tuple[int, float] | None = None
@@ -45,11 +42,12 @@ class Progress:
         self.last_shown = now
         done, since = self.first
         rate = (step - done) / (now - since) if now > since else 0.0
-        left = f", {duration((self.steps - step) / rate)} left" if rate else ""
-        loss, _, _, count, *_ = batch_sums.tolist()
-        line = f"epoch {epoch + 1}/{self.epochs}, step {step}/{self.steps}: train loss {loss / count:.3f}{left}"
+        steps = self.schedule.steps
+        left = f", {duration((steps - step) / rate)} left" if rate else ""
+        loss = self.task.summarize(batch_sums)["loss"]
+        line = f"{self._part(epoch)}, step {step}/{steps}: train loss {loss:.3f}{left}"
         if self.on_terminal:
-            filled = 24 * step // self.steps
+            filled = 24 * step // steps
             # A wrapped line could not be erased completely. A terminal of unknown width says 0.
             columns = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             bar = f"[{'#' * filled}{'.' * (24 - filled)}] "
@@ -61,22 +59,30 @@ class Progress:
     def epoch(self, epoch: int, row: dict[str, float], ratios: dict[str, float]) -> None:
         """Print one line with an epoch's metrics and mean ratios."""
         shares = " / ".join(f"{name} {share:.2f}" for name, share in ratios.items())
+        primary, *others = [metric for metric in self.task.metrics if metric.name != "loss"]
+        measured = "".join(f", {metric.label} {row[metric.key]:.{metric.digits}f}" for metric in (primary, *others))
         self.say(
-            f"epoch {epoch + 1}/{self.epochs}: train loss {row['train/loss']:.3f}, top-1 {row['train/top1']:.1f}; "
-            f"val loss {row['val/loss']:.3f}, top-1 {row['val/top1']:.2f}, top-5 {row['val/top5']:.2f}"
-            + "".join(f"; {name} top-1 {top1:.2f}" for name, top1 in _each_set(row).items())
+            f"{self._part(epoch)}: train loss {row['train/loss']:.3f}, {primary.label} "
+            f"{row[f'train/{primary.name}']:.1f}; val loss {row['val/loss']:.3f}{measured}"
+            + "".join(
+                f"; {name} {primary.label} {value:.{primary.digits}f}"
+                for name, value in _each_set(row, primary.name).items()
+            )
             + (f"; ratios {shares}" if shares else "")
         )
+
+    def _part(self, part: int) -> str:
+        return f"{self.schedule.unit} {part + 1}/{self.schedule.parts}"
 
     def _clear(self) -> None:
         if self.on_terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _each_set(row: dict[str, float]) -> dict[str, float]:
-    """Return the top-1 of each of several validation sets: `val/<set>/top1`."""
+def _each_set(row: dict[str, float], metric: str) -> dict[str, float]:
+    """Return a metric of each of several validation sets: `val/<set>/<metric>`."""
     parts = {key: key.split("/") for key in row}
-    return {words[1]: row[key] for key, words in parts.items() if len(words) == 3 and words[2] == "top1"}
+    return {words[1]: row[key] for key, words in parts.items() if len(words) == 3 and words[2] == metric}
 
 
 def duration(seconds: float) -> str:

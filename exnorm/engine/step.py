@@ -20,7 +20,7 @@ from exnorm.engine.learner import NO_BAD_STEP, Learner
 from exnorm.norms import commit_running_stats
 from exnorm.norms.batch_scope import batch_scope_norms
 
-Batch = Sequence[Tensor]  # images, labels, clean labels
+Batch = Sequence[Tensor]  # images and their targets
 Passes = Callable[[Learner, Batch], tuple[Tensor, Tensor]]
 UNCAPTURED = 3  # steps before the capture: they compile kernels, choose algorithms and allocate workspaces
 
@@ -49,18 +49,18 @@ def run_passes(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         The metric sums of the batch, and whether the loss of each pass is finite.
     """
-    count = learner.plan.passes
+    plan, count = learner.plan, learner.plan.passes
     batch_sums = torch.zeros_like(learner.sums)
     finite = torch.ones((), dtype=torch.bool, device=batch_sums.device)
-    for index, (x, y, clean) in enumerate(zip(*[tensor.chunk(count) for tensor in batch], strict=True)):
+    for index, (images, *targets) in enumerate(zip(*[tensor.chunk(count) for tensor in batch], strict=True)):
         exchanges = learner.ddp is None or index == count - 1
         with nullcontext() if exchanges else learner.ddp.no_sync():  # type: ignore[union-attr]
             with autocast(learner.world.device, learner.precision):
-                logits = learner.net(x)
-            loss = learner.task.loss(logits, y) / count
+                output = learner.net(images)
+            loss = learner.task.loss(output, targets, replicas=plan.replicas_per_pass, group=learner.group) / count
             learner.scaler.scale(loss).backward()
         finite = finite & loss.detach().isfinite()
-        batch_sums += learner.task.sums(logits.detach(), y, clean)
+        batch_sums += learner.task.sums(output, targets)
     return batch_sums, finite
 
 

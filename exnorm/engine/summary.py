@@ -1,11 +1,12 @@
 """The small table at the end of a run or an evaluation. Imports no torch."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from exnorm.config.metrics import Metric, metrics_of
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.identity import run_dir
 from exnorm.runs.table import print_table
@@ -14,19 +15,14 @@ NORMALIZERS = ("in", "ln", "bn")
 
 
 def print_result(folder: RunFolder) -> None:
-    """Print a finished run: accuracy, loss, time, mean ratios, the folder, and what a user may type next.
+    """Print a finished run: the task's metrics, time, mean ratios, the folder, and what a user may type next.
 
     The last line says how many training images were replaced, if any were.
     """
     record, config = folder.read_record(), folder.read_config()
     if record is None:
         return
-    cells = {
-        "top-1 %": f"{record['val/top1']:.2f}",
-        "top-5 %": f"{record['val/top5']:.2f}",
-        "loss": _loss(record["val/loss"]),
-        "train time": _minutes(record["hours"] * 60),
-    }
+    cells = _measured(metrics_of(config), record) | {"train time": _minutes(record["hours"] * 60)}
     ratio = record.get("ratio") or {}
     if ratio:
         names = [name for name in NORMALIZERS if name in ratio]
@@ -75,18 +71,17 @@ def _finished_epochs(folder: RunFolder) -> int:
     return (folder.read_record() or {}).get("epochs", 0)
 
 
-def print_evaluations(rows: list[dict[str, Any]]) -> None:
-    """Print evaluations, one row each: accuracy and loss, and what they were measured on."""
+def print_evaluations(rows: list[dict[str, Any]], metrics: Sequence[Metric]) -> None:
+    """Print evaluations, one row each: the task's metrics, and what they were measured on."""
     _print_table(
         *(
             {
-                "top-1 %": f"{row['val/top1']:.2f}",
-                "top-5 %": f"{row['val/top5']:.2f}",
-                "loss": _loss(row["val/loss"]),
+                **_measured(metrics, row),
                 "images": str(row["images"]),
                 "data": row["data"],
                 "checkpoint": f"{row['checkpoint']} (step {row['step']})",
                 "inference": row["inference"],
+                **({"test": row["test"]} if "test" in row else {}),
             }
             for row in rows
         )
@@ -100,8 +95,13 @@ def _print_table(*rows: dict[str, str]) -> None:
     print_table(table)
 
 
-def _loss(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+def _measured(metrics: Sequence[Metric], result: Mapping[str, float | None]) -> dict[str, str]:
+    """Return the metrics of a record or an evaluation, by their headings."""
+    values = {metric: result.get(metric.key) for metric in metrics}
+    return {
+        metric.heading: "not finite" if value is None else f"{value:.{metric.digits}f}"
+        for metric, value in values.items()
+    }
 
 
 def _minutes(minutes: float) -> str:

@@ -22,13 +22,14 @@ from exnorm.engine.evaluate import evaluate_all
 from exnorm.engine.images import RunImages, facts_of, keep_noise, open_images
 from exnorm.engine.learner import Learner, build_learner, check, restore, save
 from exnorm.engine.progress import Progress
+from exnorm.engine.schedule import Schedule, make_schedule
 from exnorm.engine.step import choose_passes, train_step
 from exnorm.norms import progress_buffers
 from exnorm.optim import learning_rate, set_learning_rate
 from exnorm.runs.folder import RunFolder, write_json_atomic
-from exnorm.runs.metrics import MetricsLog, plain
+from exnorm.runs.metrics import MetricsLog, plain, validated
 from exnorm.runs.sinks import Sink, make_sinks
-from exnorm.tasks.classification import summarize
+from exnorm.tasks import named
 
 ROW_EVERY = 100  # optimizer steps between rows inside an epoch
 GPU_CHECK_EVERY = 20  # steps between checks of the loss on a GPU; each check waits for the GPU
@@ -68,26 +69,26 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     batches, bad_images = images.batches, images.bad_images
 
     # Model and optimizer, restored from the last checkpoint
-    learner = build_learner(config, plan, world, list(images.splits.classes))
+    task = images.task
+    learner = build_learner(config, plan, world, task)
     passes = choose_passes(config, learner)
     state = checkpoint.resume(folder, world)
     if state is not None:
         restore(learner, state)
 
     # Description of the run
-    epoch_steps = batches.steps_per_epoch
-    steps = trainer.epochs * epoch_steps
+    schedule = make_schedule(trainer, steps_per_epoch=batches.steps_per_epoch)
     step_s = seconds_per_step(learner, config.data.image_size)
     facts = describe_run(
         learner,
         config,
         backend=backend,
-        steps=steps,
+        schedule=schedule,
         step_s=step_s,
         resumed=state is not None,
         world=world,
     )
-    progress = Progress(folder.log_file, steps=steps, epochs=trainer.epochs, active=world.is_first)
+    progress = Progress(folder.log_file, task, schedule, active=world.is_first)
     progress.say(facts.text)
     noise_facts = keep_noise(folder, config.data.noise, images.splits, progress) if world.is_first else {}
 
@@ -99,8 +100,8 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         metrics.cut_back(learner.step, learner.epoch)
         values: Any = OmegaConf.to_container(config)
         sinks = make_sinks(folder, config.logger, run_config=values)
-        if state is not None and learner.step == learner.epoch * epoch_steps:
-            keep_marked(folder, learner, checkpoint.step_file(folder, learner.step), config)
+        if state is not None and learner.step == schedule.start(learner.epoch):
+            keep_marked(folder, learner, checkpoint.step_file(folder, learner.step), config, schedule)
 
     def log(row: dict[str, Any]) -> None:
         if metrics is not None:
@@ -109,31 +110,25 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                 sink.log({"epoch": learner.epoch + 1, **row}, learner.step)
 
     # Steps
-    probe = probe_images(next(iter(images.val_sets.values())), config.logger.probe_images, world)
+    probe = probe_images(images.probe_set, config.logger.probe_images, world)
     ratios: list[LayerRatio] = []
     results: dict[str, float] = {}
     layers_progress = progress_buffers(learner.model)
     check_every = GPU_CHECK_EVERY if world.device.type == "cuda" else 1
-    while learner.epoch < trainer.epochs:
-        batches.start(learner.epoch, learner.step - learner.epoch * epoch_steps)
+    while learner.epoch < schedule.parts:
+        batches.between(learner.step, schedule.start(learner.epoch + 1))
         learner.clock, first_step, before_s = time.monotonic(), learner.step, learner.train_s
         for batch in images.train_loader:
-            rate = learning_rate(
-                config.optim,
-                step=learner.step,
-                steps_per_epoch=epoch_steps,
-                epochs=trainer.epochs,
-                total_batch=plan.total,
-            )
+            rate = learning_rate(config.optim, step=learner.step, steps=schedule.steps, total_batch=plan.total)
             set_learning_rate(learner.optimizer, rate)
             for progress_of_layer in layers_progress:
-                progress_of_layer.fill_(learner.step / steps)
+                progress_of_layer.fill_(learner.step / schedule.steps)
             learner.calibrated = None  # these statistics belong to earlier weights
             batch_sums = train_step(learner, batch, seed=config.seed, passes=passes)
             learner.step += 1
             progress.step(learner.step, learner.epoch, batch_sums)
             if learner.step % ROW_EVERY == 0:
-                log({**summarize(world.sum_(batch_sums.clone()), "batch"), "lr": rate})
+                log({**named(task.summarize(world.sum_(batch_sums.clone())), "batch"), "lr": rate})
             save_now = trainer.checkpoint_every_steps and learner.step % trainer.checkpoint_every_steps == 0
             if learner.step % check_every == 0 or save_now:
                 signum = check(folder, learner, stop_signal())
@@ -151,16 +146,16 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         images_done = (learner.step - first_step) * plan.total
         sums = world.sum_(learner.sums.clone())
         results, ratios = validate(learner, images, probe, config)
-        row = {**summarize(sums, "train"), **results, "lr": learner.optimizer.param_groups[0]["lr"]}
+        row = {**named(task.summarize(sums), "train"), **results, "lr": learner.optimizer.param_groups[0]["lr"]}
         log({**row, **as_metrics(ratios), "images_per_s": images_done / train_s if images_done else None})
         for sink in sinks:
             sink.table("ratios", LayerRatio._fields, ratios, learner.step)
         progress.epoch(learner.epoch, row, mean_ratios(ratios))
         learner.sums.zero_()
         learner.epoch += 1
-        keep_epoch(folder, learner, results["val/top1"], config)
+        keep_epoch(folder, learner, results[task.metrics[0].key], config, schedule)
         signum = check(folder, learner, stop_signal())
-        if signum and learner.epoch < trainer.epochs:
+        if signum and learner.epoch < schedule.parts:
             save(folder, learner)
             stop(sinks, signum)
 
@@ -173,8 +168,9 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             **(results or last_results(folder)),
             "best": learner.best,
             "hours": learner.train_s / 3600,
-            "steps": steps,
-            "epochs": trainer.epochs,
+            "metrics": [metric._asdict() for metric in task.metrics],
+            "steps": schedule.steps,
+            "epochs": schedule.parts,
             "inference": trainer.inference,
             "devices": world.size,
             **facts.record,
@@ -209,29 +205,33 @@ def validate(
     return results, ratios
 
 
-def keep_epoch(folder: RunFolder, learner: Learner, top1: float, config: Any) -> None:
-    """Write a checkpoint of the epoch that just ended, if it is the best, the last, or asked for."""
-    epoch = learner.epoch
-    is_best = top1 > learner.best.get("val/top1", -1.0)
+def keep_epoch(folder: RunFolder, learner: Learner, value: float, config: Any, schedule: Schedule) -> None:
+    """Write a checkpoint of the epoch that just ended, if it is the best, the last, or asked for.
+
+    Args:
+        value: the primary metric.
+    """
+    epoch, primary = learner.epoch, learner.task.metrics[0]
+    is_best = math.isfinite(value) and primary.better(value, learner.best.get(primary.key, primary.worst))
     if is_best:
-        learner.best = {"val/top1": top1, "epoch": epoch}
-    asked = epoch % config.trainer.checkpoint_every == 0 or bool(snapshots_of(epoch, config))
-    if is_best or asked or epoch == config.trainer.epochs:
+        learner.best = {primary.key: value, "epoch": epoch}
+    asked = epoch % config.trainer.checkpoint_every == 0 or bool(snapshots_of(epoch, config, schedule))
+    if is_best or asked or epoch == schedule.parts:
         path = save(folder, learner)
         if path is not None:
-            keep_marked(folder, learner, path, config)
+            keep_marked(folder, learner, path, config, schedule)
 
 
-def snapshots_of(epoch: int, config: Any) -> list[float]:
+def snapshots_of(epoch: int, config: Any, schedule: Schedule) -> list[float]:
     """Return the fractions in `trainer.snapshots` that end with this epoch."""
-    return [share for share in config.trainer.snapshots if max(1, round(share * config.trainer.epochs)) == epoch]
+    return [share for share in config.trainer.snapshots if max(1, round(share * schedule.parts)) == epoch]
 
 
-def keep_marked(folder: RunFolder, learner: Learner, path: Path, config: Any) -> None:
+def keep_marked(folder: RunFolder, learner: Learner, path: Path, config: Any, schedule: Schedule) -> None:
     """Keep the checkpoint at the end of an epoch as the best one or as a snapshot, if it is one."""
     if learner.best.get("epoch") == learner.epoch:
         checkpoint.keep(path, folder.checkpoints / checkpoint.BEST)
-    for share in snapshots_of(learner.epoch, config):
+    for share in snapshots_of(learner.epoch, config, schedule):
         checkpoint.keep(path, folder.snapshot_file(share))
 
 
@@ -262,13 +262,13 @@ def probe_images(dataset: SeededImages, count: int, world: World) -> Tensor | No
 
 def last_results(folder: RunFolder) -> dict[str, float]:
     """Return the validation metrics of the last epoch in the log, for a run that lacks only its record."""
-    rows = [row for row in MetricsLog.read(folder.metrics_file) if "val/top1" in row]
+    rows = validated(MetricsLog.read(folder.metrics_file))
     return {key: value for key, value in rows[-1].items() if key.startswith("val/")} if rows else {}
 
 
 def last_ratios(folder: RunFolder) -> dict[str, float]:
     """Return the mean ratios of the last epoch in the log."""
-    rows = [row for row in MetricsLog.read(folder.metrics_file) if "val/top1" in row]
+    rows = validated(MetricsLog.read(folder.metrics_file))
     shares: dict[str, list[float]] = {}
     for key, value in (rows[-1] if rows else {}).items():
         if key.startswith("ratio/") and not key.endswith("/std"):

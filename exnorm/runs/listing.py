@@ -1,6 +1,7 @@
 """List all runs below a folder, with one summary each; damaged run folders are listed as unreadable."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from exnorm.config.errors import UserError, first_line
+from exnorm.config.metrics import metrics_of
 from exnorm.runs.folder import RunFolder, read_json
 from exnorm.runs.metrics import MetricsLog
 
@@ -27,7 +29,8 @@ class RunSummary:
     state: str
     epoch: int | None = None  # the last epoch measured
     epochs: int | None = None  # as configured
-    top1: float | None = None  # from the record, or else from the last measurement
+    metric: str = ""  # the heading of the primary metric
+    value: float | None = None  # of the primary metric; from the record, or else from the last measurement
     norm: str = ""
     model: str = ""
     batch: str = ""
@@ -55,13 +58,15 @@ def summary(folder: RunFolder) -> RunSummary:
     """Return the summary of one run folder; any damage makes it `unreadable`."""
     try:
         config, rows = folder.read_config(), MetricsLog.read(folder.metrics_file)
-        accuracy, current = top1(folder, rows), state(folder)
+        primary, current = metrics_of(config)[0], state(folder)
+        value = measured(folder, rows, primary.key)
         return RunSummary(
             path=folder.path,
             state=current,
             epoch=last(rows, "epoch"),
-            epochs=config["trainer"]["epochs"],
-            top1=None if accuracy is None else float(accuracy),
+            epochs=_epochs(config["trainer"]),
+            metric=primary.heading,
+            value=None if value is None else float(value),
             norm=config["norm"]["name"],
             model=config["model"]["name"],
             batch=config["batch"],
@@ -84,10 +89,18 @@ def state(folder: RunFolder) -> str:
     return "failed" if folder.error_file.is_file() else "interrupted"
 
 
-def top1(folder: RunFolder, rows: list[dict[str, Any]]) -> float | None:
-    """Return the final accuracy, or the last one measured."""
+def _epochs(trainer: Mapping[str, Any]) -> int | None:
+    """Return how often a run validates, as configured; None if that depends on the size of its data."""
+    steps, part = trainer.get("steps"), trainer.get("validate_every")
+    if steps is None and part is None:
+        return trainer["epochs"]
+    return -(-steps // part) if steps is not None and part is not None else None
+
+
+def measured(folder: RunFolder, rows: list[dict[str, Any]], key: str) -> float | None:
+    """Return the final value of a metric, or the last one measured."""
     record = folder.read_record() or {}
-    return record.get("val/top1", last(rows, "val/top1"))
+    return record.get(key, last(rows, key))
 
 
 def last(rows: list[dict[str, Any]], key: str) -> Any:

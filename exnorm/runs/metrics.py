@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,17 @@ def is_row(row: Any) -> bool:
 
 def is_known(row: Mapping[str, Any], step: int, epochs: int) -> bool:
     """Return whether a row is from before a checkpoint, which may be between an epoch's last step and validation."""
-    validation = row.get("val/top1") not in (None, "")
-    return int(row["step"]) <= step and not (validation and int(row["epoch"]) > epochs)
+    return int(row["step"]) <= step and not (is_validation(row) and int(row["epoch"]) > epochs)
+
+
+def is_validation(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is that of a validation, at the end of an epoch."""
+    return "val/loss" in row  # every task has a loss
+
+
+def validated(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of validations."""
+    return [row for row in rows if is_validation(row)]
 
 
 def to_line(row: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from exnorm.runs.listing import RunSummary
 
-HEADERS = ("run", "state", "epoch", "top-1", "data", "model", "norm", "batch", "seed", "started", "reason")
+HEADERS = ("run", "state", "epoch", "metric", "value", "data", "model", "norm", "batch", "seed", "started", "reason")
 
 
 def print_runs(runs: Sequence[RunSummary]) -> None:
@@ -34,8 +34,8 @@ def print_table(table: Table) -> None:
 
 def row(run: RunSummary) -> list[str]:
     """Return a run's cells; what is not known is empty."""
-    epoch = "" if run.epoch is None else f"{run.epoch}/{run.epochs}"
-    accuracy = "" if run.top1 is None else f"{run.top1:.2f}"
+    epoch = "" if run.epoch is None else f"{run.epoch}/{run.epochs}" if run.epochs else str(run.epoch)
+    value = "" if run.value is None else f"{run.value:.2f}"
     seed = "" if run.seed is None else str(run.seed)
-    known = [run.path.name, run.state, epoch, accuracy, run.data, run.model, run.norm, run.batch, seed, run.started]
-    return [*known, escape(run.reason)]
+    known = [run.path.name, run.state, epoch, run.metric, value, run.data, run.model, run.norm, run.batch, seed]
+    return [*known, run.started, escape(run.reason)]

@@ -3,36 +3,50 @@
 Metrics are sums over samples, divided by the number of samples at the end. A mean of batch means is not the mean.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SUMS = ("loss", "top1", "top5", "count", "noisy", "noisy_fitted", "noisy_recovered")
+from exnorm.data.transforms import Transform, eval_transform, train_transform
+from exnorm.models import classifier
+from exnorm.tasks.base import Purpose, Task
 
 
-class Classification:
-    """Criterion and metrics of a classification run.
+class Classification(Task):
+    """One label per image. The targets are the label and, as labels may be noisy, the clean label.
 
     With fewer than 5 classes top-5 is top-k over all of them, which is 100 %.
     """
 
-    def __init__(self, config: Any) -> None:
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    sum_count = 7  # loss, top-1, top-5, samples; wrong labels, and of them those fitted and those recovered
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss over the samples, in float32."""
-        return self.criterion(logits.float(), labels)
+    def __init__(self, config: Any, classes: Sequence[str]) -> None:
+        super().__init__(config, classes)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
+
+    def network(self, model_config: Any) -> nn.Module:
+        """Return the backbone with one output for each class."""
+        return classifier(model_config, num_classes=len(self.classes))
+
+    def transform(self, data_config: Any, purpose: Purpose) -> Transform:
+        """Return the crop rule of the papers."""
+        return train_transform(data_config) if purpose == "train" else eval_transform(data_config)
+
+    def loss(self, output: Tensor, targets: Sequence[Tensor], *, replicas: int, group: Any = None) -> Tensor:
+        """Return the mean loss over the samples, in float32. Replicas have equal numbers of them."""
+        return self.criterion(output.float(), targets[0])
 
     @torch.no_grad()
-    def sums(self, logits: Tensor, labels: Tensor, clean: Tensor) -> Tensor:
+    def sums(self, output: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """Return sums over the samples, in float64. Some labels may be wrong.
 
         The sums are the loss without smoothing, hits in top 1 and in top 5, the number of samples, and the number of
         wrong labels. Of the wrong labels: those that the prediction agrees with (fitted), and those for which it is the
         clean label (recovered).
         """
-        logits = logits.float()
+        logits, (labels, clean) = output.detach().float(), targets
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         noisy = labels != clean
@@ -47,14 +61,13 @@ class Classification:
         )
         return torch.stack([part.double() for part in parts])
 
+    def summarize(self, sums: Tensor) -> dict[str, float]:
+        """Return loss, and top-1 and top-5 in percent.
 
-def summarize(sums: Tensor, split: str) -> dict[str, float]:
-    """Return sums as metrics under `<split>/`: loss, and top-1 and top-5 in percent.
-
-    If labels are wrong: also the percentages of them that were fitted and recovered.
-    """
-    loss, top1, top5, count, noisy, fitted, recovered = sums.tolist()
-    metrics = {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
-    if noisy:
-        metrics |= {"noisy_fitted": 100 * fitted / noisy, "noisy_recovered": 100 * recovered / noisy}
-    return {f"{split}/{name}": value for name, value in metrics.items()}
+        If labels are wrong: also the percentages of them that were fitted and recovered.
+        """
+        loss, top1, top5, count, noisy, fitted, recovered = sums.tolist()
+        metrics = {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+        if noisy:
+            metrics |= {"noisy_fitted": 100 * fitted / noisy, "noisy_recovered": 100 * recovered / noisy}
+        return metrics
