@@ -35,6 +35,10 @@ class Metric(NamedTuple):
         """The name in a row of `metrics.jsonl` and in `record.json`."""
         return f"val/{self.name}"
 
+    def written(self, value: float | None) -> str:
+        """Return a value with its digits and its unit."""
+        return "not finite" if value is None else f"{value:.{self.digits}f} {self.unit}".rstrip()
+
     @property
     def worst(self) -> float:
         """Minus infinity, or infinity where smaller values are better."""

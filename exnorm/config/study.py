@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import first_comment
+from exnorm.config.metrics import Metric, metrics_of_task
+from exnorm.config.options import USUAL_TASK
 from exnorm.config.study_file import read_scale, read_study
 
 EVAL = "eval:"
+TASK = "task="
 SEED = "seed"
 
 Key = tuple[tuple[str, str], ...]  # an axis and its value, for each axis in the study's order
@@ -58,7 +61,24 @@ class Study:
     @property
     def metrics(self) -> tuple[str, ...]:
         """What its tables show, the first one first."""
-        return tuple(self.values.get("metrics", ("top1",)))
+        return tuple(self.values.get("metrics", (self.primary.name,)))
+
+    @property
+    def task_metrics(self) -> tuple[Metric, ...]:
+        """The metrics of its task, the primary one first.
+
+        Raises:
+            UserError: its cells have different tasks.
+        """
+        found = {text.removeprefix(TASK) for cell in self.cells for text in cell.train if text.startswith(TASK)}
+        if len(found) > 1:
+            raise UserError(f"study {self.id}: its cells have the tasks {', '.join(sorted(found))}; give them one")
+        return metrics_of_task(next(iter(found), USUAL_TASK))
+
+    @property
+    def primary(self) -> Metric:
+        """The primary metric of its task."""
+        return self.task_metrics[0]
 
     @property
     def followed(self) -> tuple[Cell, ...]:

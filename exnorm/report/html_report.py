@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import group_options
+from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import Cell, Study, load_study
 from exnorm.config.study_file import is_file_name
 from exnorm.report.claims_table import Judged, grid_of, judged_study
@@ -25,19 +26,19 @@ from exnorm.report.measured import measured
 from exnorm.report.published import claims_of
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.report.results import duration
-from exnorm.report.run_figures import best_epoch, curves, validated
+from exnorm.report.run_figures import best_epoch, curves
 from exnorm.report.study_figures import STYLE, figures_of
-from exnorm.report.study_table import StudyTable, answers_to, heading, table_of
+from exnorm.report.study_table import StudyTable, answers_to, column_of, table_of
 from exnorm.runs.folder import RunFolder, check_out, write_text_atomic
 from exnorm.runs.layer_ratios import shares
-from exnorm.runs.metrics import MetricsLog
-from exnorm.runs.records import Row, read_records
+from exnorm.runs.metrics import MetricsLog, validated
+from exnorm.runs.records import PRIMARY, Row, read_records
 
 PAGE = Path(__file__).with_name("page.html")
 WIDTH, HEIGHT = 220, 70  # px of a small curve
 PIXELS, POINTS = 96, 72  # in an inch
 SMALLEST = 8  # px of the smallest readable letter
-Curve = list[tuple[float, float]]  # epoch and top-1
+Curve = list[tuple[float, float]]  # epoch and primary metric
 Drawn = tuple[str, Callable[[], Figure]]  # the name of a figure, and the function that draws it
 KEPT = ("seed", "value", "hours", "device", "torch", "commit", "config_hash", "run")
 
@@ -104,7 +105,7 @@ def run_page(folder: RunFolder) -> str:
         "<h2>Result</h2>",
         f"<div id='result'>{_wide(to_html(result))}</div>",
         "<h2>Curves</h2>",
-        *_run_curves(log),
+        *_run_curves(log, metrics_of(config)[0]),
         *_figures(drawn),
         "<h2>Origin of the run</h2>",
         *_origin(folder),
@@ -162,17 +163,17 @@ def _verdicts(judged: Judged) -> list[str]:
     return ["<h2>Verdicts</h2>", table, f"<ul class='notes'>{said}</ul>"]
 
 
-def _run_curves(log: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the figures of loss, accuracy and learning rate of a run, and its best epoch."""
-    best = best_epoch(log)
+def _run_curves(log: Sequence[dict[str, Any]], primary: Metric) -> list[str]:
+    """Return the figures of loss, primary metric and learning rate of a run, and its best epoch."""
+    best = best_epoch(log, primary)
     if best is None:
         return ["<p>No epoch has ended yet.</p>"]
     last = validated(log)[-1]
     said = (
-        f"Best epoch: {best.epoch}, with a validation top-1 of {best.top1:.2f} %. "
-        f"Last epoch: {last['epoch']}, with {last['val/top1']:.2f} %."
+        f"Best epoch: {best.epoch}, with a validation {primary.label} of {primary.written(best.value)}. "
+        f"Last epoch: {last['epoch']}, with {primary.written(last[primary.key])}."
     )
-    shown = "".join(f"<figure>{_wide(_image(name, draw))}</figure>" for name, draw in curves(log))
+    shown = "".join(f"<figure>{_wide(_image(name, draw))}</figure>" for name, draw in curves(log, primary))
     return [f"<p>{said}</p>", f"<div class='panels'>{shown}</div>"]
 
 
@@ -204,12 +205,12 @@ def _image(name: str, draw: Callable[[], Figure]) -> str:
 
 
 def curves_of(study: Study, results: Path) -> dict[str, dict[int, Curve]]:
-    """Return validation top-1 after each epoch, by cell and seed."""
+    """Return the primary metric in validation after each epoch, by cell and seed."""
     found: dict[str, dict[int, Curve]] = {}
     for row in read_records(results, study.id, "epochs"):
         if row["scale"] == study.scale:
             seeds = found.setdefault(row["cell"], {})
-            seeds.setdefault(int(row["seed"]), []).append((float(row["epoch"]), float(row["top1"])))
+            seeds.setdefault(int(row["seed"]), []).append((float(row["epoch"]), float(row[PRIMARY])))
     return found
 
 
@@ -218,7 +219,9 @@ def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], by_seed: Mapping[int
     metric = study.metrics[0]
     own = [r for r in rows if (r["scale"], r["cell"], r["metric"]) == (study.scale, cell.name, metric)]
     values = measured(study, rows, metric).get(cell.name)
-    summary = _text(cell.name) + (f": {heading(metric)} {values.mean:.2f}" if values else ": not measured yet")
+    summary = _text(cell.name) + (
+        f": {column_of(study, metric).heading} {values.mean:.2f}" if values else ": not measured yet"
+    )
     chosen = [word for axis, value in cell.key for word in ("--only", f"{axis}={value}")]
     command = shlex.join(["exnorm", "reproduce", study.named, "--scale", study.scale, *chosen])
     settings = " ".join(["exnorm train", *(shlex.quote(text) for text in cell.train)])
@@ -227,7 +230,7 @@ def _runs_of(study: Study, cell: Cell, rows: Sequence[Row], by_seed: Mapping[int
     parts = [
         f"<pre>{_text(command)}\n\nThis runs, for each seed N, with seed=N:\n{_text(settings)}</pre>",
         _wide(to_html(grid)) if own else "",
-        _curves(by_seed) if by_seed else "",
+        _curves(by_seed, study.primary) if by_seed else "",
     ]
     for row in own:
         for folder in sorted(runs.glob(f"*/{glob.escape(row['run'])}")):
@@ -248,17 +251,18 @@ def _origin(folder: RunFolder) -> list[str]:
     return found
 
 
-def _curves(by_seed: Mapping[int, Curve]) -> str:
-    """Return small curves of all seeds: top-1 from 0 to 100 over the epochs."""
+def _curves(by_seed: Mapping[int, Curve], primary: Metric) -> str:
+    """Return small curves of all seeds: the primary metric over the epochs, from 0 to 100 % or to its largest value."""
+    top = 100.0 if primary.unit == "%" else max(value for points in by_seed.values() for _, value in points) or 1.0
     last = max(epoch for points in by_seed.values() for epoch, _ in points)
     lines = []
     for points in by_seed.values():
         places = " ".join(
-            f"{WIDTH * (epoch - 1) / max(last - 1, 1):.1f},{HEIGHT * (1 - top1 / 100):.1f}" for epoch, top1 in points
+            f"{WIDTH * (epoch - 1) / max(last - 1, 1):.1f},{HEIGHT * (1 - value / top):.1f}" for epoch, value in points
         )
         lines.append(f"<polyline points='{places}' fill='none' stroke='#0a58a8' stroke-width='1.5'/>")
     final = ", ".join(f"{points[-1][1]:.2f}" for points in by_seed.values())
-    label = f"validation top-1 over {last:.0f} epochs, at the end {final}"
+    label = f"validation {primary.label} over {last:.0f} epochs, at the end {final}"
     return (
         f"<figure><svg role='img' aria-label='{label}' width='{WIDTH}' height='{HEIGHT}' "
         f"viewBox='0 -2 {WIDTH} {HEIGHT + 4}' style='border-bottom:1px solid #d8dbe0'>{''.join(lines)}</svg>"

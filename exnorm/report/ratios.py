@@ -12,7 +12,7 @@ from exnorm.report import class_figures
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.layer_ratios import shares, symmetric_kl
-from exnorm.runs.metrics import MetricsLog
+from exnorm.runs.metrics import MetricsLog, validated
 from exnorm.runs.table import print_table
 
 KINDS = {"lambda": "", "mean": "mean ", "var": "var "}
@@ -27,7 +27,7 @@ def run(run_path: Path) -> None:
     log = MetricsLog.read(folder.metrics_file)
     frame = shares(log)
     if frame.empty:
-        ended = any("val/top1" in row for row in log)
+        ended = bool(validated(log))
         reason = f"norm={config['norm']['name']} does not mix normalizers, or logger.probe_images was 0"
         raise UserError(f"{run_path} has no ratios: {reason if ended else 'no epoch has ended yet'}")
     print_layers(per_layer(frame))

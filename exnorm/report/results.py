@@ -142,7 +142,7 @@ def first_screen(table: StudyTable, folder: str) -> str:
 
 def duration(table: StudyTable) -> str:
     """Return a text with the number of cells and runs, the time and the devices."""
-    rows, runs = table.rows_of("top1"), table.hours()
+    rows, runs = table.rows_of(table.study.primary.name), table.hours()
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     cells = {row["cell"] for row in rows}
     if not runs:

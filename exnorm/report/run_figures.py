@@ -1,4 +1,4 @@
-"""The curves of one run: loss, top-1 and learning rate over the epochs, from its `metrics.jsonl`."""
+"""The curves of one run: loss, primary metric and learning rate over the epochs, from its `metrics.jsonl`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,44 +8,44 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from exnorm.config.metrics import Metric
 from exnorm.report.palette import COLOURS, shade
 from exnorm.report.ratio_figures import PHONE_INCHES
+from exnorm.runs.metrics import validated
 
 Rows = Sequence[dict[str, Any]]
 NAMES = {"train": "training", "val": "validation"}
 TINTS = {"train": COLOURS["ln"], "val": COLOURS["in"], "lr": COLOURS["bn"]}
-PANELS = {"loss": "loss", "top1": "top-1 %", "lr": "learning rate"}  # the last part of a metric's name, and its axis
 
 
 class Best(NamedTuple):
-    """The first epoch with the highest validation top-1."""
+    """The first epoch with the best primary metric in validation, and that metric."""
 
     epoch: int
-    top1: float
+    value: float
 
 
-def validated(log: Rows) -> list[dict[str, Any]]:
-    """Return the rows at the end of an epoch."""
-    return [row for row in log if "val/top1" in row]
-
-
-def best_epoch(log: Rows) -> Best | None:
+def best_epoch(log: Rows, primary: Metric) -> Best | None:
     """Return the best epoch so far; None before the first one has ended."""
-    found = [Best(row["epoch"], row["val/top1"]) for row in validated(log) if row["val/top1"] is not None]
-    return max(found, key=lambda best: best.top1, default=None)
+    found = [Best(row["epoch"], row[primary.key]) for row in validated(log) if row.get(primary.key) is not None]
+    choose = max if primary.larger_is_better else min
+    return choose(found, key=lambda best: best.value, default=None)
 
 
-def curves(log: Rows) -> list[tuple[str, Callable[[], Figure]]]:
+def curves(log: Rows, primary: Metric) -> list[tuple[str, Callable[[], Figure]]]:
     """Return names and drawing functions of the figures; none before an epoch has ended."""
-    ended, best = validated(log), best_epoch(log)
+    ended, best = validated(log), best_epoch(log, primary)
     if best is None:
         return []
     steps_per_epoch = ended[0]["step"] / ended[0]["epoch"]
     found = []
-    for part, label in PANELS.items():
+    # The last part of a metric's name, and its axis.
+    panels = {"loss": "loss", primary.name: primary.heading, "lr": "learning rate"}
+    for part, label in panels.items():
         rows = log if part == "lr" else ended  # the rate also within epochs
         at = [row["step"] / steps_per_epoch for row in rows]
-        lines = {key: [_number(row.get(key)) for row in rows] for key in ended[-1] if key.rpartition("/")[2] == part}
+        keys = [key for key in ended[-1] if key.rpartition("/")[2] == part]
+        lines = {key: [_number(row.get(key)) for row in rows] for key in keys}
         found.append((label, partial(draw_curve, label, at, lines, best)))
     return found
 
@@ -55,7 +55,7 @@ def draw_curve(label: str, at: Sequence[float], lines: dict[str, list[float]], b
     figure = Figure(figsize=(PHONE_INCHES, 2.6), layout="constrained")
     panel = figure.subplots()
     panel.axvline(best.epoch, color="black", linestyle=":", linewidth=1, label=f"best epoch, {best.epoch}")
-    sets = [key for key in lines if key not in ("train/loss", "train/top1", "val/loss", "val/top1", "lr")]
+    sets = [key for key in lines if key.count("/") > 1]  # of several validation sets
     for key, values in lines.items():
         split = key.rpartition("/")[0]
         tint = shade(sets.index(key), len(sets)) if key in sets else TINTS[split or key]

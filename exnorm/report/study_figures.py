@@ -21,9 +21,9 @@ from exnorm.report.measured import measured
 from exnorm.report.palette import COLOURS, colour, shade
 from exnorm.report.published import published
 from exnorm.report.ratio_figures import dynamics, stacked
-from exnorm.report.study_table import heading
+from exnorm.report.study_table import column_of
 from exnorm.runs.layer_ratios import bottom_middle_top
-from exnorm.runs.records import Row, read_records
+from exnorm.runs.records import PRIMARY, Row, read_records
 
 MARKERS = "osD^vP*Xh<>"
 LETTER_INCHES = 0.065  # width of a letter in a legend or a label
@@ -154,18 +154,21 @@ def draw_accuracy(study: Study, data: pd.DataFrame) -> Figure:
         panel.set_xlabel(axis)
         panel.set_title(title, fontsize=9)
         panel.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel(heading(study.metrics[0]))
+    panels[0].set_ylabel(column_of(study, study.metrics[0]).heading)
     _legend(figure, panels)
     return figure
 
 
 def curve_data(study: Study, results: Path) -> pd.DataFrame:
-    """Return validation top-1 after each epoch, mean and deviation over seeds, of each cell with its own training."""
+    """Return the primary metric in validation after each epoch, of each cell with its own training.
+
+    It has the mean and the deviation over seeds.
+    """
     rows = [row for row in read_records(results, study.id, "epochs") if row["scale"] == study.scale]
     if not rows:
         return pd.DataFrame()
-    frame = pd.DataFrame(rows).astype({"epoch": int, "top1": float})
-    grouped = frame.groupby(["cell", "epoch"], sort=False)["top1"].agg(["count", "mean", "std"]).reset_index()
+    frame = pd.DataFrame(rows).astype({"epoch": int, PRIMARY: float})
+    grouped = frame.groupby(["cell", "epoch"], sort=False)[PRIMARY].agg(["count", "mean", "std"]).reset_index()
     return grouped.rename(columns={"count": "n"})
 
 
@@ -195,7 +198,7 @@ def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
     figure.supxlabel("epoch", fontsize=9)
-    panels[0].set_ylabel("validation top-1 %")
+    panels[0].set_ylabel(f"validation {study.primary.heading}")
     figure.suptitle(f"scale {study.scale}", fontsize=9)
     _legend(figure, panels)
     return figure

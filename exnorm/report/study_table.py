@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from exnorm.config.errors import UserError
 from exnorm.config.study import Cell, Study
@@ -19,20 +19,38 @@ from exnorm.runs.sinks import csv_text
 
 NOT_AVAILABLE = "not available"
 NOTHING = Entry("–")
-PERCENT = ("top1", "top5")
-METRICS = {  # name: heading, digits, whether more is better
-    "top1": ("top-1 %", 2, True),
-    "top5": ("top-5 %", 2, True),
-    "parameters_m": ("parameters (M)", 3, None),
-    "gflops": ("GFLOPs", 4, None),
-    "images_per_s": ("images/s in training", 0, None),
+
+
+class Column(NamedTuple):
+    """How tables show a metric.
+
+    Attributes:
+        compared: whether the best cells are marked: those with the largest or the smallest value.
+        is_constant: whether all seeds may have the same value, which then has no deviation.
+        is_percentage: whether the paper's number may stand beside it.
+    """
+
+    heading: str
+    digits: int
+    compared: Literal["largest", "smallest"] | None = None
+    is_constant: bool = False
+    is_percentage: bool = False
+
+
+COSTS = {
+    "parameters_m": Column("parameters (M)", 3, is_constant=True),
+    "gflops": Column("GFLOPs", 4, is_constant=True),
+    "images_per_s": Column("images/s in training", 0, is_constant=True),
 }
-OTHER = ("", 4, False)  # for any other metric; its heading is its own name
 
 
-def heading(metric: str) -> str:
-    """Return the heading of a metric in tables."""
-    return METRICS.get(metric, (metric,))[0]
+def column_of(study: Study, name: str) -> Column:
+    """Return how tables of a study show a metric: of its task, a cost, or any other under its own name."""
+    for metric in study.task_metrics:
+        if metric.name == name:
+            best = ("largest" if metric.larger_is_better else "smallest") if metric.unit else None
+            return Column(metric.heading, metric.digits, compared=best, is_percentage=metric.unit == "%")
+    return COSTS.get(name, Column(name, 4))
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,7 @@ class StudyTable:
 
     def caption(self) -> str:
         """Return the caption of the table of `across`."""
-        return f"{heading(self.study.metrics[0])} by {self.study.values['columns']}"
+        return f"{column_of(self.study, self.study.metrics[0]).heading} by {self.study.values['columns']}"
 
     def across(self) -> Grid:
         """Return the first metric, with the values of one axis side by side."""
@@ -74,8 +92,9 @@ class StudyTable:
         )
         for metric in self.study.metrics:
             values, best = measured(self.study, self.rows, metric), self._best(metric)
-            heads.append(heading(metric))
-            beside = metric in PERCENT and "published" in self.study.values
+            column = column_of(self.study, metric)
+            heads.append(column.heading)
+            beside = column.is_percentage and "published" in self.study.values
             if beside:
                 heads += ["published", "difference"]
             for line, cell in zip(columns, self.study.cells, strict=True):
@@ -109,7 +128,7 @@ class StudyTable:
 
     def _origin(self) -> list[str]:
         """Return the devices, versions, commits and hours behind the numbers."""
-        rows = self.rows_of("top1")
+        rows = self.rows_of(self.study.primary.name)
         found = {name: ", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("device", "torch", "commit")}
         lines = [f"{name}{' ' if name == 'torch' else ': '}{texts}." for name, texts in found.items() if texts]
         changed = {row["run"] for row in rows if row["uncommitted"] == "yes"}
@@ -120,7 +139,7 @@ class StudyTable:
 
     def hours(self) -> dict[str, float]:
         """Return the hours of training of each run. Several cells may share a run."""
-        return {row["run"]: float(row["hours"]) for row in self.rows_of("top1")}
+        return {row["run"]: float(row["hours"]) for row in self.rows_of(self.study.primary.name)}
 
     def rows_of(self, metric: str) -> list[Row]:
         """Return the rows of one metric at the study's scale."""
@@ -130,8 +149,8 @@ class StudyTable:
         """Return the notes on the published numbers."""
         cells: dict[str, list[str]] = {}
         for cell in self.study.cells:
-            for metric in PERCENT:
-                paper = published(self.study, cell, metric) if metric in self.study.metrics else None
+            for metric in (name for name in self.study.metrics if column_of(self.study, name).is_percentage):
+                paper = published(self.study, cell, metric)
                 if paper is not None and paper.note:
                     cells.setdefault(paper.note, []).append(f"{paper.text} at {cell.name}")
         return [f"Published {', '.join(names)}: {note}." for note, names in cells.items()]
@@ -139,7 +158,7 @@ class StudyTable:
     def _facts(self) -> list[str]:
         """Return a line for each group of settings and, if there are several groups, their cells."""
         by_fact: dict[str, dict[str, None]] = {}
-        for row in self.rows_of("top1"):
+        for row in self.rows_of(self.study.primary.name):
             by_fact.setdefault(row["facts"], {})[row["cell"]] = None
         if len(by_fact) == 1:
             return [f"Settings: {fact}." for fact in by_fact]
@@ -148,8 +167,9 @@ class StudyTable:
     def _entry(self, cell: Cell, value: Measured | None, metric: str, best: bool) -> Entry:
         if value is None:
             return Entry("diverged") if cell.name in measured(self.study, self.rows, DIVERGED_AT) else NOTHING
-        _, digits, compared = METRICS.get(metric, OTHER)
-        constant = compared is None and round(value.std or 0, digits) == 0  # as parameters: equal for all seeds
+        column = column_of(self.study, metric)
+        digits = column.digits
+        constant = column.is_constant and round(value.std or 0, digits) == 0
         spread = "" if value.std is None or constant else f" ± {value.std:.{digits}f}"
         return Entry(f"{value.mean:.{digits}f}{spread} ({value.n})", best)
 
@@ -158,8 +178,9 @@ class StudyTable:
         return ", ".join(f"{self.study.stand_ins[value]} for {value}" for value in dict.fromkeys(used))
 
     def _best(self, metric: str) -> set[str]:
-        """Return the cells with the highest mean among the cells that differ only in the compared axis."""
-        if not METRICS.get(metric, OTHER)[2]:
+        """Return the cells with the best mean among the cells that differ only in the compared axis."""
+        compared = column_of(self.study, metric).compared
+        if compared is None:
             return set()
         axis = self.study.values.get("compare", "norm" if "norm" in self.study.axes else next(iter(self.study.axes)))
         values = measured(self.study, self.rows, metric)
@@ -168,7 +189,8 @@ class StudyTable:
             if cell.name in values:
                 groups.setdefault(tuple(item for item in cell.key if item[0] != axis), []).append(cell)
         means = [{cell.name: values[cell.name].mean for cell in group} for group in groups.values() if len(group) > 1]
-        return {name for group in means for name, value in group.items() if value == max(group.values())}
+        best = max if compared == "largest" else min
+        return {name for group in means for name, value in group.items() if value == best(group.values())}
 
     def _beside(self, cell: Cell, ours: Measured | None, metric: str) -> list[Entry]:
         paper = published(self.study, cell, metric)

@@ -34,7 +34,6 @@ from exnorm.runs.records import DIVERGED_AT, METRICS, Row
 
 LEVEL = 0.05
 MARGIN = 0.5  # points that "no worse than" allows
-IN_POINTS = ("top1", "top5", "train_top1", "ratio_kl/large")  # metrics in %
 ENOUGH_SEEDS = 5
 NO_SPREAD = 1e-9  # differences this close are equal up to rounding
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
@@ -120,10 +119,22 @@ def check(study: Study) -> None:
         UserError: the study has one.
     """
     wanted = [*study.metrics, *(claim["metric"] for claim in study.values.get("claims", ()) if "metric" in claim)]
+    known = known_metrics(study)
     for metric in wanted:
-        if metric not in METRICS:
-            raise UserError(f"study {study.id}: unknown metric '{metric}': {suggest(str(metric), METRICS)}")
+        if metric not in known:
+            raise UserError(f"study {study.id}: unknown metric '{metric}': {suggest(str(metric), known)}")
     judge(study, [])
+
+
+def known_metrics(study: Study) -> list[str]:
+    """Return the names of all metrics that are recorded of a study's runs."""
+    return [*(metric.name for metric in study.task_metrics), f"train_{study.primary.name}", *METRICS]
+
+
+def _in_percent(study: Study) -> list[str]:
+    """Return the metrics in %, of which a difference is in points."""
+    own = [metric.name for metric in study.task_metrics if metric.unit == "%"]
+    return [*own, *([f"train_{study.primary.name}"] if study.primary.unit == "%" else []), "ratio_kl/large"]
 
 
 def judge(study: Study, rows: Sequence[Row]) -> list[Comparison]:
@@ -191,10 +202,10 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
     left, right = _terms(study, wanted["left"]), _terms(study, wanted["right"])
     differences = tuple(_differences([*left, *((-factor * weight, cells) for weight, cells in right)], values))
     threshold = _threshold(expect)
-    if threshold and metric not in IN_POINTS:
+    if threshold and metric not in _in_percent(study):
         raise UserError(
             f"study {study.id}: claim {wanted['id']}: 'left >= right' allows {MARGIN} points, and {metric} is not in "
-            f"%. Write expect: left > right, or use a metric in %: {', '.join(IN_POINTS)}"
+            f"%. Write expect: left > right, or use a metric in %: {', '.join(_in_percent(study))}"
         )
     return Comparison(
         str(wanted["id"]),
@@ -212,7 +223,7 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     if not isinstance(wanted["left"], Mapping):
         raise UserError(f"study {study.id}: claim {wanted['id']} needs cells at left, such as {{norm: en}}")
     cells = study.cells_with(wanted["left"])
-    ended = [_seeds(study, rows, cell, ("top1", DIVERGED_AT)) for cell in cells]
+    ended = [_seeds(study, rows, cell, (study.primary.name, DIVERGED_AT)) for cell in cells]
     finished = sum(len(_seeds(study, rows, cell, ("loss",))) for cell in cells)
     diverged = sum(map(len, ended)) - finished
     runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells), min(map(len, ended)))

@@ -26,6 +26,7 @@ KEY = (
     "cell",  # the values of the study's axes: norm=sn batch=8x2
     "seed",
 )
+PRIMARY, TRAIN = "primary", "train_primary"  # a task's primary metric in validation and in training
 COLUMNS = {
     "runs": (
         *KEY,
@@ -40,16 +41,12 @@ COLUMNS = {
         "config_hash",
         "run",
     ),
-    "epochs": (*KEY, "epoch", "train_top1", "top1", "loss"),
+    "epochs": (*KEY, "epoch", TRAIN, PRIMARY, "loss"),  # in the file, the name of the metric, such as top1
     "layers": (*KEY, "epoch", "layer", "kind", "normalizer", "mean", "std"),
     "classes": (*KEY, "epoch", "layer", "class", "normalizer", "images", "mean", "std"),
 }
 
-METRICS = (  # of a run; ratio/bn: the mean share of a normalizer over layers; ratio_kl/large: in % of SN's layers
-    "top1",
-    "top5",
-    "loss",
-    "train_top1",
+METRICS = (  # besides the task's; ratio/bn: mean share of a normalizer over layers; ratio_kl/large: % of SN's layers
     "updates",
     "images_per_s",
     "parameters_m",
@@ -61,7 +58,7 @@ METRICS = (  # of a run; ratio/bn: the mean share of a normalizer over layers; r
 )
 DIVERGED_AT = "diverged_at"  # the step at which the loss was not finite: the only metric of a run that diverged
 
-NUMBERS = ("value", "hours", "epoch", "train_top1", "top1", "loss", "images", "mean", "std")
+NUMBERS = ("value", "hours", "epoch", TRAIN, PRIMARY, "loss", "images", "mean", "std")
 MEND = "repair it, or move it away and type exnorm reproduce, which collects it again from the run folders"
 
 Row = dict[str, str]
@@ -92,14 +89,22 @@ def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
         return []
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file: {MEND}") from None
-    reader = csv.DictReader(text.splitlines())
-    rows = list(reader)
-    if tuple(reader.fieldnames or ()) != COLUMNS[kind]:
-        raise UserError(f"{path} has other columns than {', '.join(COLUMNS[kind])}: {MEND}")
+    header, *lines = text.splitlines() or [""]
+    names, columns = header.split(","), COLUMNS[kind]
+    primary = names[columns.index(PRIMARY)] if PRIMARY in columns and len(names) == len(columns) else PRIMARY
+    if tuple(names) != columns_of(kind, primary):
+        raise UserError(f"{path} has other columns than {', '.join(columns_of(kind, primary))}: {MEND}")
+    rows = list(csv.DictReader(lines, columns))
     for number, row in enumerate(rows, 2):
         if not _is_whole(row):
             raise UserError(f"{path}, line {number} is damaged: {MEND}")
     return rows
+
+
+def columns_of(kind: str, primary: str) -> tuple[str, ...]:
+    """Return the columns of a file, with the name of the primary metric."""
+    names = {PRIMARY: primary, TRAIN: f"train_{primary}"}
+    return tuple(names.get(column, column) for column in COLUMNS[kind])
 
 
 def _is_whole(row: Mapping[str | None, object]) -> bool:
@@ -113,8 +118,12 @@ def _is_whole(row: Mapping[str | None, object]) -> bool:
         return False
 
 
-def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) -> None:
-    """Replace a study's rows by the result of `change`; other processes that do the same wait."""
+def change_records(results: Path, study: str, change: Callable[[Rows], Rows], *, primary: str = PRIMARY) -> None:
+    """Replace a study's rows by the result of `change`; other processes that do the same wait.
+
+    Args:
+        primary: the name of the primary metric of the study's task.
+    """
     folder = results / "records"
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
@@ -122,7 +131,7 @@ def change_records(results: Path, study: str, change: Callable[[Rows], Rows]) ->
         for kind, columns in reversed(COLUMNS.items()):
             path = record_file(results, study, kind)
             if rows[kind] or kind == "runs":
-                lines = [columns, *([row[name] for name in columns] for row in rows[kind])]
+                lines = [columns_of(kind, primary), *([row[name] for name in columns] for row in rows[kind])]
                 write_text_atomic(path, csv_text(lines))
             else:
                 path.unlink(missing_ok=True)

@@ -7,13 +7,16 @@ from typing import Any
 
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
+from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import Study, load_study
 from exnorm.runs.folder import RunFolder, read_json
 from exnorm.runs.layer_ratios import LARGE_KL, bottom_middle_top, read_class_ratios, shares, symmetric_kl
-from exnorm.runs.metrics import MetricsLog
+from exnorm.runs.metrics import MetricsLog, validated
 from exnorm.runs.records import (
     COLUMNS,
     DIVERGED_AT,
+    PRIMARY,
+    TRAIN,
     Row,
     Rows,
     change_records,
@@ -51,31 +54,32 @@ def rows_of(study: Study, job: Job) -> Rows:
     result = job.evaluation() if job.cell.evaluate else record
     assert record is not None and result is not None
     log = MetricsLog.read(folder.metrics_file)
-    _refuse_damaged(folder, record, log)
+    metrics = metrics_of(folder.read_config())
+    _refuse_damaged(folder, record, log, metrics[0])
     origin = {
         **origin_of(folder, job),
         "facts": facts_of(folder.read_config(), record, result),
         "hours": f"{record['hours']:.4f}",
         "device": str(record["device"]),
     }
-    measured = metrics_of(record, result, log)
+    measured = measured_by(metrics, record, result, log)
     own = not job.cell.evaluate  # the curves of an evaluation's run are those of another cell
     return {
         "runs": [{**key, **origin, "metric": name, "value": _number(value)} for name, value in measured.items()],
-        "epochs": [{**key, **row} for row in curves_of(log)] if own else [],
+        "epochs": [{**key, **row} for row in curves_of(log, metrics[0].name)] if own else [],
         "layers": [{**key, **row} for row in layers_of(log)] if job.cell in study.followed and job.seed == 0 else [],
         "classes": [{**key, **row} for row in classes_of(job.class_ratios_file(), own)] if job.by_class else [],
     }
 
 
-def _refuse_damaged(folder: RunFolder, record: dict[str, Any], log: list[dict[str, Any]]) -> None:
+def _refuse_damaged(folder: RunFolder, record: dict[str, Any], log: list[dict[str, Any]], primary: Metric) -> None:
     """Refuse a run without its last epoch, since its rows would replace complete ones.
 
     Raises:
         UserError: the last epoch is missing in record.json or metrics.jsonl.
     """
-    steps, top1 = record.get("steps"), record.get("val/top1")
-    if top1 is None or not any(row.get("step") == steps and "val/top1" in row for row in log):
+    steps, value = record.get("steps"), record.get(primary.key)
+    if value is None or not any(row.get("step") == steps for row in validated(log)):
         raise UserError(
             f"{folder.path} is damaged: the last epoch is missing in record.json or metrics.jsonl. The record is left "
             "as it is. Remove the folder to train the run again"
@@ -100,10 +104,10 @@ def _each(texts: Iterable[str]) -> str:
     return " ".join(dict.fromkeys(filter(None, texts)))
 
 
-def curves_of(log: list[dict[str, Any]]) -> list[Row]:
-    """Return the accuracies and the validation loss after each epoch."""
-    names = {"epoch": "epoch", "train_top1": "train/top1", "top1": "val/top1", "loss": "val/loss"}
-    return [{column: _number(row.get(name)) for column, name in names.items()} for row in log if "val/top1" in row]
+def curves_of(log: list[dict[str, Any]], primary: str) -> list[Row]:
+    """Return the primary metric in training and in validation, and the validation loss, after each epoch."""
+    names = {"epoch": "epoch", TRAIN: f"train/{primary}", PRIMARY: f"val/{primary}", "loss": "val/loss"}
+    return [{column: _number(row.get(name)) for column, name in names.items()} for row in validated(log)]
 
 
 def layers_of(log: list[dict[str, Any]]) -> list[Row]:
@@ -136,19 +140,19 @@ def _number(value: Any, digits: int = DIGITS) -> str:
     return "" if value is None or value != value else f"{value:.{digits}g}"
 
 
-def metrics_of(record: dict[str, Any], result: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics of a run: accuracies in % of the last epoch, cost, and mean ratios over all layers.
+def measured_by(
+    metrics: Sequence[Metric], record: dict[str, Any], result: dict[str, Any], log: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Return the metrics of a run: those of its task after the last epoch, its cost, and mean ratios over all layers.
 
     `result` is the record, or the evaluation that replaces it. `ratio_kl/large` is the share in % of SN's layers
     whose ratios of the mean and of the variance have a symmetric KL divergence above LARGE_KL.
     """
-    epochs = [row for row in log if "val/top1" in row]
+    epochs, primary = validated(log), metrics[0].name
     speeds = [row["images_per_s"] for row in epochs if row.get("images_per_s")]
     measured = {
-        "top1": result["val/top1"],
-        "top5": result["val/top5"],
-        "loss": result["val/loss"],
-        "train_top1": epochs[-1].get("train/top1") if epochs else None,
+        **{metric.name: result.get(metric.key) for metric in metrics},
+        f"train_{primary}": epochs[-1].get(f"train/{primary}") if epochs else None,
         "updates": record["steps"],
         "images_per_s": statistics.median(speeds) if speeds else None,
         "parameters_m": record["parameters"] / 1e6,
@@ -203,6 +207,7 @@ def add_to_record(study: Study, job: Job, results: Path) -> None:
             kind: in_order(study, [*(row for row in before[kind] if _key(row) != same), *rows[kind]])
             for kind in COLUMNS
         },
+        primary=study.primary.name,
     )
 
 
@@ -224,7 +229,7 @@ def collect(study: Study, jobs: Sequence[Job], results: Path) -> tuple[list[str]
         outdated.update({key: problem for key, problem in problems if problem is not None})
         return {kind: in_order(study, _changed(before[kind], found, outdated, kind)) for kind in COLUMNS}
 
-    change_records(results, study.id, change)
+    change_records(results, study.id, change, primary=study.primary.name)
     left_out = [problem for key, problem in outdated.items() if key not in found]
     return [*left_out, *_other_runs(study, jobs), *_without_snapshots(jobs)], damaged
 

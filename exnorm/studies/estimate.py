@@ -39,7 +39,7 @@ def measured_hours(study: Study, results: Path) -> dict[str, float]:
     """Return the mean hours of training of each cell on one device, from the record at the study's scale."""
     hours: dict[str, list[float]] = {}
     for row in read_records(results, study.id):
-        if row["scale"] == study.scale and row["metric"] == "top1":
+        if row["scale"] == study.scale and row["metric"] == study.primary.name:
             hours.setdefault(row["cell"], []).append(float(row["hours"]) * _devices(row))
     return {cell: mean(values) for cell, values in hours.items()}
 

@@ -159,7 +159,8 @@ class Runner:
         with self._changing:
             self.done += 1
             print(
-                f"[{self.done}/{self.total}] {job.title}: {_result(job)}, {(time.monotonic() - started) / 60:.1f} min",
+                f"[{self.done}/{self.total}] {job.title}: {_result(self.study, job)}, "
+                f"{(time.monotonic() - started) / 60:.1f} min",
                 flush=True,
             )
 
@@ -246,11 +247,12 @@ def _without_result(verb: str, folder: RunFolder) -> str:
     )
 
 
-def _result(job: Job) -> str:
+def _result(study: Study, job: Job) -> str:
     folder = job.folder()
     record = None if folder is None else folder.read_record()
     result: dict[str, Any] = (job.evaluation() or {}) if job.cell is not None and job.cell.evaluate else record or {}
-    return f"top-1 {result.get('val/top1', float('nan')):.2f}"
+    primary = study.primary
+    return f"{primary.label} {result.get(primary.key, float('nan')):.{primary.digits}f}"
 
 
 def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s: float | None) -> None:
