@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from exnorm.config.errors import UserError
+
 Labels = Sequence[int] | np.ndarray
 
 
@@ -102,6 +104,20 @@ NO_IMAGES = Images([], _none)
 
 
 Samples = Images | MaskedImages
+
+
+def labelled(images: Samples, *, what: str) -> Images:
+    """Return images that have labels.
+
+    Args:
+        what: what needs them, for the error message.
+
+    Raises:
+        UserError: they have masks.
+    """
+    if isinstance(images, MaskedImages):
+        raise UserError(f"{what} needs a label for each image, and this data set has masks")
+    return images
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from exnorm.config.errors import UserError
 from exnorm.data import load, noise, validation_sets
 from exnorm.data.bad_images import BadImages
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
-from exnorm.data.splits import Splits
+from exnorm.data.splits import Splits, labelled
 from exnorm.engine.batch import BatchPlan
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import eval_loader
@@ -100,10 +100,11 @@ def keep_noise(folder: RunFolder, config: Any, splits: Splits, progress: Progres
     """Write the wrong labels to a file and print their number; return the record's entry about them."""
     if not config.rate:
         return {}
-    facts = noise.facts(config, splits.train)
-    write_text_atomic(folder.noisy_labels_file, noise.as_csv(noise.wrong_labels(splits.train)))
+    train = labelled(splits.train, what="data.noise")
+    facts = noise.facts(config, train)
+    write_text_atomic(folder.noisy_labels_file, noise.as_csv(noise.wrong_labels(train)))
     wrong = facts["wrong_labels"]
-    progress.say(f"label noise: {wrong} of {len(splits.train)} training labels are wrong (noisy_labels.csv)")
+    progress.say(f"label noise: {wrong} of {len(train)} training labels are wrong (noisy_labels.csv)")
     return {"noise": facts}
 
 
