@@ -13,7 +13,7 @@ FILES = ("sn2019", "en2020", "other")
 
 
 class Claim(NamedTuple):
-    """A sentence of a paper, and the comparison in it."""
+    """A claim of a paper in our words, and the comparison in it."""
 
     paper: str
     claim: str
