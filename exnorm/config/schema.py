@@ -9,6 +9,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+WHOLE = "whole"  # of test.window: the complete image
+
 
 @dataclass
 class ModelConfig:
@@ -156,7 +158,7 @@ class TestConfig:
 
     scales: list[float] = field(default_factory=lambda: [1.0])  # of data.resize; the mean over scales is scored
     flip: bool = False  # the mean with the mirrored image
-    window: str = "whole"  # whole | N: the side in px of a sliding window, which moves by 2/3 of it
+    window: str = WHOLE  # whole | N: the side in px of a sliding window, which moves by 2/3 of it
 
 
 @dataclass

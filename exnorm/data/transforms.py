@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
@@ -28,7 +27,7 @@ class Transform:
         mean, std: of the channels, where white is 1.
     """
 
-    crop: Callable[[Image.Image], np.ndarray | Tensor]
+    crop: Callable[..., Any]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: int

@@ -22,9 +22,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from exnorm.config.errors import UserError, first_line
-from exnorm.config.groups import option_values
-from exnorm.config.options import USUAL_TASK
 from exnorm.config.schema import TrainConfig
+from exnorm.engine.check_task import read_task
 from exnorm.engine.distributed import World
 from exnorm.engine.weight_files import read_file
 from exnorm.models import normalized
@@ -225,9 +224,8 @@ def load(run_dir: str | Path, *, checkpoint: str = "last") -> nn.Module:
 def read_config(folder: RunFolder) -> Any:
     """Return the config of a run, with defaults for keys that are newer than the run."""
     values = folder.read_config()
-    task = values.get("task", {"name": USUAL_TASK})
-    task = {**option_values("task", task["name"]), **task}
-    return OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create({**values, "task": task}))
+    config = OmegaConf.create({**values, "task": read_task(values)})
+    return OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
 
 
 def build_trained(config: Any, state: Mapping[str, Any]) -> nn.Module:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from exnorm.data.loader import Loader, SeededImages, fixed_batches
+from exnorm.data.splits import MaskedImages
 from exnorm.engine.distributed import World
-from exnorm.tasks.base import Task, named, zero_sums
+from exnorm.tasks.base import Task, Views, named, zero_sums
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,9 +22,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def eval_loader(dataset: SeededImages, *, batch_size: int, workers: int, world: World) -> Loader:
-    """Return a loader of this worker's share of a set: every world.size-th image, none twice."""
-    indices = range(world.rank, len(dataset), world.size)
-    batches = fixed_batches(indices, batch_size)
+    """Return a loader of this worker's share of a set: every world.size-th image, none twice.
+
+    Images of different sizes come one by one, because test images are never padded.
+    """
+    several = not isinstance(dataset.images, MaskedImages) or dataset.images.same_size
+    batches = fixed_batches(range(world.rank, len(dataset), world.size), batch_size if several else 1)
     return Loader(dataset, batches, workers=workers, device=world.device)
 
 
@@ -35,7 +39,7 @@ def evaluate(
     *,
     precision: str,
     world: World,
-    test: Any = None,
+    views: Views,
 ) -> dict[str, float]:
     """Return the task's metrics over all workers' images, as `val/<name>`; the model's mode is restored."""
     was_training = model.training
@@ -44,7 +48,7 @@ def evaluate(
     rows: list[Tensor] = []
     for images, *targets in loader:
         with autocast(world.device, precision):
-            output = task.predict(model, images, targets, test)
+            output = task.predict(model, images, targets[0].shape[-2:], views)
         sums += task.sums(output, targets)
         if task.has_rows:
             rows.append(task.rows(output, targets).cpu())
@@ -71,11 +75,11 @@ def evaluate_all(
     *,
     precision: str,
     world: World,
-    test: Any = None,
+    views: Views,
 ) -> dict[str, float]:
     """Return the metrics of the first set as `val/<name>`; with several sets, also those of each as `val/<set>/...`."""
     each = {
-        name: evaluate(model, loader, task, precision=precision, world=world, test=test)
+        name: evaluate(model, loader, task, precision=precision, world=world, views=views)
         for name, loader in loaders.items()
     }
     results = dict(next(iter(each.values())))

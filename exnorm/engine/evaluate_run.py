@@ -19,7 +19,7 @@ from exnorm.engine.images import bad_images_of
 from exnorm.norms import configure_scope
 from exnorm.runs.folder import RunFolder, utc_now
 from exnorm.runs.metrics import MetricsLog
-from exnorm.tasks import make_task
+from exnorm.tasks import Views, make_task
 
 
 def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world: World) -> None:
@@ -60,11 +60,12 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
             world=world,
         )
         bad_images.check()
+    views = Views.of(wanted.data, wanted.test)
     for name, images in val_sets.items():
         val_set = SeededImages(images, task.transform(wanted.data, "eval"), seed=config.seed)
         loader = eval_loader(val_set, batch_size=wanted.batch_size, workers=wanted.data.workers, world=world)
         with using(model, calibrated):
-            results = evaluate(model, loader, task, precision=wanted.precision, world=world, test=wanted.test)
+            results = evaluate(model, loader, task, precision=wanted.precision, world=world, views=views)
         if world.is_first:
             row = {
                 "id": evaluation_id,
@@ -75,6 +76,7 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
                 "inference": wanted.inference,
                 "calibration_batches": wanted.calibration_batches if calibrated else None,
                 "precision": wanted.precision,
+                **({"test": views.described} if views != Views(views.resize) else {}),
                 "images": len(images),
                 "images_of_other_classes": images.of_other_classes,
                 "images_excluded": images.excluded,

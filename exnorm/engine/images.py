@@ -79,7 +79,12 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
         SeededImages(next(iter(val_sets.values())).images, centre, seed=seed),
         val_sets,
         {
-            name: eval_loader(val_set, batch_size=config.trainer.eval_batch_size, workers=workers, world=world)
+            name: eval_loader(
+                val_set,
+                batch_size=config.trainer.eval_batch_size,
+                workers=workers,
+                world=world,
+            )
             for name, val_set in val_sets.items()
         },
         bad_images,

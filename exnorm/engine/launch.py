@@ -23,6 +23,7 @@ from exnorm.config.metrics import metrics_of
 from exnorm.config.schema import TestConfig
 from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
+from exnorm.engine.check_task import check_targets, check_task, check_views, read_task
 from exnorm.engine.processes import missing_gpu, run_workers, visible_gpus
 from exnorm.engine.summary import print_evaluations, print_result, print_shorter
 from exnorm.runs.folder import (
@@ -48,6 +49,8 @@ CHOICES = {
 INITIAL_WEIGHTS = ("init_from", "init_ratios_from")
 POSITIVE = (
     "trainer.epochs",
+    "trainer.steps",
+    "trainer.validate_every",
     "trainer.checkpoint_every",
     "trainer.passes",
     "trainer.eval_batch_size",
@@ -115,6 +118,8 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
         _check_choice(config[key], key, CHOICES[f"trainer.{key}"])
     for key in ("batch_size", "calibration_batches"):
         _check_positive(config[key], key)
+    check_views(config.test, read_task(trained))
+    check_targets(config.data, read_task(trained))
     gpu = on_gpu(config.device, "device")
     _note_missing_gpu(config.device)
     if config.precision == "fp16" and not gpu:
@@ -159,7 +164,9 @@ def check(config: DictConfig) -> BatchPlan:
     for key, allowed in CHOICES.items():
         _check_choice(OmegaConf.select(config, key), key, allowed)
     for key in POSITIVE:
-        _check_positive(OmegaConf.select(config, key), key)
+        if (value := OmegaConf.select(config, key)) is not None:
+            _check_positive(value, key)
+    check_task(config)
     if not all(0 < fraction <= 1 for fraction in config.trainer.snapshots):
         raise UserError(
             f"trainer.snapshots={list(config.trainer.snapshots)}: give fractions of the epochs, above 0 and up to 1"

@@ -29,7 +29,7 @@ from exnorm.optim import learning_rate, set_learning_rate
 from exnorm.runs.folder import RunFolder, write_json_atomic
 from exnorm.runs.metrics import MetricsLog, plain, validated
 from exnorm.runs.sinks import Sink, make_sinks
-from exnorm.tasks import named
+from exnorm.tasks import Views, named
 
 ROW_EVERY = 100  # optimizer steps between rows inside an epoch
 GPU_CHECK_EVERY = 20  # steps between checks of the loss on a GPU; each check waits for the GPU
@@ -200,6 +200,7 @@ def validate(
             learner.task,
             precision=learner.precision,
             world=learner.world,
+            views=Views(config.data.resize),
         )
         ratios = measure_ratios(learner.model, probe) if probe is not None else []
     return results, ratios

@@ -104,7 +104,7 @@ def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
 def columns_of(kind: str, primary: str) -> tuple[str, ...]:
     """Return the columns of a file, with the name of the primary metric."""
     names = {PRIMARY: primary, TRAIN: f"train_{primary}"}
-    return tuple(names[column] if column in names else column for column in COLUMNS[kind])
+    return tuple(names.get(column) or column for column in COLUMNS[kind])
 
 
 def _is_whole(row: Mapping[str | None, object]) -> bool:

@@ -8,6 +8,7 @@ has run.
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.config.study import Cell, Study
+from exnorm.engine.batch import parse_batch
 from exnorm.engine.launch import check, evaluation_id, identity, resolve_eval_config
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.identity import run_dir
@@ -241,6 +243,8 @@ def _composed(settings: tuple[str, ...], train_images: Mapping[str, int]) -> Fac
     config = _config(settings)
     size = config.data.num_train or train_images.get(config.data.name)
     images = None if size is None else float(size * config.trainer.epochs)
+    if config.trainer.steps is not None:
+        images = float(config.trainer.steps * math.prod(parse_batch(config.batch)))
     try:
         return identity(config, _values(settings), content_id=lambda source, key: source), images, ""
     except UserError as problem:

@@ -6,9 +6,9 @@ from typing import Any
 import hydra
 
 from exnorm.config.errors import UserError
-from exnorm.tasks.base import Task, named
+from exnorm.tasks.base import Task, Views, named
 
-__all__ = ["Task", "make_task", "named"]
+__all__ = ["Task", "Views", "make_task", "named"]
 
 
 def make_task(config: Any, classes: Sequence[str]) -> Task:

@@ -6,17 +6,50 @@ saves and logs any task in the same way. `docs/development.md` shows how to add 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from exnorm.config.metrics import declared
+from exnorm.config.schema import WHOLE
 from exnorm.data.transforms import Transform
 
 # How an image is prepared: for training; for validation; or cropped to one size without randomness, to measure ratios
 # and to calibrate BN's statistics.
 Purpose = Literal["train", "eval", "centre"]
+
+
+@dataclass(frozen=True)
+class Views:
+    """What of a test image a segmentation network sees. The predictions of all views are averaged.
+
+    Attributes:
+        resize: px of the shorter side at scale 1.
+        scales: factors on `resize`.
+        flip: also the mirrored image.
+        window: side in px of a sliding window; None for the complete image.
+    """
+
+    resize: int
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    window: int | None = None
+
+    @property
+    def described(self) -> str:
+        """The views in words: `scales 0.75, 1; flip; windows of 64 px`."""
+        scales = [f"scales {', '.join(f'{scale:g}' for scale in self.scales)}"] if self.scales != (1.0,) else []
+        flip = ["flip"] if self.flip else []
+        window = [f"windows of {self.window} px"] if self.window else []
+        return "; ".join([*scales, *flip, *window])
+
+    @classmethod
+    def of(cls, data_config: Any, test_config: Any) -> "Views":
+        """Return the views that `data.resize` and `test` ask for."""
+        window = None if test_config.window == WHOLE else int(test_config.window)
+        return cls(data_config.resize, tuple(test_config.scales), test_config.flip, window)
 
 
 class Task(ABC):
@@ -76,11 +109,12 @@ class Task(ABC):
     def summarize(self, sums: Tensor) -> dict[str, float]:
         """Return added sums as metrics by their names: at least `loss` and the declared ones. NaN is not defined."""
 
-    def predict(self, model: nn.Module, images: Tensor, targets: Sequence[Tensor], test: Any) -> Any:
-        """Return the output for a batch of a validation set.
+    def predict(self, model: nn.Module, images: Tensor, size: Sequence[int], views: Views) -> Any:
+        """Return the output for a batch of validation images.
 
         Args:
-            test: how the network is applied (`exnorm.config.schema.TestConfig`).
+            size: height and width at which the output is scored, where it has these: those of the masks.
+            views: what of an image the network sees.
         """
         return model(images)
 
