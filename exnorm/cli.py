@@ -364,6 +364,26 @@ def ratios(
 
 
 @app.command()
+def predict(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)],
+    inputs: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER... [KEY=VALUE...]", help="Images and settings.")],
+    out: Annotated[Path, typer.Option(help="Folder for the predictions.")] = Path("predictions"),
+) -> None:
+    """Write predictions for images: a table of the five most likely classes, or masks and overlays as PNG files.
+
+    Settings are those of exnorm eval, such as checkpoint=best test.flip=true 'test.scales=[0.75,1,1.25]'.
+    """
+    from exnorm.diagnostics.predict import predict as write
+
+    overrides = [word for word in inputs if "=" in word and not Path(word).exists()]
+    count, failed = write(run_dir, [Path(word) for word in inputs if word not in overrides], out, overrides)
+    print(f"{count} prediction{'' if count == 1 else 's'} in {out}")
+    for line in failed:
+        print(f"exnorm: warning: {line}", file=sys.stderr)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
 def explain(
     run_dir: Annotated[
         Path,

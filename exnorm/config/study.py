@@ -141,12 +141,23 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     shared, own = read_scale(scale), values.get("scales", {}).get(scale, {})
     axes = {axis: _axis_values(axis, given) for axis, given in values["axes"].items()}
     layers = _SettingLayers(shared, values, own)
+    sources = {
+        source: tuple(layers.resolve(texts, {}).values())
+        for source, texts in values.get("sources", {}).items()
+        if isinstance(texts, list)
+    }
     cells = []
     for chosen in itertools.product(*(options.items() for options in axes.values())):
         key = tuple((axis, value) for axis, (value, _) in zip(axes, chosen, strict=True))
         if any(_meets(left_out, dict(key)) for left_out in own.get("leave_out", ())):
             continue
         given = layers.resolve([text for _, texts in chosen for text in texts], dict(key))
+        for source, wanted in values.get("sources", {}).items():
+            if isinstance(wanted, Mapping):
+                begins = _cell_elsewhere(file.stem, wanted, dict(key), scale)
+                renamed = {option: _renamed(text, source, begins.name) for option, text in given.items()}
+                if renamed != given:
+                    sources[begins.name], given = begins.train, renamed
         counted = seeds if seeds is not None else _seeds(values, dict(key), given)
         cells.append(
             Cell(
@@ -156,7 +167,6 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
                 seeds=tuple(range(counted)),
             )
         )
-    sources = {source: tuple(layers.resolve(texts, {}).values()) for source, texts in values.get("sources", {}).items()}
     study = Study(
         file.stem,
         name,
@@ -175,6 +185,29 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     _check_rules(study, own)
     _check_names(study)
     return study
+
+
+class _Elsewhere(NamedTuple):
+    """A cell of another study: its name with that of the study, and its settings."""
+
+    name: str
+    train: tuple[str, ...]
+
+
+def _cell_elsewhere(study_id: str, wanted: Mapping[str, Any], key: Mapping[str, str], scale: str) -> _Elsewhere:
+    """Return the cell of another study that a source names; `{axis}` is the value of the cell that begins with it."""
+    try:
+        values = {axis: str(value).format(**key) for axis, value in wanted["cell"].items()}
+    except KeyError as problem:
+        raise UserError(f"study {study_id}: sources: there is no axis {problem}; axes: {', '.join(key)}") from None
+    other = load_study(wanted["study"], scale)
+    cell = other.cell(values)
+    return _Elsewhere(f"{other.id}/{cell.name}", cell.train)
+
+
+def _renamed(text: str, source: str, name: str) -> str:
+    """Return a setting in which a source, `{source}` or `{source@0.3}`, has another name."""
+    return text.replace(f"{{{source}}}", f"{{{name}}}").replace(f"{{{source}@", f"{{{name}@")
 
 
 def chosen_cells(study: Study, only: Iterable[str]) -> tuple[Cell, ...]:

@@ -102,7 +102,11 @@ STUDY_KEYS = {
     "classes_of": MAPPINGS,
     "ratio_differences": MAPPINGS,
     "metrics": WORDS,
-    "sources": (lambda v: _is_mapping(v) and all(map(_is_settings, v.values())), "names with a list of settings each"),
+    "sources": (
+        lambda v: _is_mapping(v) and all(_is_settings(source) or _is_mapping(source) for source in v.values()),
+        "names, each with a list of settings or with a cell of another study, such as {study: sn-table2, cell: "
+        "{norm: sn, batch: 8x2}}",
+    ),
     "claims": MAPPINGS,
     "notes": WORDS,
 }
@@ -111,6 +115,7 @@ SEEDS_KEYS = {"if": MAPPING, "seeds": COUNT}
 EXPECT = (_is_expected, "left > right, left >= right, left >= N * right, unknown or always")
 CLAIM_KEYS = {"id": WORD, "metric": WORD, "left": SIDE, "right": SIDE, "claim": WORD, "expect": EXPECT}
 PAIR_KEYS = {"left": MAPPING, "right": MAPPING}
+SOURCE_KEYS = {"study": WORD, "cell": MAPPING}
 
 
 def read_study(name: str) -> tuple[Path, dict[str, Any]]:
@@ -139,6 +144,9 @@ def read_study(name: str) -> tuple[Path, dict[str, Any]]:
     ):
         for item in values.get(key, ()):
             check(item, keys, f"{file}, {key}", needed=needed)
+    for name, source in values.get("sources", {}).items():
+        if _is_mapping(source):
+            check(source, SOURCE_KEYS, f"{file}, sources.{name}", needed=SOURCE_KEYS)
     return file, values
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from exnorm.analysis.ratios import measure_ratios, mixing_layers
 from exnorm.config.errors import UserError
 from exnorm.data.files import opened
-from exnorm.data.transforms import eval_transform
 from exnorm.engine import checkpoint
 from exnorm.runs.folder import RunFolder
+from exnorm.tasks import Views, make_task
 
 SHOWN_CLASSES = 3
 
@@ -24,8 +24,8 @@ class Explained(NamedTuple):
     """One image with the model's prediction and ratios.
 
     Attributes:
-        pixels: the crop, (height, width, 3).
-        guesses: the most likely classes with their probabilities.
+        pixels: the crop, or with masks the complete image, (height, width, 3).
+        guesses: the most likely classes with their probabilities, or with masks their shares of the pixels.
         ratios: layer, kind, normalizer, mean; layers in the order of the network.
     """
 
@@ -48,18 +48,14 @@ def explain_images(run_path: Path, images: Sequence[Path], *, at: str = "last") 
     model = checkpoint.build_trained(config, state).eval()
     if not mixing_layers(model):
         raise UserError(f"{run_path}: norm={config.norm.name} does not mix normalizers. Use a run of sn, ssn or en")
-    transform = eval_transform(config.data)
+    task, views = make_task(config.task, state["classes"]), Views(config.data.resize)
+    normalize = task.transform(config.data, "eval").normalize
     found = []
     for name, image in opened_images:
-        pixels = np.asarray(transform.crop(image)).transpose(1, 2, 0)
-        batch = transform.normalize(torch.from_numpy(pixels.copy())[None])
-        shares = torch.softmax(model(batch)[0].double(), 0)
-        top = shares.topk(min(SHOWN_CLASSES, len(shares)))
-        guesses = [
-            (str(state["classes"][label]), float(share))
-            for share, label in zip(top.values, top.indices.tolist(), strict=True)
-        ]
+        pixels = task.prepared(config.data, image)
+        batch = normalize(pixels[None])
+        guesses = task.likely(task.predict(model, batch, pixels.shape[:2], views))[:SHOWN_CLASSES]
         rows = [(row.layer, row.ratio, row.normalizer, row.mean) for row in measure_ratios(model, batch)]
         frame = pd.DataFrame(rows, columns=["layer", "kind", "normalizer", "mean"])
-        found.append(Explained(name, pixels, guesses, frame))
+        found.append(Explained(name, pixels.numpy(), guesses, frame))
     return found

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from exnorm.config.errors import UserError
 from exnorm.data.loader import mixed_seed
 from exnorm.engine import checkpoint
-from exnorm.engine.batch import BatchPlan
+from exnorm.engine.batch import BatchPlan, parse_batch
 from exnorm.engine.calibrate import Calibrated
 from exnorm.engine.distributed import World, replica_group
 from exnorm.models import load_ratios, load_weights, normalized
@@ -59,7 +60,7 @@ def build_learner(config: Any, plan: BatchPlan, world: World, task: Task) -> Lea
     model = normalized(lambda: task.network(config.model), config.model, config.norm)
     if config.model.init_from is not None:
         source = config.model.init_from
-        for note in load_weights(model, checkpoint.read_weights(source), source=source):
+        for note in [*load_weights(model, checkpoint.read_weights(source), source=source), *batch_advice(config)]:
             if world.is_first:
                 print(f"model.init_from: {note}", flush=True)
     if config.model.init_ratios_from is not None:
@@ -91,6 +92,23 @@ def build_learner(config: Any, plan: BatchPlan, world: World, task: Task) -> Lea
         sums=zero_sums(task, world.device),
         bad_step=torch.tensor(NO_BAD_STEP, device=world.device),
     )
+
+
+def batch_advice(config: Any) -> list[str]:
+    """Return a line if the run in `model.init_from` had another number of samples in BN's scope than this one.
+
+    Source: P. Luo et al., "Switchable Normalization", TPAMI 2019, on transfer to segmentation.
+    """
+    source = RunFolder(Path(config.model.init_from).expanduser())
+    if not source.config_file.is_file():
+        return []
+    before = source.read_config()["batch"]
+    if parse_batch(before)[1] == parse_batch(config.batch)[1]:
+        return []
+    return [
+        f"the run was trained with batch={before}, and this one has batch={config.batch}. SN's authors advise "
+        "comparable batch settings in pretraining and finetuning"
+    ]
 
 
 def check(folder: RunFolder, learner: Learner, signum: int) -> int:

@@ -3,7 +3,7 @@
 A run can begin with a checkpoint of another run, its source. In a setting, `{source@0.3}` is the snapshot of the source
 after 0.3 of its epochs (`trainer.snapshots`), with the same seed. `{source}` is its last checkpoint. Such a run is
 identified by the configuration of its source, not by the bytes of the file. So a plan can be made before the source
-has run.
+has run. A source can be a cell of another study; its run is that study's.
 """
 
 import functools
@@ -28,7 +28,7 @@ from exnorm.runs.metrics import MetricsLog
 
 Facts = tuple[str | None, float | None, str]  # config_hash, images and problem of a job
 RunKey = tuple[str | tuple[str, ...], int]  # the hash (the settings if the data are missing) and the seed
-SOURCE = re.compile(r"\{([\w-]+)(?:@(\d*\.?\d+))?\}")
+SOURCE = re.compile(r"\{([\w-]+(?:/[\w=. -]+)?)(?:@(\d*\.?\d+))?\}")  # a name, or STUDY/CELL
 
 
 @dataclass(frozen=True)

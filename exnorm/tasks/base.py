@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from exnorm.config.metrics import declared
@@ -118,6 +119,14 @@ class Task(ABC):
         """
         return model(images)
 
+    @abstractmethod
+    def prepared(self, data_config: Any, image: Image.Image) -> Tensor:
+        """Return one image as the network takes it from a validation set, (height, width, 3) in uint8."""
+
+    @abstractmethod
+    def likely(self, output: Any) -> list[tuple[str, float]]:
+        """Return the classes that `predict` found in one image, with their shares of 1, the largest share first."""
+
     def rows(self, output: Any, targets: Sequence[Tensor]) -> Tensor:
         """Return a row of numbers for each sample, for metrics that are no function of sums, such as AP."""
         raise NotImplementedError(f"{type(self).__name__} has no rows")
@@ -125,6 +134,12 @@ class Task(ABC):
     def summarize_rows(self, rows: Tensor) -> dict[str, float]:
         """Return the metrics that need the rows of all samples, which are in the order of the set."""
         raise NotImplementedError(f"{type(self).__name__} has no rows")
+
+
+def ranked(classes: Sequence[str], shares: Tensor) -> list[tuple[str, float]]:
+    """Return classes with their shares, the largest share first."""
+    order = shares.argsort(descending=True, stable=True).tolist()
+    return [(classes[label], float(shares[label])) for label in order]
 
 
 def named(metrics: Mapping[str, float], split: str) -> dict[str, float]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from exnorm.data.transforms import Transform, eval_transform, train_transform
 from exnorm.models import classifier
-from exnorm.tasks.base import Purpose, Task
+from exnorm.tasks.base import Purpose, Task, ranked
 
 
 class Classification(Task):
@@ -33,6 +34,14 @@ class Classification(Task):
     def transform(self, data_config: Any, purpose: Purpose) -> Transform:
         """Return the crop rule of the papers."""
         return train_transform(data_config) if purpose == "train" else eval_transform(data_config)
+
+    def prepared(self, data_config: Any, image: Image.Image) -> Tensor:
+        """Return the crop of the centre."""
+        return eval_transform(data_config)(image)[0]
+
+    def likely(self, output: Tensor) -> list[tuple[str, float]]:
+        """Return the classes with their probabilities."""
+        return ranked(self.classes, torch.softmax(output[0].double(), 0))
 
     def loss(self, output: Tensor, targets: Sequence[Tensor], *, replicas: int, group: Any = None) -> Tensor:
         """Return the mean loss over the samples, in float32. Replicas have equal numbers of them."""

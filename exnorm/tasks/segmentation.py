@@ -16,10 +16,13 @@ al., "Pyramid Scene Parsing Network", CVPR 2017.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
+from torchvision.transforms.functional import resize
 
 from exnorm.config.errors import UserError
 from exnorm.config.schema import WHOLE
@@ -27,7 +30,7 @@ from exnorm.data import mask_transforms
 from exnorm.data.splits import IGNORED
 from exnorm.data.transforms import Transform
 from exnorm.models import segmentation_network
-from exnorm.tasks.base import Purpose, Task, Views
+from exnorm.tasks.base import Purpose, Task, Views, ranked
 
 STRIDE = 2 / 3  # of a sliding window, as a share of its side
 
@@ -59,6 +62,15 @@ class Segmentation(Task):
             "centre": mask_transforms.centre_transform,
         }
         return makers[purpose](data_config)
+
+    def prepared(self, data_config: Any, image: Image.Image) -> Tensor:
+        """Return the complete image, with the shorter side at `data.resize`."""
+        return as_pixels(resize(image, [data_config.resize], antialias=True))
+
+    def likely(self, output: Tensor) -> list[tuple[str, float]]:
+        """Return the classes with their shares of the pixels."""
+        counts = output[0].argmax(0).flatten().bincount(minlength=len(self.classes))
+        return ranked(self.classes, counts / counts.sum())
 
     def loss(self, output: Any, targets: Sequence[Tensor], *, replicas: int, group: Any = None) -> Tensor:
         """Return the mean over replicas of the cross-entropy over the valid pixels of each, in float32."""
@@ -170,6 +182,11 @@ def replica_mean(logits: Tensor, mask: Tensor, *, replicas: int, group: Any) -> 
         dist.all_reduce(valid_R, group=group)
         processes = dist.get_world_size(group)
     return processes * (sum_R / valid_R.clamp(min=1)).mean()
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """Return an image as (height, width, 3) in uint8."""
+    return torch.from_numpy(np.array(image))
 
 
 def by_pixel(logits: Tensor) -> Tensor:
