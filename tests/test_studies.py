@@ -354,6 +354,29 @@ def test_a_source_is_the_run_that_another_table_has(tmp_path: Path) -> None:
     assert source.config_hash == jobs_of(table, [cell], tmp_path)[0].config_hash
 
 
+def test_a_cell_can_begin_with_the_cell_of_another_study(tmp_path: Path) -> None:
+    """Chosen by the cell's own values. The run is that study's, so that it is trained once for both."""
+    text = """
+axes: {norm: [bn, sn], pretrained: {8x32: [], 8x2: []}}
+set: [batch=8x2, "model.init_from={before}"]
+sources: {before: {study: sn-table2, cell: {norm: "{norm}", batch: "{%s}"}}}
+seeds: 1
+"""
+    study, table = load_study(own_study(tmp_path, text % "pretrained"), "mini"), load_study("sn-table2", "mini")
+    jobs = jobs_of(study, study.cells, tmp_path)
+    assert len(jobs) == 8 and [job.cell is None for job in jobs] == [True] * 4 + [False] * 4
+    for job in jobs[4:]:
+        assert job.cell is not None and job.needs is not None
+        values = dict(job.cell.key)
+        (cell,) = table.cells_with({"norm": values["norm"], "batch": values["pretrained"]})
+        assert job.needs.config_hash == jobs_of(table, [cell], tmp_path)[0].config_hash
+    assert len({job.config_hash for job in jobs}) == 8
+    with pytest.raises(UserError, match="there is no axis 'size'; axes: norm, pretrained"):
+        load_study(own_study(tmp_path, text % "size"), "mini")
+    with pytest.raises(UserError, match="study sn-table2: 0 cells|no cell has"):
+        load_study(own_study(tmp_path, text.replace("{%s}", "9x9")), "mini")
+
+
 def test_a_choice_of_seeds_leaves_cells_what_they_are(tmp_path: Path) -> None:
     """A job of a cluster asks for one seed; layers and classes of the first one are recorded all the same."""
     study = load_study("en-transfer", "mini", seeds=5)

@@ -1,0 +1,232 @@
+"""Segmentation end to end in real processes: trained on any devices, resumed after kills, evaluated and predicted."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CliRunner
+from engine_cases import (
+    WAIT_S,
+    assert_same_run,
+    checkpoints,
+    last_state,
+    metrics,
+    only_run,
+    start,
+    train,
+    wait_for,
+)
+from PIL import Image
+from test_distributed import ONE_STEP, assert_close
+
+import exnorm
+from exnorm.norms import Norm
+
+pytestmark = pytest.mark.slow
+SCENES = ("data=glyph_scenes", "data.num_train=36", "data.num_val=8")
+
+
+def scenes(*more: str) -> list[str]:
+    """Arguments of a training of seconds on drawn scenes; `more` comes last and wins."""
+    small = ("data.workers=0", "logger=off", "batch=2x4", "trainer.epochs=2", "ops.backend=eager", "norm=gn")
+    return ["train", "task=segmentation", "model=resnet_mini", *SCENES, *small, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of EN."""
+    return train(scenes("norm=en"), tmp_path_factory.mktemp("finished"))
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn", "en"])
+def test_the_loss_over_replicas_is_one_experiment_in_passes_and_on_devices(norm: str, tmp_path: Path) -> None:
+    """Crops have different numbers of valid pixels, and with 4 devices two of them share a replica."""
+
+    def after_a_step(name: str, *more: str) -> dict[str, Any]:
+        return last_state(train(scenes(f"norm={norm}", *ONE_STEP, "trainer.steps=1", *more), tmp_path / name))["model"]
+
+    once = after_a_step("once")
+    assert_close(once, after_a_step("passes", "trainer.passes=2"))
+    for devices in (2, 4):
+        assert_close(once, after_a_step(f"on {devices}", f"trainer.devices={devices}"))
+
+
+def test_the_record_has_all_metrics_and_every_class(finished: Path) -> None:
+    record = json.loads((finished / "record.json").read_text())
+    assert [metric["name"] for metric in record["metrics"]][:2] == ["miou", "pixel_accuracy"]
+    each = {key: value for key, value in record.items() if key.startswith("val/iou/")}
+    assert len(each) == 11 and record["val/undefined_classes"] == sum(value is None for value in each.values())
+    defined = [value for value in each.values() if value is not None]
+    assert record["val/miou"] == pytest.approx(np.mean(defined))
+    assert record["best"]["val/miou"] == max(row["val/miou"] for row in metrics(finished) if "val/miou" in row)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_goes_on_bit_equal(ending: signal.Signals, tmp_path: Path) -> None:
+    settings = scenes("norm=en", "trainer.steps=16", "trainer.validate_every=5", "trainer.checkpoint_every_steps=2")
+    whole = train(settings, tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    process = start(settings, tmp_path / "cut")
+    wait_for(lambda: [*(tmp_path / "cut").glob("runs/*/*/checkpoints/step-000000006.pt")], "a checkpoint")
+    process.send_signal(ending)
+    process.communicate(timeout=WAIT_S)
+    run = only_run(tmp_path / "cut")
+    assert not (run / "record.json").exists() and checkpoints(run)
+    assert_same_run(whole, train(settings, tmp_path / "cut"))
+
+
+def evaluated(run: Path, *settings: str) -> dict[str, Any]:
+    """The last row of `exnorm eval RUN SETTINGS`."""
+    command = [*("eval", str(run)), *settings]
+    process = start(command, run.parents[3])
+    _, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, err
+    return json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+
+
+def test_scales_flip_and_window_are_part_of_an_evaluation(finished: Path) -> None:
+    record = json.loads((finished / "record.json").read_text())
+    plain = evaluated(finished)
+    assert plain["val/miou"] == pytest.approx(record["val/miou"], rel=1e-6) and "test" not in plain
+    others = [
+        evaluated(finished, "test.scales=[0.75,1,1.25]"),
+        evaluated(finished, "test.flip=true"),
+        evaluated(finished, "test.window=64"),
+        evaluated(finished, "test.window=64", "test.flip=true", "test.scales=[1,1.5]"),
+    ]
+    assert [row["test"] for row in others] == [
+        "scales 0.75, 1, 1.25",
+        "flip",
+        "windows of 64 px",
+        "scales 1, 1.5; flip; windows of 64 px",
+    ]
+    assert len({row["id"] for row in (plain, *others)}) == 5
+    assert len({row["val/loss"] for row in (plain, *others)}) == 5
+    assert evaluated(finished, "test.window=96")["val/loss"] == pytest.approx(plain["val/loss"], rel=1e-4)
+
+
+def test_two_processes_evaluate_as_one_does(finished: Path) -> None:
+    one, two = evaluated(finished), evaluated(finished, "devices=2")
+    assert {key: two[key] for key in one if key.startswith("val/iou")} == {
+        key: one[key] for key in one if key.startswith("val/iou")
+    }
+
+
+def test_a_classification_run_gives_the_backbone(tmp_path: Path) -> None:
+    """Norms, ratios and running statistics included. Different batch settings are worth a line."""
+    classifier = ("train", "model=resnet_mini", "data=digits", "norm=en", "batch=2x8", "logger=off", "data.workers=0")
+    source = train([*classifier, "trainer.steps=4", "ops.backend=eager"], tmp_path / "source")
+    settings = scenes("norm=en", "trainer.steps=1", "optim.lr=1e-12", f"model.init_from={source}")
+    process = start(settings, tmp_path)
+    out, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, err
+    assert "comparable batch settings" in out and "start" in out
+    run = only_run(tmp_path)
+    before, after = last_state(source)["model"], last_state(run)["model"]
+    shared = {f"backbone.{key}" for key in before if not key.startswith("fc.")}
+    assert shared == {key for key in after if key.startswith("backbone.")}
+    moved = [
+        key for key in shared if not torch.allclose(after[key].float(), before[key[9:]].float(), rtol=1e-4, atol=1e-6)
+    ]
+    assert all("running" in key or "progress" in key for key in moved)  # one batch of scenes is in the statistics
+    statistics = exnorm.load(source).state_dict()
+    assert any(key.endswith("running_mean") for key in statistics)
+
+
+@pytest.mark.parametrize("norm", ["bn", "sn", "en"])
+def test_statistics_can_cover_the_whole_batch(norm: str, tmp_path: Path) -> None:
+    """SyncBN, SyncSN and SyncEN."""
+    run = train(scenes(f"norm={norm}", "norm.sync=true", "trainer.steps=2"), tmp_path)
+    assert json.loads((run / "record.json").read_text())["val/miou"] is not None
+
+
+@pytest.mark.parametrize("head", ["fcn", "psp", "deeplabv3"])
+def test_every_head_trains_with_all_of_its_norms_replaced(head: str, tmp_path: Path) -> None:
+    more = ["norm=sn"] if head == "fcn" else ["norm=sn", "norm.sync=true"]
+    run = train(scenes(f"model.head={head}", "trainer.steps=1", *more), tmp_path)
+    model = exnorm.load(run)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert sum(isinstance(module, Norm) for module in model.head.modules()) >= 1
+
+
+MISTAKES = {
+    "task=segmentation data=digits": "task=segmentation needs masks, and data=digits has labels. Type "
+    "task=classification, or choose a data set with masks: ",
+    "data=glyph_scenes": "task=classification needs labels, and data=glyph_scenes has masks. Type task=segmentation,",
+    "task=segmentation data=glyph_scenes model=resnet_mini model.head=unet": "head",
+    "data=digits model.head=fcn": "model.head=fcn: task=classification has no such option",
+    "task=segmentation data=glyph_scenes model=vit_tiny_patch16_224": "stride",
+    "task=segmentation data=glyph_scenes data.noise.kind=symmetric data.noise.rate=0.2 model=resnet_mini": "label",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line(words: str, run_cli: CliRunner, tmp_path: Path) -> None:
+    """And nothing is left behind."""
+    result = run_cli("train", *words.split(), "logger=off", "data.workers=0", *SCENES[1:][: 2 * ("scenes" in words)])
+    assert result.returncode == 2 and MISTAKES[words] in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+    assert not [*tmp_path.glob("runs/*/*")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("test.window=200", "test.window=200 is larger than an image of 96 x 96 px"),
+        ("test.scales=[1,-1]", "give positive factors"),
+        ("test.scales=[]", "give positive factors"),
+        ("test.window=all", "give the side of a window in px, or test.window=whole"),
+        ("data=digits", "task=segmentation needs masks, and data=digits has labels"),
+    ],
+)
+def test_a_mistake_in_an_evaluation_is_one_line(setting: str, line: str, finished: Path) -> None:
+    process = start(["eval", str(finished), setting], finished.parents[3])
+    _, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2 and line in err and "Traceback" not in err, err
+
+
+def predictions(run: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`exnorm predict RUN WORDS` in a folder."""
+    process = start(["predict", str(run), *words], cwd)
+    out, err = process.communicate(timeout=WAIT_S)
+    return subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+def test_predictions_are_masks_of_the_size_of_the_image(finished: Path, tmp_path: Path) -> None:
+    """Those of a folder keep its structure, and a broken image does not stop the others."""
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "in" / "deep" / "a.png")
+    (tmp_path / "in" / "b.jpg").write_bytes(b"no image")
+    result = predictions(finished, tmp_path, "in", "test.flip=true")
+    assert result.returncode == 1 and "b.jpg is not a readable image" in result.stderr
+    folder = tmp_path / "predictions" / "deep"
+    index, colour, overlay = (Image.open(folder / f"a_{kind}.png") for kind in ("index", "colour", "overlay"))
+    assert index.size == colour.size == overlay.size == (70, 50)
+    classes = np.unique(np.asarray(index))
+    assert classes.max() < 11 and len(np.unique(np.asarray(colour).reshape(-1, 3), axis=0)) == len(classes)
+
+
+def test_predictions_of_a_classifier_are_a_table(tmp_path: Path) -> None:
+    arguments = ["train", "model=resnet_mini", "data=digits", "norm=gn", "logger=off", "data.workers=0"]
+    run = train([*arguments, "trainer.steps=1", "ops.backend=eager"], tmp_path)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "a.png")
+    for _ in range(2):  # the second time replaces the table
+        assert predictions(run, tmp_path, "a.png", "--out", "out").returncode == 0
+    lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "image,rank,class,probability" and len(lines) == 6
+    shares = [float(line.rpartition(",")[2]) for line in lines[1:]]
+    assert shares == sorted(shares, reverse=True) and sum(shares) <= 1.000001
+
+
+def test_explain_shows_ratios_and_the_classes_with_most_pixels(finished: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((60, 80, 3), 128, np.uint8)).save(tmp_path / "a.png")
+    process = start(["explain", str(finished), str(tmp_path / "a.png")], tmp_path)
+    out, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, err
+    assert (tmp_path / "explained.png").is_file() and out.startswith("a.png: ") and "%" in out
