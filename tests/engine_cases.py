@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from exnorm.config.groups import option_values
+from exnorm.tasks import Task, make_task
+
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("cat", "dog", "elk")
 TIMES = ("images_per_s",)  # the metrics that two equal runs may differ in
@@ -53,6 +56,11 @@ def tiny(root: Path, *more: str) -> list[str]:
         "ops.backend=eager",
         *more,
     ]
+
+
+def classification(*, classes: int) -> Task:
+    """The task of classification with its usual options."""
+    return make_task(option_values("task", "classification"), [str(label) for label in range(classes)])
 
 
 def environment() -> dict[str, str]:

@@ -100,7 +100,8 @@ def test_the_fingerprint_changes_with_names_and_sizes_but_not_with_the_place(tmp
 def epoch_of(dataset: SeededImages, *, epoch: int, workers: int, first_step: int = 0, **share: int) -> list[Any]:
     """The batches of an epoch from a step on."""
     batches = TrainBatches(len(dataset), total=8, seed=dataset.seed, **share)
-    batches.start(epoch, first_step)
+    steps = batches.steps_per_epoch
+    batches.between(epoch * steps + first_step, (epoch + 1) * steps)
     return list(Loader(dataset, batches, workers=workers, device=torch.device("cpu")))
 
 

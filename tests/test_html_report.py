@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, CliRunner
 from engine_cases import make_image_folder, tiny, train
 
+from exnorm.config.metrics import metrics_of
 from exnorm.config.study import load_study
 from exnorm.report.html_report import run_page, study_page
 from exnorm.report.run_figures import curves
@@ -192,7 +193,7 @@ def test_the_curves_of_a_run_are_its_metrics_and_name_the_first_best_epoch(tmp_p
     inside = {"step": 15, "epoch": 2, "batch/loss": 1.0, "lr": 0.05}
     last = ended(3, 50.0, **{"val/b/top1": 12.0, "val/loss": None})
     log = [ended(1, 40.0), inside, ended(2, 50.0), last]
-    figures = dict(curves(log))
+    figures = dict(curves(log, metrics_of({})[0]))
     (loss,), (top1,), (rate,) = (figures[name]().axes for name in ("loss", "top-1 %", "learning rate"))
     drawn = [{line.get_label(): list(line.get_ydata()) for line in panel.get_lines()} for panel in (loss, top1)]
     assert drawn[0]["training"] == [1.0, 1 / 2, 1 / 3]

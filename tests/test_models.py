@@ -109,10 +109,7 @@ def rates(epochs: int, steps: int, **options: Any) -> list[float]:
     config = compose_train(["optim=sgd", "optim.schedule=step"]).optim
     for key, value in options.items():
         config[key] = value
-    return [
-        learning_rate(config, step=step, steps_per_epoch=steps, epochs=epochs, total_batch=256)
-        for step in range(epochs * steps)
-    ]
+    return [learning_rate(config, step=step, steps=epochs * steps, total_batch=256) for step in range(epochs * steps)]
 
 
 def test_the_papers_rate_falls_tenfold_at_epochs_30_60_and_90_of_100() -> None:
@@ -124,7 +121,7 @@ def test_the_papers_rate_falls_tenfold_at_epochs_30_60_and_90_of_100() -> None:
 def test_the_rate_scales_with_the_batch_unless_it_is_given() -> None:
     config = compose_train(["optim=sgd", "optim.schedule=step"]).optim
     given = compose_train(["optim=sgd", "optim.schedule=step", "optim.lr=0.3"]).optim
-    common = {"step": 0, "steps_per_epoch": 1, "epochs": 1, "total_batch": 32}
+    common = {"step": 0, "steps": 1, "total_batch": 32}
     assert learning_rate(config, **common) == pytest.approx(0.0125)
     assert learning_rate(given, **common) == 0.3
 

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import CliRunner
-from engine_cases import metrics, train
+from engine_cases import classification, metrics, train
 from PIL import Image
 
 from exnorm.config.errors import UserError
 from exnorm.data import noise
 from exnorm.data.splits import Images, Splits
-from exnorm.tasks.classification import Classification, summarize
 
 CLASSES = 8
 COUNT = 8000
@@ -104,12 +103,12 @@ def test_the_share_of_fitted_and_recovered_labels() -> None:
     predicted = torch.tensor([1, 0, 0, 2, 3])
     labels = torch.tensor([1, 1, 2, 0, 3])
     clean = torch.tensor([0, 0, 0, 1, 3])
-    task = Classification(SimpleNamespace(label_smoothing=0.0))
+    task = classification(classes=4)
     logits = torch.nn.functional.one_hot(predicted, 4) * 9.0
-    metrics = summarize(task.sums(logits, labels, clean), "train")
-    assert (metrics["train/noisy_fitted"], metrics["train/noisy_recovered"]) == (25.0, 50.0)
-    assert metrics["train/top1"] == 40.0
-    assert "train/noisy_fitted" not in summarize(task.sums(logits, labels, labels), "train")
+    metrics = task.summarize(task.sums(logits, [labels, clean]))
+    assert (metrics["noisy_fitted"], metrics["noisy_recovered"]) == (25.0, 50.0)
+    assert metrics["top1"] == 40.0
+    assert "noisy_fitted" not in task.summarize(task.sums(logits, [labels, labels]))
 
 
 def test_a_run_keeps_the_wrong_labels_and_is_tested_on_the_other_set(tmp_path: Path, run_cli: CliRunner) -> None:

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_cases import classification
 
+from exnorm.config.metrics import metrics_of
 from exnorm.engine.progress import Progress
+from exnorm.engine.schedule import Schedule
 from exnorm.engine.summary import print_evaluations
 
-SUMS = torch.tensor([8.0, 3.0, 4.0, 4.0])  # loss, top-1, top-5, images
+SUMS = torch.tensor([8.0, 3.0, 4.0, 4.0, 0, 0, 0])  # loss, top-1, top-5, images, and three of noisy labels
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def after_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     def build(count: int, *, of: int, active: bool = True) -> Progress:
         monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-        progress = Progress(tmp_path / "log.txt", steps=of, epochs=2, active=active)
+        progress = Progress(tmp_path / "log.txt", classification(classes=10), Schedule(of, -(-of // 2)), active=active)
         for step in range(1, count + 1):
             monkeypatch.setattr(time, "monotonic", lambda now=20.0 * step: now)
             progress.step(step, 0, SUMS)
@@ -97,5 +100,5 @@ def test_a_table_in_a_pipe_is_as_wide_as_what_it_says(capsys: pytest.CaptureFixt
     checkpoint = "runs/imagenet/" + "x" * 150 + ".pt"
     scores = {"val/top1": 90.0, "val/top5": 99.0, "val/loss": 0.5}
     where = {"images": 50_000, "step": 3, "inference": "moving_average", "data": "imagenet", "checkpoint": checkpoint}
-    print_evaluations([scores | where])
+    print_evaluations([scores | where], metrics_of({}))
     assert f"{checkpoint} (step 3)" in capsys.readouterr().out

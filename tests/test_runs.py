@@ -205,8 +205,8 @@ def test_states_and_numbers_of_runs(tmp_path: Path) -> None:
     states = {"interrupted": "interrupted", "finished": "finished", "failed": "failed"}
     assert {name: run.state for name, run in found.items()} == states | {"damaged": "unreadable", "half": "unreadable"}
     run = found["interrupted"]
-    assert (run.epoch, run.epochs, run.top1, run.norm, run.batch, run.data) == (3, 8, 40.0, "sn", "8x4", "digits")
-    assert found["finished"].top1 == 50.0
+    assert (run.epoch, run.epochs, run.value, run.norm, run.batch, run.data) == (3, 8, 40.0, "sn", "8x4", "digits")
+    assert found["finished"].value == 50.0
     with pytest.raises(ValueError, match="no folder"):
         list_runs(tmp_path / "nowhere")
 

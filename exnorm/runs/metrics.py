@@ -63,7 +63,7 @@ def is_known(row: Mapping[str, Any], step: int, epochs: int) -> bool:
 
 def is_validation(row: Mapping[str, Any]) -> bool:
     """Return whether a row is that of a validation, at the end of an epoch."""
-    return "val/loss" in row  # every task has a loss
+    return any(key.startswith("val/") for key in row)
 
 
 def validated(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
