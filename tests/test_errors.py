@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.config.explain import is_user_error
-from exnorm.models import build_model
+from exnorm.models import build_network, classifier
 
 MY_NORM = """
 from exnorm.norms import BatchNorm
@@ -73,7 +74,7 @@ def test_what_a_norm_refuses_at_its_first_forward_is_one_line(tmp_path: Path) ->
 def build(*overrides: str) -> nn.Module:
     """A small model with its norms."""
     config = compose_train(["model=resnet18", "model.name=test_resnet", "norm=bn", *overrides])
-    return build_model(config.model, config.norm, num_classes=3)
+    return build_network(partial(classifier, num_classes=3), config.model, config.norm)
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """Backbones, weights from elsewhere, and the papers' optimizer."""
 
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -13,9 +15,10 @@ from exnorm.analysis.ratios import as_metrics, mean_ratios, measure_ratios
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.engine.checkpoint import read_weights
-from exnorm.models import build_model, load_weights
+from exnorm.models import build_network, classifier, load_weights
 from exnorm.norms import ExemplarNorm, Norm
-from exnorm.optim import build_optimizer, learning_rate
+from exnorm.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from exnorm.surgery import convert
 
 
 def build(norm: str = "en", name: str = "test_resnet", classes: int = 3, **model: Any) -> nn.Module:
@@ -23,7 +26,7 @@ def build(norm: str = "en", name: str = "test_resnet", classes: int = 3, **model
     config = compose_train(["model=resnet18", f"model.name={name}", f"norm={norm}"])
     for key, value in model.items():
         config.model[key] = value
-    return build_model(config.model, config.norm, num_classes=classes)
+    return build_network(partial(classifier, num_classes=classes), config.model, config.norm)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "shufflenet_v2_x0_5"])
@@ -60,7 +63,7 @@ def test_a_layer_keeps_its_own_eps_and_momentum_unless_others_are_chosen() -> No
     assert isinstance(model.bn1, Norm)
     assert (model.bn1.eps, model.bn1.momentum) == (1e-3, 0.01)
     config = compose_train(["model=resnet18", "model.name=tf_efficientnet_b0", "norm=bn", "norm.eps=1e-4"])
-    assert build_model(config.model, config.norm, num_classes=3).bn1.eps == 1e-4
+    assert build_network(partial(classifier, num_classes=3), config.model, config.norm).bn1.eps == 1e-4
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -166,8 +169,76 @@ def test_weight_decay_can_be_left_to_convolutions_and_linear_layers(norm: str, n
             assert decays[parameter] == (0.1 if decayed else 0.0), f"{path}.{key}"
 
 
+class WithHead(nn.Module):
+    """A backbone and two heads, each with a norm."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.backbone = build(norm)
+        self.head = convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), norm)
+        self.aux_head = convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), norm)
+
+
+def rates_of(model: nn.Module, rate: float, *options: str) -> dict[nn.Parameter, float]:
+    """The learning rate of each parameter in a step of this rate."""
+    config = compose_train(["optim=sgd", *options]).optim
+    optimizer = build_optimizer(model, config, total_batch=256)
+    set_learning_rate(optimizer, rate)
+    found = [(parameter, group["lr"]) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(found) == len(dict(found)) == len(list(model.parameters()))
+    return dict(found)
+
+
+@pytest.mark.parametrize("norm", ["bn", "ssn"])
+@pytest.mark.parametrize("decay", ["all", "weights"])
+def test_heads_have_a_rate_of_their_own_times_that_of_their_norms(norm: str, decay: str) -> None:
+    model = WithHead(norm)
+    found = rates_of(model, 0.02, "optim.head_lr_scale=10", f"optim.decay={decay}")
+    for name, parameter in model.named_parameters():
+        head = 1 if name.startswith("backbone.") else 10
+        ratio = 0.1 if name.endswith(("mean_weight", "var_weight")) else 1
+        assert found[parameter] == pytest.approx(0.02 * head * ratio), name
+
+
+@pytest.mark.parametrize(("name", "heads"), [("test_resnet", ["fc"]), ("deit_tiny_distilled_patch16_224", ["head"])])
+def test_the_head_of_a_classification_network_is_its_classifier(name: str, heads: list[str]) -> None:
+    model = timm.create_model(name, num_classes=3)
+    found = rates_of(model, 0.1, "optim.head_lr_scale=10")
+    fast = {path.partition(".")[0] for path, parameter in model.named_parameters() if found[parameter] > 0.5}
+    assert fast == {*heads, *(["head_dist"] if "distilled" in name else [])}
+
+
+@pytest.mark.parametrize("decay", ["all", "weights"])
+def test_a_scale_of_one_leaves_the_groups_as_they_were(decay: str) -> None:
+    """Bit-equality of older runs: the same groups, with the same keys and the parameters in the same order."""
+    model = build("ssn")
+    usual, scaled = (
+        parameter_groups(model, 0.1, decay=decay),
+        parameter_groups(model, 0.1, decay=decay, head_lr_scale=1),
+    )
+    assert [group.keys() for group in usual] == [group.keys() for group in scaled]
+    assert "lr_scale" not in usual[0]
+    for left, right in zip(usual, scaled, strict=True):
+        assert all(a is b for a, b in zip(left["params"], right["params"], strict=True))
+    assert sum(len(group["params"]) for group in usual) == len(list(model.parameters()))
+
+
+def test_a_frozen_head_has_no_rate() -> None:
+    model = WithHead("bn")
+    model.head.requires_grad_(False)
+    groups = parameter_groups(model, 0.1, head_lr_scale=10)
+    assert all(parameter.requires_grad for group in groups for parameter in group["params"])
+
+
+@pytest.mark.parametrize("scale", ["0", "-1"])
+def test_a_rate_of_the_heads_that_is_not_above_zero_is_refused(scale: str) -> None:
+    config = compose_train(["optim=sgd", f"optim.head_lr_scale={scale}"]).optim
+    with pytest.raises(UserError, match=rf"optim\.head_lr_scale={scale} is not possible; give a number above 0"):
+        build_optimizer(build(), config, total_batch=256)
+
+
 def test_an_unknown_optimizer_is_refused() -> None:
-    unknown = SimpleNamespace(name="sdg", schedule="step", lr=1.0, decay="all")
+    unknown = SimpleNamespace(name="sdg", schedule="step", lr=1.0, decay="all", head_lr_scale=1.0)
     with pytest.raises(UserError, match="did you mean 'sgd'"):
         build_optimizer(nn.Linear(1, 1), unknown, total_batch=1)
 

@@ -1,18 +1,20 @@
 """What paired verdicts rest on: runs of one seed begin with the same weights, whatever normalizer they have."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from exnorm.config.compose import compose_train
 from exnorm.config.groups import group_options
-from exnorm.models import build_model
+from exnorm.models import build_network, classifier
 
 
 def first_weights(model: str, norm: str, seed: int) -> dict[str, Tensor]:
     config = compose_train([f"model={model}", f"norm={norm}"])
     torch.manual_seed(seed)
-    return build_model(config.model, config.norm, num_classes=10).state_dict()
+    return build_network(partial(classifier, num_classes=10), config.model, config.norm).state_dict()
 
 
 @pytest.mark.parametrize("model", ["resnet_mini", "shufflenet_v2_x0_5"])

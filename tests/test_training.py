@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from exnorm.data.transforms import eval_transform
 from exnorm.engine.banner import busy
 from exnorm.engine.calibrate import batch_average
 from exnorm.engine.distributed import World
-from exnorm.models import build_model
+from exnorm.models import build_network, classifier
 from exnorm.norms import BatchScopeNorm
 from exnorm.runs.folder import RunFolder
 
@@ -158,7 +159,7 @@ def test_batch_average_is_the_total_variance_over_the_batches(images: Path) -> N
     config.data.root, config.data.image_size, config.data.resize = str(images), 32, 32
     splits = data_set("imagefolder").load(config.data)
     dataset = SeededImages(splits.train, eval_transform(config.data), seed=0)
-    model = build_model(config.model, config.norm, num_classes=3)
+    model = build_network(partial(classifier, num_classes=3), config.model, config.norm)
     model.conv1[1].train()
     world = World(0, 1, torch.device("cpu"))
     before = {name: value.clone() for name, value in model.state_dict().items()}

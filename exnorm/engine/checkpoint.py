@@ -26,7 +26,7 @@ from exnorm.config.schema import TrainConfig
 from exnorm.engine.check_task import read_task
 from exnorm.engine.distributed import World
 from exnorm.engine.weight_files import read_file
-from exnorm.models import normalized
+from exnorm.models import build_network
 from exnorm.runs.folder import DISK_FULL, RunFolder, names_file, removes_on_failure, rename_synced
 from exnorm.tasks import make_task
 
@@ -232,7 +232,7 @@ def build_trained(config: Any, state: Mapping[str, Any]) -> nn.Module:
     """Return the model of a config with a checkpoint's weights and, if the run used them, calibrated statistics."""
     config = OmegaConf.merge(config, {"model": {"pretrained": False}})
     task = make_task(config.task, state["classes"])
-    model = normalized(lambda: task.network(config.model), config.model, config.norm)
+    model = build_network(task.network, config.model, config.norm)
     try:
         model.load_state_dict({**state["model"], **(state.get("calibrated") or {})})
     except RuntimeError as problem:

@@ -15,7 +15,7 @@ from exnorm.engine import checkpoint
 from exnorm.engine.batch import BatchPlan, parse_batch
 from exnorm.engine.calibrate import Calibrated
 from exnorm.engine.distributed import World, replica_group
-from exnorm.models import load_ratios, load_weights, normalized
+from exnorm.models import build_network, load_ratios, load_weights
 from exnorm.norms import configure_scope
 from exnorm.optim import build_optimizer
 from exnorm.runs.folder import NOT_FINITE, RunFolder
@@ -57,7 +57,7 @@ class Learner:
 def build_learner(config: Any, plan: BatchPlan, world: World, task: Task) -> Learner:
     """Return model, optimizer and scaler of a new run, on this worker's device."""
     torch.manual_seed(mixed_seed(config.seed))
-    model = normalized(lambda: task.network(config.model), config.model, config.norm)
+    model = build_network(task.network, config.model, config.norm)
     if config.model.init_from is not None:
         source = config.model.init_from
         for note in [*load_weights(model, checkpoint.read_weights(source), source=source), *batch_advice(config)]:

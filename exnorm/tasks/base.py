@@ -138,8 +138,8 @@ class Task(ABC):
 
 def ranked(classes: Sequence[str], shares: Tensor) -> list[tuple[str, float]]:
     """Return classes with their shares, the largest share first."""
-    order = shares.argsort(descending=True, stable=True).tolist()
-    return [(classes[label], float(shares[label])) for label in order]
+    names, order = list(classes), shares.argsort(descending=True, stable=True)
+    return [(names[int(label)], float(shares[label])) for label in order]
 
 
 def named(metrics: Mapping[str, float], split: str) -> dict[str, float]:

@@ -65,7 +65,8 @@ class Segmentation(Task):
 
     def prepared(self, data_config: Any, image: Image.Image) -> Tensor:
         """Return the complete image, with the shorter side at `data.resize`."""
-        return as_pixels(resize(image, [data_config.resize], antialias=True))
+        small: Any = resize(image, [data_config.resize])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        return as_pixels(small)
 
     def likely(self, output: Tensor) -> list[tuple[str, float]]:
         """Return the classes with their shares of the pixels."""
