@@ -255,7 +255,6 @@ def test_convolutions_of_heads_start_as_he_et_al_say() -> None:
         ({"name": "shufflenet_v2_x0_5"}, "ShuffleNet v2 has no features at stride 8; use a ResNet"),
         ({"name": "resnt18", "architecture": None}, r"unknown model; did you mean 'resnet18'\?"),
         ({"options": {"colour": 3}}, "timm cannot make a feature extractor of it .*unexpected keyword.*colour"),
-        ({"drop_rate": 0.5}, "drop_rate=0.5 is the dropout of a classifier; leave it at 0"),
     ],
 )
 def test_what_cannot_be_built_is_one_line_that_says_what_can(values: dict[str, Any], words: str) -> None:

@@ -78,11 +78,6 @@ def features(model_config: Any, *, output_stride: int, count: int) -> Any:
     """
     if model_config.name.startswith(TORCHVISION_PREFIX):
         raise UserError(f"torchvision's ShuffleNet v2 has no features at stride {output_stride}; {ADVICE}")
-    if model_config.drop_rate:
-        raise UserError(
-            f"model.drop_rate={model_config.drop_rate} is the dropout of a classifier; leave it at 0, because "
-            "segmentation heads have a dropout of their own"
-        )
     architecture = _architecture(model_config)
     indices = tuple(range(-count, 0))
     try:

@@ -6,11 +6,13 @@ Parsing Network", CVPR 2017; L.-C. Chen et al., "Rethinking Atrous Convolution f
 A head takes the (N, C, H, W) features of a backbone and returns (N, num_classes, H, W) logits. The width of a head
 follows C. For the C = 2048 of ResNet-50 it is the papers': 512 channels for `fcn` and `psp`, 256 for `deeplabv3`.
 
-Differences. `fcn` is torchvision's `FCNHead`: the head of SN's released code, plus a dropout of 0.1. As an auxiliary
-head it has C / 4 = 256 channels, where SN's code has 512. `psp` resizes with `align_corners=False` and drops single
-values, where the code of PSPNet's authors resizes with `align_corners=True` and drops channels. `deeplabv3` is
-torchvision's `DeepLabHead`, with the paper's dilations for stride 16, too. What SN's paper calls DeepLab has no pyramid
-of dilations: it is `fcn` on a dilated backbone.
+`fcn` is the head of SN's released code. `model.drop_rate` is the dropout before the last convolution of `fcn` and
+`psp`. It is 0.1 in PSPNet's code, and 0 in SN's.
+
+Differences. As an auxiliary head, `fcn` has C / 4 = 256 channels, where SN's code has 512. `psp` resizes with
+`align_corners=False` and drops single values, where the code of PSPNet's authors resizes with `align_corners=True` and
+drops channels. `deeplabv3` is torchvision's `DeepLabHead`, with the paper's dilations for stride 16, too. What SN's
+paper calls DeepLab has no pyramid of dilations: it is `fcn` on a dilated backbone.
 
 Legend: N batch, C channels, H and W positions, B bins.
 """
@@ -21,17 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.segmentation.deeplabv3 import ASPP
-from torchvision.models.segmentation.fcn import FCNHead
 
 BINS = (1, 2, 3, 6)  # the grids of PSPNet, per side
 
 
-def fcn(in_channels: int, num_classes: int, output_stride: int) -> nn.Module:
-    """Return a 3x3 convolution to C / 4 channels, norm, ReLU, dropout 0.1, and a 1x1 convolution."""
-    return FCNHead(in_channels, num_classes)
+def fcn(in_channels: int, num_classes: int, output_stride: int, drop_rate: float) -> nn.Module:
+    """Return a 3x3 convolution to C / 4 channels, norm, ReLU, dropout, and a 1x1 convolution."""
+    width = in_channels // 4
+    return nn.Sequential(
+        *_convolved(in_channels, width, 3), nn.Dropout(drop_rate), nn.Conv2d(width, num_classes, kernel_size=1)
+    )
 
 
-def deeplabv3(in_channels: int, num_classes: int, output_stride: int) -> nn.Module:
+def deeplabv3(in_channels: int, num_classes: int, output_stride: int, drop_rate: float) -> nn.Module:
     """Return DeepLabv3's head with C / 8 channels, which is torchvision's `DeepLabHead` for C = 2048.
 
     The dilations of its 3x3 convolutions are 12, 24 and 36 at stride 8, and half of that at stride 16.
@@ -50,15 +54,15 @@ class PyramidHead(nn.Module):
 
     The averages over 1x1, 2x2, 3x3 and 6x6 bins each go through a 1x1 convolution to C / 4 channels, norm and ReLU.
     They are resized to the size of the features (bilinear, `align_corners=False`) and concatenated with them. Then
-    follow a 3x3 convolution to C / 4 channels, norm, ReLU, dropout 0.1, and a 1x1 convolution.
+    follow a 3x3 convolution to C / 4 channels, norm, ReLU, dropout, and a 1x1 convolution.
     """
 
-    def __init__(self, in_channels: int, num_classes: int) -> None:
+    def __init__(self, in_channels: int, num_classes: int, drop_rate: float) -> None:
         super().__init__()
         width = in_channels // 4
         self.branches = nn.ModuleDict({f"bin{bins}": _convolved(in_channels, width, 1) for bins in BINS})
         self.bottleneck = _convolved(in_channels + len(BINS) * width, width, 3)
-        self.dropout = nn.Dropout(0.1)
+        self.dropout = nn.Dropout(drop_rate)
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,9 +73,9 @@ class PyramidHead(nn.Module):
         return self.classifier(self.dropout(self.bottleneck(torch.cat(parts, 1))))
 
 
-def psp(in_channels: int, num_classes: int, output_stride: int) -> nn.Module:
+def psp(in_channels: int, num_classes: int, output_stride: int, drop_rate: float) -> nn.Module:
     """Return PSPNet's head; see `PyramidHead`."""
-    return PyramidHead(in_channels, num_classes)
+    return PyramidHead(in_channels, num_classes, drop_rate)
 
 
 def _convolved(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
@@ -100,7 +104,7 @@ def _members(length: int, bins: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return inside.to(like.dtype), inside.sum(1).to(like.dtype)
 
 
-Head = Callable[[int, int, int], nn.Module]
+Head = Callable[[int, int, int, float], nn.Module]
 HEADS: dict[str, Head] = {"fcn": fcn, "psp": psp, "deeplabv3": deeplabv3}
 # The norms of a head whose input is pooled to one position. Some normalizers cannot normalize one value.
 POOLED: dict[str, str] = {"psp": "head.branches.bin1.*", "deeplabv3": "head.0.convs.4.*"}

@@ -66,8 +66,9 @@ def segmentation_network(model_config: Any, *, num_classes: int, output_stride: 
     """Return a segmentation network with batch normalization. `exnorm.models.normalized` converts it.
 
     The backbone is `model_config.name`, with the names of its classification network in its state dict. The head is
-    `model_config.head`, or `fcn` if that is None. `exnorm.models.heads` describes the heads. Only the backbone can be
-    pretrained. The convolutions of the heads start with He's normal initialisation.
+    `model_config.head`, or `fcn` if that is None. Its dropout is `model_config.drop_rate`. `exnorm.models.heads`
+    describes the heads. Only the backbone can be pretrained. The convolutions of the heads start with He's normal
+    initialisation.
 
     Args:
         output_stride: 8 or 16, the size of an image divided by that of its features.
@@ -83,7 +84,7 @@ def segmentation_network(model_config: Any, *, num_classes: int, output_stride: 
         allowed = " or ".join(map(str, STRIDES))
         raise UserError(f"an output stride of {output_stride} is not possible; allowed: {allowed}")
     backbone = features(model_config, output_stride=output_stride, count=2 if aux else 1)
-    channels = backbone.feature_info.channels()
-    head = initialise(HEADS[chosen](channels[-1], num_classes, output_stride))
-    aux_head = initialise(fcn(channels[-2], num_classes, output_stride)) if aux else None
+    channels, drop_rate = backbone.feature_info.channels(), model_config.drop_rate
+    head = initialise(HEADS[chosen](channels[-1], num_classes, output_stride, drop_rate))
+    aux_head = initialise(fcn(channels[-2], num_classes, output_stride, drop_rate)) if aux else None
     return SegmentationNetwork(backbone, head, aux_head, pooled=POOLED.get(chosen))
