@@ -50,6 +50,7 @@ class DataConfig:
     val_list: str | None = None
     source: str | None = None  # tar, or a source that timm reads: hfds/NAME
     origin: str | None = None  # of WebVision's images: google | flickr | all
+    split: str | None = None  # of a set with several validation splits: val | test
     exclude: str | None = None  # a file with the paths of images to leave out
     max_bad_fraction: float = 0.01  # share of broken training images; a run with more ends
     val: list[str] | None = None  # data sets to validate on, the main one first; null: the set itself

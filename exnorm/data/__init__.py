@@ -11,12 +11,17 @@ from typing import Any
 
 from exnorm.config.errors import UserError
 from exnorm.config.groups import option_values
+from exnorm.config.options import written
 from exnorm.data import noise, validation
-from exnorm.data.splits import Images, Splits
+from exnorm.data.splits import Images, MaskedImages, Splits
 
 CROP_EXAMPLE = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
 # Options that only some sets have; the others refuse them.
-PARTICULAR = ("num_classes", "num_train", "num_val", "seed", "train_list", "val_list", "source", "origin", "exclude")
+PARTICULAR = (
+    "num_classes", "num_train", "num_val", "seed", "train_list", "val_list", "source", "origin", "split", "exclude"
+)  # fmt: skip
+TARGETS = ("labels", "masks")
+FOR_MASKS = {"short_sides": None, "long_side": None, "zoom": None, "rotation": 0, "blur": 0}  # their values with labels
 
 
 def data_set(name: str) -> ModuleType:
@@ -35,6 +40,8 @@ def fingerprint(config: Any, *, train: bool = True) -> str:
     """
     noise.check(config.noise)
     _check_crops(config)
+    _check_targets(config)
+    (_check_options_for_masks if config.targets == "masks" else _check_options_for_labels)(config)
     if not 0 <= config.max_bad_fraction < 1:
         raise UserError(
             f"data.max_bad_fraction={config.max_bad_fraction} is not possible. Give a share of the images, from 0 to "
@@ -52,11 +59,6 @@ def _check_crops(config: Any) -> None:
     for key in ("image_size", "resize"):
         if config[key] < 1:
             raise UserError(f"data.{key}={config[key]} is not possible; give 1 or more")
-    if config.resize < config.image_size:
-        raise UserError(
-            f"data.resize={config.resize} is smaller than data.image_size={config.image_size}; validation resizes "
-            f"first and crops then, so give data.resize={config.image_size} or more"
-        )
     for key in ("mean", "std"):
         if len(config[key]) != 3 or (key == "std" and min(config[key]) <= 0):
             raise UserError(
@@ -69,7 +71,52 @@ def _check_crops(config: Any) -> None:
             )
 
 
+def _check_targets(config: Any) -> None:
+    own = option_values("data", config.name).get("targets", TARGETS[0])
+    if config.targets != own:
+        raise UserError(f"data.targets={config.targets}, but {config.name} has {own}. Leave data.targets out")
+
+
+def _check_options_for_labels(config: Any) -> None:
+    if config.resize < config.image_size:
+        raise UserError(
+            f"data.resize={config.resize} is smaller than data.image_size={config.image_size}; validation resizes "
+            f"first and crops then, so give data.resize={config.image_size} or more"
+        )
+    given = [f"data.{key}={written(config[key])}" for key, unset in FOR_MASKS.items() if config[key] != unset]
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: only data sets with masks use this, and {config.name} has labels. Leave it out"
+        )
+
+
+def _check_options_for_masks(config: Any) -> None:
+    if config.noise.rate:
+        raise UserError(f"data.noise changes labels, and {config.name} has masks. Leave data.noise out")
+    zoom, sides = config.zoom, config.short_sides
+    checks = {
+        "short_sides": (sides is None or (len(sides) and min(sides) >= 1), "sizes in px of at least 1", "[300,450]"),
+        "long_side": (config.long_side is None or config.long_side >= 1, "a size in px of at least 1", "1000"),
+        "zoom": (
+            zoom is None or (len(zoom) == 2 and 0 < zoom[0] <= zoom[1]),
+            "a lowest and a highest factor above 0",
+            "[0.5,2.0]",
+        ),
+        "rotation": (0 <= config.rotation <= 180, "an angle from 0 to 180 degrees", "10"),
+        "blur": (0 <= config.blur <= 1, "a probability from 0 to 1", "0.5"),
+    }
+    for key, (possible, allowed, example) in checks.items():
+        if not possible:
+            raise UserError(
+                f"data.{key}={written(config[key])} is not possible; give {allowed}, such as data.{key}={example}"
+            )
+
+
 def _fingerprint_for_validation(config: Any, name: str, other: Any) -> str:
+    if other.targets != config.targets:
+        raise UserError(
+            f"data.val={list(config.val)} names {name}, which has {other.targets}. {config.name} has {config.targets}"
+        )
     try:
         return data_set(name).fingerprint(other, train=False)
     except UserError as problem:
@@ -81,7 +128,7 @@ def load(config: Any, *, train: bool = True) -> Splits:
     return noise.with_noise(data_set(config.name).load(config, train=train), config.noise)
 
 
-def validation_sets(config: Any, splits: Splits) -> dict[str, Images]:
+def validation_sets(config: Any, splits: Splits) -> dict[str, Images | MaskedImages]:
     """Return the validation images of each set in `data.val`, by its name; without `data.val`, those of the set itself.
 
     Raises:

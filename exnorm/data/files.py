@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -21,6 +21,7 @@ from exnorm.data.splits import Images
 
 # Errors that come from the file. Any other system error comes from the machine and may be temporary.
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+T = TypeVar("T")
 
 
 class BadImage(UserError):
@@ -33,12 +34,17 @@ class BadImage(UserError):
 
 def images(entries: SampleIndex, root: Path) -> Images:
     """Return images that are opened one by one; a broken one raises BadImage."""
-    return Images(entries.labels, partial(_open, entries, os.path.relpath(entries.base, root)))
+    return Images(entries.labels, partial(read_file, entries, root, rgb))
 
 
-def _open(entries: SampleIndex, prefix: str, index: int) -> Image.Image:
-    name = os.path.normpath(os.path.join(prefix, entries.names[index]))
-    return opened(name, partial(_file, entries, index))
+def name_of(entries: SampleIndex, root: Path, index: int) -> str:
+    """Return the path of a file relative to the root of the data."""
+    return os.path.normpath(os.path.join(os.path.relpath(entries.base, root), entries.names[index]))
+
+
+def read_file(entries: SampleIndex, root: Path, read: Callable[[BinaryIO], T], index: int) -> T:
+    """Return what `read` makes of file `index`; a broken file raises BadImage."""
+    return decoded(name_of(entries, root, index), partial(_file, entries, index), read)
 
 
 def _file(entries: SampleIndex, index: int) -> BinaryIO:
@@ -50,7 +56,12 @@ def _file(entries: SampleIndex, index: int) -> BinaryIO:
 
 
 def opened(name: str, file: Callable[[], BinaryIO]) -> Image.Image:
-    """Open a file with `file()` and return its image.
+    """Open a file with `file()` and return its image in RGB, with the errors of `decoded`."""
+    return decoded(name, file, rgb)
+
+
+def decoded(name: str, file: Callable[[], BinaryIO], read: Callable[[BinaryIO], T]) -> T:
+    """Open a file with `file()` and return what `read` makes of it.
 
     Raises:
         BadImage: something is wrong with the file.
@@ -58,7 +69,7 @@ def opened(name: str, file: Callable[[], BinaryIO]) -> Image.Image:
     """
     try:
         with file() as stream:
-            return rgb(stream)
+            return read(stream)
     except UnidentifiedImageError:
         raise BadImage(name, "the image format is not known") from None
     except Exception as problem:  # noqa: BLE001  # any other error of a decoder comes from the file

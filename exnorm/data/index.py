@@ -50,7 +50,16 @@ def of_folders(folder: Path) -> SampleIndex:
     Raises:
         UserError: there are less than two class folders, or one has no images.
     """
-    return _kept("folders", folder, lambda: _scan_folders(folder))
+    return kept("folders", folder, lambda: _scan_folders(folder))
+
+
+def of_tree(folder: Path) -> SampleIndex:
+    """Return all images in a folder and below, sorted; they have no classes.
+
+    Raises:
+        UserError: there are no images.
+    """
+    return kept("tree", folder, lambda: _scan_tree(folder))
 
 
 def of_list(file: Path, base: Path) -> SampleIndex:
@@ -61,7 +70,7 @@ def of_list(file: Path, base: Path) -> SampleIndex:
     Raises:
         UserError: a line is invalid (the message gives its number), or there are no lines.
     """
-    found = _kept("list", file, lambda: _scan_list(file))
+    found = kept("list", file, lambda: _scan_list(file))
     return replace(found, base=str(base))
 
 
@@ -75,10 +84,10 @@ def of_tars(files: Sequence[Path], base: Path) -> SampleIndex:
         UserError: a file is not a tar file or is compressed, or there are no images.
     """
     key = base / "\n".join(file.name for file in files)
-    return _kept("tars", key, lambda: _scan_tars(files, base))
+    return kept("tars", key, lambda: _scan_tars(files, base))
 
 
-def _kept(kind: str, path: Path, scan: Callable[[], Found]) -> SampleIndex:
+def kept(kind: str, path: Path, scan: Callable[[], Found]) -> SampleIndex:
     """Return the result of a scan, from the cache if nothing that the scan read has changed."""
     name = hashlib.sha256(f"{VERSION}/{kind}/{path.absolute()}".encode(errors="surrogateescape")).hexdigest()
     file = cache_folder() / f"index-{name[:24]}.npz"
@@ -125,10 +134,10 @@ def _same_sizes(entries: SampleIndex) -> bool:
         return True
     places = np.linspace(0, len(entries) - 1, min(SAMPLE, len(entries))).astype(int).tolist()
     paths = (os.path.join(os.fsencode(entries.base), entries.names.raw(place)) for place in places)
-    return [_size(path) for path in paths] == entries.sizes[places].tolist()
+    return [size_of(path) for path in paths] == entries.sizes[places].tolist()
 
 
-def _size(path: bytes) -> int:
+def size_of(path: bytes) -> int:
     """Return the bytes of a file; -1 for a dangling link."""
     try:
         return os.stat(path).st_size
@@ -167,6 +176,16 @@ def _scan_folders(folder: Path) -> Found:
     return Found(entries, watched)
 
 
+def _scan_tree(folder: Path) -> Found:
+    watched: list[bytes] = []
+    files = sorted(_images_below(os.fsencode(folder), b"", watched, above=(b"",)))  # the folder itself is not above
+    if not files:
+        raise UserError(f"{folder} has no images ({b', '.join(SUFFIXES).decode()})")
+    sizes = np.array([size for _, size in files], np.int64)
+    names = Packed.of(name for name, _ in files)
+    return Found(SampleIndex(names, np.zeros(len(files), np.int32), [], str(folder), sizes=sizes), watched)
+
+
 def _joined(parts: list[Packed]) -> Packed:
     starts = np.cumsum([0, *(len(part.block) for part in parts)])
     ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
@@ -197,7 +216,7 @@ def _images_below(
         if _is_folder(entry):
             yield from _images_below(base, name, watched, (*way, here))
         elif is_image(entry.name):
-            yield name, _size(entry.path)
+            yield name, size_of(entry.path)
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

@@ -44,6 +44,7 @@ def with_noise(splits: Splits, config: Any) -> Splits:
     """The same sets with noise in the labels of the training images; validation stays clean."""
     if config.kind == "none":
         return splits
+    assert isinstance(splits.train, Images)  # `exnorm.data.fingerprint` refuses noise for masks
     clean, classes = np.asarray(splits.train.labels).tolist(), len(splits.classes)
     mistaken_for = splits.mistaken_for or [(label + 1) % classes for label in range(classes)]
     rng = random.Random(config.seed)

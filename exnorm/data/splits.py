@@ -101,6 +101,7 @@ def _none(index: int) -> Image.Image:
 
 
 NO_IMAGES = Images([], _none)
+NO_MASKED_IMAGES = MaskedImages(0, _none, _none)
 
 
 Samples = Images | MaskedImages

@@ -16,7 +16,7 @@ from exnorm.config.compose import CROPS
 from exnorm.config.errors import UserError
 from exnorm.config.groups import option_values
 from exnorm.config.schema import DataConfig
-from exnorm.data.splits import Images, Splits
+from exnorm.data.splits import IGNORED, Images, MaskedImages, Splits
 
 SHOWN = 3  # of the classes that differ
 TAKEN = (*CROPS, "workers", "roots", "exclude")  # copied from the run's own set
@@ -67,8 +67,13 @@ def matched(splits: Splits, classes: Sequence[str], *, name: str) -> Splits:
     return Splits(_relabelled(splits.train, new_labels), _relabelled(splits.val, new_labels), classes)
 
 
-def _relabelled(images: Images, new_labels: Sequence[int | None]) -> Images:
-    """Return images with a new label for each clean one; images whose class has no new label are left out."""
+def _relabelled(images: Images | MaskedImages, new_labels: Sequence[int | None]) -> Images | MaskedImages:
+    """Return images with a new label for each clean one; images whose class has no new label are left out.
+
+    In masks, the pixels of such a class are ignored.
+    """
+    if isinstance(images, MaskedImages):
+        return replace(images, open_mask=partial(_open_mask, images, classes_of(new_labels)))
     clean = np.asarray(images.labels if images.clean_labels is None else images.clean_labels, np.int64)
     new = np.array([-1 if label is None else label for label in new_labels])[clean]
     kept = np.flatnonzero(new >= 0)
@@ -79,6 +84,17 @@ def _relabelled(images: Images, new_labels: Sequence[int | None]) -> Images:
         clean_labels=None,
         of_other_classes=len(new) - len(kept),
     )
+
+
+def classes_of(new_labels: Sequence[int | None]) -> np.ndarray:
+    """Return the new class of each value of a mask, (256,) in uint8."""
+    table = np.full(256, IGNORED, np.uint8)
+    table[: len(new_labels)] = [IGNORED if label is None else label for label in new_labels]
+    return table
+
+
+def _open_mask(images: MaskedImages, table: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(table[np.asarray(images.open_mask(index))])
 
 
 def _open(images: Images, kept: np.ndarray, index: int) -> Image.Image:

@@ -72,6 +72,8 @@ def measure_by_class(folder: RunFolder, overrides: Sequence[str], names: Sequenc
     chosen = _positions(classes, names)
     splits = matched(load(wanted.data, train=False), classes, name=wanted.data.name)
     name, images = next(iter(validation_sets(wanted.data, splits).items()))
+    if not isinstance(images, Images):
+        raise UserError(f"{name} has masks. --by-class measures images that have one label each")
     indices = [_of_class(images, label) for label in chosen]
     dataset = SeededImages(images, eval_transform(wanted.data), seed=config.seed)
     batches = fixed_batches([int(index) for found in indices for index in found], BATCH)
