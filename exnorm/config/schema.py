@@ -70,6 +70,7 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     epochs: int = 100  # the usual length of training on this data set; default of trainer.epochs
     schedule: str = "step"  # step | cosine | poly; default of optim.schedule
+    lr_per_256: float = 0.1  # default of optim.lr_per_256
     workers: int = 4  # loader processes per device
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     num_classes: int | None = None  # of a drawn set; for WebVision, use only the first ones

@@ -93,6 +93,8 @@ def _check_options_for_labels(config: Any) -> None:
 def _check_options_for_masks(config: Any) -> None:
     if config.noise.rate:
         raise UserError(f"data.noise changes labels, and {config.name} has masks. Leave data.noise out")
+    if config.padding is not None:
+        raise UserError(f"data.padding={config.padding}: {config.name} has masks, whose crops need none. Leave it out")
     zoom, sides = config.zoom, config.short_sides
     checks = {
         "short_sides": (sides is None or (len(sides) and min(sides) >= 1), "sizes in px of at least 1", "[300,450]"),

@@ -191,7 +191,7 @@ def draw_sheet(dataset: SeededImages, classes: Sequence[str]) -> Image.Image:
         pixels, label, clean = dataset[0, int(index)]
         left, top = place % COLUMNS * (TILE + 4), place // COLUMNS * (TILE + CAPTION + 4)
         sheet.paste(Image.fromarray(pixels.numpy()).resize((TILE, TILE)), (left, top))
-        name = classes[label] if label == clean else f"{classes[label]} (is {classes[clean]})"
+        name = str(classes[label]) if label == clean else f"{classes[label]} (is {classes[clean]})"
         pen.text(
             (left + 2, top + TILE + 2),
             fitted(name, TILE, font),

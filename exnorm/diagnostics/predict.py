@@ -17,7 +17,7 @@ from exnorm.config.errors import UserError
 from exnorm.data import data_set
 from exnorm.data.files import BadImage, opened
 from exnorm.data.index import is_image
-from exnorm.data.palette import colours
+from exnorm.data.palette import colours, overlaid
 from exnorm.engine import checkpoint
 from exnorm.engine.check_task import MASKS, check_views
 from exnorm.engine.evaluate import autocast
@@ -29,7 +29,6 @@ from exnorm.tasks.segmentation import as_pixels
 
 TOP = 5  # classes of an image in the table
 COLUMNS = ("image", "rank", "class", "probability")
-OPACITY = 0.5  # of the colours over an image
 TABLE = "predictions.csv"
 
 
@@ -129,12 +128,12 @@ def _write_masks(predictor: Predictor, path: Path, name: Path, out: Path) -> Non
     """Write the classes of an image's pixels as label values, as colours, and as colours over the image."""
     image = _open(path)
     mask = predictor(as_pixels(image))[0].argmax(0).to(torch.uint8).cpu().numpy()
-    coloured = Image.fromarray(colours(len(predictor.task.classes))[mask])
+    shades = colours(len(predictor.task.classes))
     as_labels = getattr(data_set(predictor.config.data.name), "to_label_ids", np.asarray)
     parts = {
         "index": Image.fromarray(as_labels(mask)),
-        "colour": coloured,
-        "overlay": Image.blend(image, coloured, OPACITY),
+        "colour": Image.fromarray(shades[mask]),
+        "overlay": overlaid(image, Image.fromarray(mask), shades),
     }
     target = out / name
     target.parent.mkdir(parents=True, exist_ok=True)

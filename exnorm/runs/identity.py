@@ -19,8 +19,9 @@ EXCLUDED = frozenset(
         "data.train_list",
         "data.val_list",
         "data.max_bad_fraction",
-        "data.epochs",  # trainer.epochs and optim.schedule have the values that were used
+        "data.epochs",  # trainer.epochs, optim.schedule and optim.lr_per_256 have the values that were used
         "data.schedule",
+        "data.lr_per_256",
         "data.workers",
         "trainer.device",
         "trainer.devices",
