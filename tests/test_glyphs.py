@@ -39,7 +39,7 @@ def config_of(name: str, *overrides: str) -> Any:
 
 def font_file(name: str) -> str:
     """A font's path."""
-    return glyphs._font_files([name])[0]
+    return glyphs.font_files([name])[0]
 
 
 def plan_of(count: int = 3, **values: Any) -> Plan:

@@ -2,26 +2,19 @@
 
 The bytes of an image depend only on the font files and the seed. So random numbers come from `random.Random.random`,
 the only stream that Python guarantees, and from SHAKE-128. Shapes move by whole pixels. The arithmetic is elementwise
-in float32, which IEEE 754 defines to the last bit. Any change here needs another `VERSION`.
-
-`python -m exnorm.data.drawing PLAN FILE OFFSET START STOP` draws the images START to STOP into a file, and ends when
-its standard input closes.
+in float32, which IEEE 754 defines to the last bit. Any change to the bytes needs another `VERSION`, here and in the
+modules that draw with these functions (`exnorm.data.scenes`, `exnorm.data.streets`).
 """
 
 import functools
 import hashlib
 import io
-import json
 import random
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
-from exnorm.runs.subprocesses import end_with_parent
 
 VERSION = 1
 FINE = 2  # a character is drawn and sheared at this multiple of the resolution
@@ -72,44 +65,90 @@ class Plan(NamedTuple):
     seed: str
 
 
+def plan_of(values: Sequence[Any]) -> Plan:
+    """Return a plan that was written as JSON."""
+    texts, fonts, style, size, seed = values
+    return Plan(texts, fonts, style_of(style), size, seed)
+
+
+def style_of(values: Sequence[Any]) -> Style:
+    """Return a style that was written as JSON."""
+    return Style(*map(tuple, values))
+
+
+def shape(plan: Plan) -> tuple[int, ...]:
+    """Return the shape of an image of the plan."""
+    return plan.size, plan.size, 3
+
+
 def draw(plan: Plan, index: int) -> np.ndarray:
     """Return image `index` of a plan, (size, size, 3) in uint8."""
-    digest = hashlib.blake2b(f"{plan.seed}/{index}".encode(), digest_size=16).digest()
-    rng, style, size = random.Random(int.from_bytes(digest, "little")), plan.style, plan.size
-
-    def uniform(span: Range) -> float:
-        return span[0] + (span[1] - span[0]) * rng.random()
-
+    rng, digest = seeded(plan.seed, index)
+    style, size = plan.style, plan.size
     text = plan.texts[index % len(plan.texts)]
     font = plan.fonts[int(rng.random() * len(plan.fonts))]
-    height = uniform(style.height) * (0.62 if len(text) > 1 else 1)
-    place = (uniform(style.shift), uniform(style.shift), uniform(style.shear), uniform(style.shear))
-    shape = _character(text, font, max(6, round(size * height)), size, place)
+    height = uniform(rng, style.height) * (0.62 if len(text) > 1 else 1)
+    place = [uniform(rng, span) for span in (style.shift, style.shift, style.shear, style.shear)]
+    covered = character(text, font, max(6, round(size * height)), size, place)
 
-    middle, half = uniform(style.brightness), uniform(style.contrast) * (0.5 if rng.random() < 0.5 else -0.5)
-    casts = [uniform(style.cast) for _ in range(3)]
-    texture = _texture(rng, size, digest) * np.float32(uniform(style.texture))
-    levels = texture + np.float32(middle - half) + shape * (np.float32(2 * half) - texture)
-    noise = np.frombuffer(hashlib.shake_128(digest).digest(size * size), np.uint8).reshape(size, size)
-    levels = levels + (noise.astype(np.float32) / np.float32(255) - np.float32(0.5)) * np.float32(uniform(style.noise))
-    channels = np.stack([levels * np.float32(1 + cast) for cast in casts], axis=-1)
+    middle = uniform(rng, style.brightness)
+    half = uniform(rng, style.contrast) * (0.5 if rng.random() < 0.5 else -0.5)
+    casts = [uniform(rng, style.cast) for _ in range(3)]
+    background = texture(rng, size, digest) * np.float32(uniform(rng, style.texture))
+    levels = background + np.float32(middle - half) + covered * (np.float32(2 * half) - background)
+    return photographed(np.stack([levels] * 3, axis=-1), casts, style, rng, digest, side=size)
+
+
+def seeded(seed: str, index: int) -> tuple[random.Random, bytes]:
+    """Return the random numbers of an image, and bytes from which SHAKE-128 makes more of them."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=16).digest()
+    return random.Random(int.from_bytes(digest, "little")), digest
+
+
+def uniform(rng: random.Random, span: Range) -> float:
+    """Return a random number from a range."""
+    return span[0] + (span[1] - span[0]) * rng.random()
+
+
+def photographed(
+    levels_HWC: np.ndarray, casts: Sequence[float], style: Style, rng: random.Random, digest: bytes, *, side: int
+) -> np.ndarray:
+    """Return intensities as pixels in uint8, after noise, colour cast, blur and JPEG compression.
+
+    Args:
+        casts: how far each colour channel departs from grey.
+        side: the number of pixels by which `style.blur` is multiplied.
+    """
+    height, width, _ = levels_HWC.shape
+    noise = np.frombuffer(hashlib.shake_128(digest).digest(height * width), np.uint8).reshape(height, width, 1)
+    centred = noise.astype(np.float32) / np.float32(255) - np.float32(0.5)
+    levels_HWC = levels_HWC + centred * np.float32(uniform(rng, style.noise))
+    channels = levels_HWC * np.array([1 + cast for cast in casts], np.float32)
     pixels = (np.clip(channels, 0, 1) * np.float32(255)).astype(np.uint8)
 
-    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(uniform(style.blur) * size))
+    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(uniform(rng, style.blur) * side))
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=round(uniform(style.quality)))
+    image.save(file, "JPEG", quality=round(uniform(rng, style.quality)))
     return np.asarray(Image.open(file))
 
 
-def _character(text: str, font: str, height: int, size: int, place: Sequence[float]) -> np.ndarray:
-    """Return the share of each pixel that a character covers, (size, size) in float32."""
+def character(
+    text: str, font: str, height: int, size: int, place: Sequence[float], *, bolder: float = 0.0
+) -> np.ndarray:
+    """Return the share of each pixel that a character covers, (size, size) in float32.
+
+    Args:
+        height: the font size.
+        place: horizontal and vertical shift of the centre, divided by `size`, and the two shears.
+        bolder: by what its outline moves to the outside, divided by the font size.
+    """
     dx, dy, shear_x, shear_y = place
     side = size * FINE
     canvas = Image.new("L", (side, side))
     face = _face(font, height * FINE)
     left, top, right, bottom = face.getbbox(text)
     at = (int(side * (0.5 + dx) - (left + right) / 2), int(side * (0.5 + dy) - (top + bottom) / 2))
-    ImageDraw.Draw(canvas).text(at, text, fill=255, font=face)
+    ImageDraw.Draw(canvas).text(at, text, fill=255, font=face, stroke_width=round(height * FINE * bolder))
     fine = _sheared(_sheared(np.asarray(canvas), shear_x).T, shear_y).T
     covered = fine.reshape(size, FINE, size, FINE).sum((1, 3), dtype=np.int32)
     return covered.astype(np.float32) / np.float32(255 * FINE * FINE)
@@ -124,7 +163,7 @@ def _sheared(image: np.ndarray, shear: float) -> np.ndarray:
     return np.where(inside, image[np.arange(side)[:, None], columns % side], 0)
 
 
-def _texture(rng: random.Random, size: int, digest: bytes) -> np.ndarray:
+def texture(rng: random.Random, size: int, digest: bytes) -> np.ndarray:
     """Return a background from -0.5 to 0.5: a gradient, stripes or blotches."""
     kind = int(rng.random() * 3)
     a, b = rng.random() * 2 - 1, rng.random() * 2 - 1
@@ -146,23 +185,3 @@ def _texture(rng: random.Random, size: int, digest: bytes) -> np.ndarray:
 @functools.cache
 def _face(font: str, height: int) -> Any:
     return ImageFont.truetype(font, height, layout_engine=ImageFont.Layout.BASIC)
-
-
-def draw_into(plan: Plan, file: Path, offset: int, start: int, stop: int) -> None:
-    """Draw the images `start` to `stop` into a file in which image 0 begins at `offset` bytes."""
-    with file.open("r+b") as target:
-        target.seek(offset + start * plan.size * plan.size * 3)
-        for index in range(start, stop):
-            target.write(draw(plan, index).tobytes())
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command in the module's docstring."""
-    end_with_parent()
-    values, file, *numbers = arguments
-    texts, fonts, style, size, seed = json.loads(values)
-    draw_into(Plan(texts, fonts, Style(*map(tuple, style)), size, seed), Path(file), *map(int, numbers))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

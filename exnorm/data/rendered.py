@@ -1,6 +1,7 @@
 """Sets of drawn images: drawn once per machine into one file of the cache, which is mapped into memory.
 
-The file begins with a line of JSON, padded to 4,096 bytes, with a checksum of the images. The images follow.
+The file begins with a line of JSON, padded to 4,096 bytes, with a checksum of the images. The images follow. If they
+have masks, the mask is the fourth channel of the image. `exnorm.data.painter` says what a plan is.
 """
 
 import contextlib
@@ -20,8 +21,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from exnorm.data.drawing import VERSION, Plan, draw_into
-from exnorm.data.splits import Images
+from exnorm.data import painter
+from exnorm.data.drawing import Plan
+from exnorm.data.splits import Images, MaskedImages
 from exnorm.runs.cache import cache_folder
 from exnorm.runs.folder import flock
 from exnorm.runs.subprocesses import available_cores, importing_environment
@@ -32,18 +34,30 @@ FEW = 200  # so few images are drawn faster than a process starts
 
 def images(plan: Plan, count: int) -> Images:
     """Return the images of a plan; draw them if they are not in the cache."""
+    labels = [index % len(plan.texts) for index in range(count)]
+    return Images(labels, partial(_open, *_cached(plan, count)))
+
+
+def masked_images(plan: Any, count: int) -> MaskedImages:
+    """Return the images and masks of a plan; draw them if they are not in the cache."""
+    file = _cached(plan, count)
+    return MaskedImages(count, partial(_open, *file), partial(_open_mask, *file), same_size=True)
+
+
+def _cached(plan: Any, count: int) -> tuple[str, tuple[int, ...]]:
+    """Return the file with the images of a plan, and the shape of an image."""
     path = cache_folder() / f"images-{fingerprint(plan, count)[:24]}.bin"
     with _alone(path):
         if not _is_whole(path):
             _build(plan, count, path)
-    labels = [index % len(plan.texts) for index in range(count)]
-    return Images(labels, partial(_open, str(path), plan.size))
+    return str(path), painter.module_of(plan).shape(plan)
 
 
-def fingerprint(plan: Plan, count: int) -> str:
+def fingerprint(plan: Any, count: int) -> str:
     """Return a text that changes with the images."""
     fonts = [(Path(font).name, _hash(font)) for font in plan.fonts]
-    return hashlib.sha256(repr((VERSION, count, plan._replace(fonts=fonts))).encode()).hexdigest()
+    determined_by = (painter.module_of(plan).VERSION, count, plan._replace(fonts=fonts))
+    return hashlib.sha256(repr(determined_by).encode()).hexdigest()
 
 
 @functools.cache
@@ -72,10 +86,10 @@ def _is_whole(path: Path) -> bool:
     return whole
 
 
-def _build(plan: Plan, count: int, path: Path) -> None:
+def _build(plan: Any, count: int, path: Path) -> None:
     part = path.with_suffix(".part")  # one builder at a time; the leftover of a killed one is overwritten
     with part.open("wb") as file:
-        file.truncate(HEADER + count * plan.size * plan.size * 3)
+        file.truncate(HEADER + count * painter.image_bytes(plan))
     _draw_all(plan, count, part)
     facts = json.dumps(_facts(part))
     with part.open("r+b") as file:
@@ -94,28 +108,31 @@ def _facts(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size - HEADER, "crc32": checksum}
 
 
-def _draw_all(plan: Plan, count: int, file: Path) -> None:
+def _draw_all(plan: Any, count: int, file: Path) -> None:
     if count <= FEW:
-        draw_into(plan, file, HEADER, 0, count)
+        painter.draw_into(plan, file, HEADER, 0, count)
         return
     cores = available_cores()
     bounds = [count * share // cores for share in range(cores + 1)]
-    command = [sys.executable, "-m", "exnorm.data.drawing", json.dumps(plan), str(file), str(HEADER)]
     # Only the trainer answers signals to all processes of a job; the end of this process closes the pipes.
     options: dict[str, Any] = {"env": importing_environment(), "stdin": subprocess.PIPE, "start_new_session": True}
     with contextlib.ExitStack() as stack:
-        painters = [
-            stack.enter_context(subprocess.Popen([*command, str(start), str(stop)], **options))
+        processes = [
+            stack.enter_context(subprocess.Popen(painter.command(plan, file, HEADER, start, stop), **options))
             for start, stop in pairwise(bounds)
         ]
-        if any([painter.wait() for painter in painters]):  # noqa: C419  # all are waited for before a pipe closes
+        if any([process.wait() for process in processes]):  # noqa: C419  # all are waited for before a pipe closes
             raise RuntimeError(f"drawing {count} images failed. The messages of its processes are above")
 
 
 @functools.cache
-def _pixels(path: str, size: int) -> Any:
-    return np.memmap(path, np.uint8, "r", HEADER).reshape(-1, size, size, 3)
+def _pixels(path: str, shape: tuple[int, ...]) -> Any:
+    return np.memmap(path, np.uint8, "r", HEADER).reshape(-1, *shape)
 
 
-def _open(path: str, size: int, index: int) -> Image.Image:
-    return Image.fromarray(_pixels(path, size)[index])
+def _open(path: str, shape: tuple[int, ...], index: int) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(_pixels(path, shape)[index, ..., :3]))
+
+
+def _open_mask(path: str, shape: tuple[int, ...], index: int) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(_pixels(path, shape)[index, ..., 3]))

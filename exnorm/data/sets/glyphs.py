@@ -61,15 +61,14 @@ def plans(config: Any, style: Style, train_fonts: Sequence[str], val_fonts: Sequ
     _check(config)
     texts = class_names(config.num_classes)
     train, val = (
-        Plan(texts, _font_files(fonts), style, config.image_size, f"{config.name}/{split}/{config.seed}")
+        Plan(texts, font_files(fonts), style, config.image_size, f"{config.name}/{split}/{config.seed}")
         for split, fonts in (("train", train_fonts), ("val", val_fonts))
     )
     return train, val
 
 
 def _check(config: Any) -> None:
-    if config.root is not None:
-        raise UserError(f"data.root={config.root}: {config.name} are drawn and take no folder. Leave it out")
+    refuse_folder(config)
     if not MIN_CLASSES <= config.num_classes <= MAX_CLASSES:
         raise UserError(
             f"data.num_classes={config.num_classes}: {config.name} has {MIN_CLASSES} to {MAX_CLASSES} classes"
@@ -79,14 +78,21 @@ def _check(config: Any) -> None:
             raise UserError(f"data.{name}={getattr(config, name)}: give at least one image per class")
 
 
-def _font_files(names: Sequence[str]) -> list[str]:
+def refuse_folder(config: Any) -> None:
+    """Raise UserError if a drawn set was given a folder."""
+    if config.root is not None:
+        raise UserError(f"data.root={config.root}: {config.name} are drawn and take no folder. Leave it out")
+
+
+def font_files(names: Sequence[str]) -> list[str]:
+    """Return the paths of fonts that matplotlib ships."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return [str(folder / f"{name}.ttf") for name in names]
 
 
-def fingerprint_of(train: Plan, val: Plan, config: Any) -> str:
+def fingerprint_of(train: Any, val: Any, config: Any) -> str:
     """Return both plans' fingerprints as one text."""
     return rendered.fingerprint(train, config.num_train) + rendered.fingerprint(val, config.num_val)
 
