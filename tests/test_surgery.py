@@ -396,6 +396,50 @@ def test_audit_lists_what_was_replaced_built_and_left() -> None:
     assert rows["5.bn"].reason == "replaced"
 
 
+def test_layers_whose_names_match_a_pattern_stay_torchs() -> None:
+    """With their activation, which nobody takes over; the audit says which pattern kept them."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    before = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    kept = {name for name in before if name.startswith("layer4.") or name.endswith(".bn1")}
+    assert 1 < len(kept) < len(before)
+    convert(model, "en", keep=["layer4.*", "*.bn1"])
+    for name, module in before.items():
+        assert (model.get_submodule(name) is module) == (name in kept), name
+    assert type(model.layer1[0].act1) is nn.ReLU and type(model.layer1[0].act2) is nn.Identity
+    reasons = {row.name: row.reason for row in audit(model) if row.replacement is None}
+    assert reasons.keys() == kept
+    assert reasons["layer1.0.bn1"] == "kept by keep=*.bn1"
+    assert {reasons[name] for name in kept if name.startswith("layer4.") and not name.endswith(".bn1")} == {
+        "kept by keep=layer4.*"
+    }
+    assert audit(copy.deepcopy(model)) == audit(model)
+    assert {row.replacement is None for row in audit(convert(model, "en"))} == {False}
+
+
+def test_a_shared_layer_is_kept_by_each_of_its_names() -> None:
+    shared = nn.BatchNorm2d(4)
+    model = nn.Sequential(shared, nn.BatchNorm2d(4), shared)
+    convert(model, "bn", keep=["2"])
+    assert model[0] is shared and model[2] is shared and isinstance(model[1], BatchNorm)
+
+
+def test_a_pattern_that_keeps_nothing_or_all_is_refused() -> None:
+    """The message has the nearest names; the model is as it was."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    count = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    near = r"keep=layer1\.0\.bn9 matches the name of no normalization layer; did you mean 'layer1\.0\.bn\d' or "
+    with pytest.raises(ValueError, match=near):
+        convert(model, "bn", keep=["*.bn1", "layer1.0.bn9"])
+    with pytest.raises(ValueError, match="keep=conv1 matches the name of no normalization layer"):
+        convert(nn.ModuleDict({"conv1": nn.Conv2d(3, 3, 1), "bn1": nn.BatchNorm2d(3)}), "bn", keep=["conv1"])
+    with pytest.raises(ValueError, match=r"nothing to replace: keep=\*\.0,\* keeps every layer of kind batch"):
+        convert(nn.Sequential(nn.Sequential(nn.BatchNorm2d(3))), "bn", keep=["*.0", "*"])
+    with pytest.raises(ValueError, match=r"keep='head' is not possible; give a tuple of patterns, such as \('head',\)"):
+        convert(model, "bn", keep="head")
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == count
+    assert not any("kept" in row.reason for row in audit(model))
+
+
 @every_model
 def test_the_number_of_layers_and_activations_is_kept(model_name: str) -> None:
     """As many norms after as before, and as many activations, modules and fused ones together."""

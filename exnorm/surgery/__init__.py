@@ -1,7 +1,8 @@
 """Put a normalizer into any model: replace its normalization layers, and report what was replaced."""
 
 from exnorm.surgery.audit_rows import Audit, AuditRow
-from exnorm.surgery.layers import KINDS, audit, constructor_options, convert, norm_class
+from exnorm.surgery.kinds import KINDS
+from exnorm.surgery.layers import audit, constructor_options, convert, norm_class
 from exnorm.surgery.modes import convert_sync, freeze, recalibrate
 
 __all__ = [

@@ -1,86 +1,26 @@
-"""Put a normalizer into any model: replace its normalization layers, and report what was replaced.
-
-Types are matched exactly: a swap by `isinstance(m, nn.BatchNorm2d)` would delete the activations that timm's
-`BatchNormAct2d` carries.
-"""
+"""Put a normalizer into any model: replace its normalization layers, and report what was replaced."""
 
 import importlib
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import timm.layers
 import torch
 import torchvision
-from timm.models import metaformer
 from torch import Tensor, nn
 
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options, option_values
 from exnorm.norms import BatchScopeNorm, Norm
 from exnorm.surgery.audit_rows import Audit, AuditRow
+from exnorm.surgery.kinds import CHANNELS_LAST, KINDS, kept_layers, kind_of, normalization_layers
 from exnorm.surgery.meta import HOOKS
 from exnorm.surgery.pairs import activation_name, following_activations
 from exnorm.surgery.refusals import refuse_folding
 from exnorm.surgery.residuals import fuse_residuals
 
-_CHANNELS_LAST: dict[str, tuple[type[nn.Module], ...]] = {
-    "layer": (
-        nn.LayerNorm,
-        timm.layers.LayerNorm,
-        timm.layers.LayerNormFp32,
-        timm.layers.LayerNormAct,
-        timm.layers.LayerNormActFp32,
-        metaformer.LayerNormNoBias,
-    ),
-    "rms": (
-        nn.RMSNorm,
-        timm.layers.RmsNorm,
-        timm.layers.RmsNormFp32,
-        timm.layers.RmsNormAct,
-        timm.layers.RmsNormActFp32,
-        timm.layers.SimpleNorm,
-        timm.layers.SimpleNormFp32,
-    ),
-}
-KINDS: dict[str, tuple[type[nn.Module], ...]] = {
-    "batch": (
-        nn.BatchNorm1d,
-        nn.BatchNorm2d,
-        nn.BatchNorm3d,
-        nn.SyncBatchNorm,
-        timm.layers.BatchNormAct2d,
-        timm.layers.SyncBatchNormAct,
-    ),
-    "group": (
-        nn.GroupNorm,
-        timm.layers.GroupNorm,
-        timm.layers.GroupNorm1,
-        timm.layers.GroupNormAct,
-        timm.layers.GroupNorm1Act,
-        metaformer.GroupNorm1NoBias,
-    ),
-    "layer2d": (
-        timm.layers.LayerNorm2d,
-        timm.layers.LayerNorm2dFp32,
-        timm.layers.LayerNormAct2d,
-        timm.layers.LayerNormAct2dFp32,
-        metaformer.LayerNorm2dNoBias,
-    ),
-    "layer": _CHANNELS_LAST["layer"],
-    "rms": (
-        *_CHANNELS_LAST["rms"],
-        timm.layers.RmsNorm2d,
-        timm.layers.RmsNorm2dFp32,
-        timm.layers.RmsNormAct2d,
-        timm.layers.RmsNormAct2dFp32,
-        timm.layers.SimpleNorm2d,
-        timm.layers.SimpleNorm2dFp32,
-    ),
-}
-_KIND_OF = {cls: kind for kind, classes in KINDS.items() for cls in classes}
-_KIND_OF_NAME = {f"{cls.__module__}.{cls.__qualname__}": kind for cls, kind in _KIND_OF.items()}
 _FROZEN = (torchvision.ops.FrozenBatchNorm2d, timm.layers.FrozenBatchNormAct2d)
 _UNFREEZE = (
     "its statistics are frozen; convert the model before it is frozen, or call timm.layers.unfreeze_batch_norm_2d"
@@ -126,6 +66,7 @@ def convert(
     norm: str | type[Norm] = "en",
     *,
     replace: Sequence[str] = ("batch",),
+    keep: Sequence[str] = (),
     fuse: bool = True,
     **options: Any,
 ) -> nn.Module:
@@ -141,18 +82,25 @@ def convert(
         norm: a short name (see `exnorm list norms`) or a subclass of `Norm`.
         replace: the kinds to replace: batch, group, layer2d, layer, rms. `layer` and `rms` normalize each token on its
             own, and no normalizer of exnorm does. So replacing them changes the function.
+        keep: patterns of the names of layers that stay as they are, such as `head.*` (`fnmatch`; `*` matches dots,
+            too). The full name has to match. A kept batch normalization stays torch's: see `docs/limitations.md` for
+            what that means in training with replicas, several passes or several processes.
         fuse: apply activations inside the affine pass: those of norm-act layers, and those that follow a layer if
             `exnorm.surgery.pairs` proves it. The activation's module then becomes an `nn.Identity`. The pass also adds
             residuals if `exnorm.surgery.residuals` proves the addition. The class of such a block becomes a subclass.
         options: keyword options of the normalizer's constructor.
 
     Raises:
-        ValueError: an unknown norm, kind or option, a wrapped model, or nothing to replace. The model is unchanged.
+        ValueError: an unknown norm, kind or option, a pattern that matches no layer, a wrapped model, or nothing to
+            replace. The model is unchanged.
     """
     cls = norm_class(norm)
     _check_request(model, cls, replace, options)
-    places = [place for place in _normalization_layers(model) if _kind_of(place[2]) in replace]
+    kept = kept_layers(model, keep)
+    places = [place for place in normalization_layers(model) if kind_of(place[2]) in replace and place[2] not in kept]
     if not places:
+        if kept:
+            raise UserError(f"nothing to replace: keep={','.join(keep)} keeps every layer of kind {'/'.join(replace)}")
         raise UserError(f"nothing to replace: there is no layer of kind {'/'.join(replace)}; {_what_there_is(model)}")
     single = [child for _, _, child in places if _has_no_activation(child)]
     followers = following_activations(model, single) if fuse else {}
@@ -171,12 +119,14 @@ def convert(
     if fuse:
         fuse_residuals(model)
     refuse_folding(model)
+    for layer, pattern in kept.items():
+        vars(layer)["kept_by"] = pattern
     timm.layers.register_notrace_module(cls)
     return model
 
 
 def _what_there_is(model: nn.Module) -> str:
-    present = Counter(_kind_of(child) for _, _, child in _normalization_layers(model))
+    present = Counter(kind_of(child) for _, _, child in normalization_layers(model))
     text = f"this model's kinds: {', '.join(f'{kind} ({count})' for kind, count in present.items()) or 'none'}"
     frozen = [type(module).__name__ for module in model.modules() if type(module) in _FROZEN]
     return text + (f"; {frozen[0]} ({len(frozen)}): {_UNFREEZE}" if frozen else "")
@@ -186,7 +136,7 @@ def audit(model: nn.Module) -> Audit:
     """List every normalization layer of a model: what `convert` replaced, what it left, and why."""
     rows = Audit()
     for name, module in model.named_modules():
-        kind = _kind_of(module)
+        kind = kind_of(module)
         original = f"{type(module).__module__}.{type(module).__qualname__}"
         if isinstance(module, Norm):
             note = module.replaced
@@ -198,14 +148,9 @@ def audit(model: nn.Module) -> Audit:
             reasons = ("replaced" if note else "built", " and ".join(filter(None, fused)))
             rows.append(AuditRow(name, note or original, new, ", with ".join(filter(None, reasons))))
         elif kind is not None:
-            rows.append(
-                AuditRow(
-                    name,
-                    original,
-                    None,
-                    f"kind {kind!r} was not asked for (replace=({kind!r},))",
-                )
-            )
+            pattern = vars(module).get("kept_by")
+            asked = f"kind {kind!r} was not asked for (replace=({kind!r},))"
+            rows.append(AuditRow(name, original, None, f"kept by keep={pattern}" if pattern else asked))
         elif type(module) in _FROZEN:
             rows.append(AuditRow(name, original, None, _UNFREEZE))
         elif "norm" in type(module).__name__.lower() and _is_layer(module):
@@ -244,23 +189,6 @@ def constructor_options(cls: type[Norm]) -> dict[str, Any]:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 found.setdefault(name, parameter.default)
     return found
-
-
-def _normalization_layers(
-    model: nn.Module,
-) -> Iterator[tuple[nn.Module | None, str, nn.Module]]:
-    """Yield each known normalization layer as (parent, name, layer); a shared layer once per parent and name."""
-    if _kind_of(model) is not None:
-        yield None, "", model
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and _kind_of(child) is not None:
-                yield parent, name, child
-
-
-def _kind_of(layer: nn.Module) -> str | None:
-    """Return the kind of a known layer. For a layer that `convert` made, it is the kind of the layer it replaced."""
-    return _KIND_OF_NAME.get(layer.replaced or "") if isinstance(layer, Norm) else _KIND_OF.get(type(layer))
 
 
 def _num_features(layer: nn.Module) -> int:
@@ -339,14 +267,14 @@ def _inherited(layer: nn.Module, cls: type[Norm], fallback: Tensor | None) -> di
         "eps": layer.eps if layer.eps is not None else 1e-5,
         "affine": weight is not None,
     }
-    inherited["channel_dim"] = -1 if type(layer) in _CHANNELS_LAST.get(_kind_of(layer) or "", ()) else 1
+    inherited["channel_dim"] = -1 if type(layer) in CHANNELS_LAST.get(kind_of(layer) or "", ()) else 1
     if like is not None:
         inherited |= {"device": like.device, "dtype": like.dtype}
     if isinstance(layer, Norm):
         inherited["channel_dim"] = layer.channel_dim
         if isinstance(layer, BatchScopeNorm) and issubclass(cls, BatchScopeNorm):
             inherited |= {name: getattr(layer, name) for name in ("momentum", "sync", "track_running_stats")}
-    elif issubclass(cls, BatchScopeNorm) and _kind_of(layer) == "batch":
+    elif issubclass(cls, BatchScopeNorm) and kind_of(layer) == "batch":
         inherited["momentum"] = layer.momentum
         inherited["track_running_stats"] = running_mean is not None
         inherited["sync"] = type(layer) in _SYNCHRONIZED
