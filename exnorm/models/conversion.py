@@ -1,0 +1,78 @@
+"""The conversion of a network to the normalizer of a config."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+from torch import nn
+
+from exnorm.config.errors import UserError
+from exnorm.config.groups import option_values
+from exnorm.models.backbones import classifier
+from exnorm.models.segmentation import SegmentationNetwork
+from exnorm.surgery import convert
+
+
+def build_model(
+    model_config: Any, norm_config: Mapping[str, Any], *, num_classes: int, build: Callable[..., nn.Module] = classifier
+) -> nn.Module:
+    """Return a network with `num_classes` outputs, converted to the normalizer.
+
+    Args:
+        build: makes the network with the norms of its library, as `build(model_config, num_classes=num_classes)`.
+
+    Raises:
+        UserError: what `build` raises, and see `normalized`. The message begins with the names of model and norm.
+    """
+    with _names(model_config, norm_config):
+        network = build(model_config, num_classes=num_classes)
+    return normalized(network, model_config, norm_config)
+
+
+def normalized(network: nn.Module, model_config: Any, norm_config: Mapping[str, Any]) -> nn.Module:
+    """Convert a network to the normalizer, in place, and return it.
+
+    `model_config.replace` has the kinds of layers to replace, and `model_config.keep` patterns of the names of layers
+    that stay. Both are explained in `exnorm.surgery.convert`.
+
+    Raises:
+        UserError: an option that the normalizer refuses, a pattern without a layer, or nothing to convert.
+    """
+    with _names(model_config, norm_config):
+        converted = convert(
+            network,
+            _target(norm_config["_target_"]),
+            replace=tuple(model_config.replace),
+            keep=tuple(model_config.keep),
+            **_chosen_options(norm_config),
+        )
+        if isinstance(converted, SegmentationNetwork):
+            converted.check_pooled_norms()
+        return converted
+
+
+@contextmanager
+def _names(model_config: Any, norm_config: Mapping[str, Any]) -> Iterator[None]:
+    """Put the names of model and norm in front of the message of a user's mistake."""
+    try:
+        yield
+    except UserError as problem:
+        raise UserError(f"model={model_config.name} norm={norm_config['name']}: {problem}") from problem
+
+
+def _target(name: str) -> Any:
+    """Return the class of a normalizer from its full name. An error inside its module keeps its traceback."""
+    try:
+        return hydra.utils.get_class(name)
+    except (ImportError, ValueError) as problem:
+        if isinstance(problem.__cause__, ModuleNotFoundError | None):
+            raise UserError(f"norm._target_={name} cannot be imported as a class; give module.Class") from problem
+        raise
+
+
+def _chosen_options(norm_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that differ from the yaml's. For the others, each layer keeps its own value, such as eps."""
+    defaults = option_values("norm", norm_config["name"])
+    given = {key: value for key, value in norm_config.items() if key not in ("name", "_target_")}
+    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
