@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.schema import OptimConfig
+from exnorm.models.parts import head_parameters
 from exnorm.norms import Norm
 
 LIKE_SGD = ("momentum", "nesterov", "nesterovw", "lars", "nlars", "larc", "nlarc")  # SGD's learning rate works for them
@@ -25,12 +26,14 @@ def build_optimizer(model: nn.Module, config: Any, *, total_batch: int) -> torch
     """Return SGD over all parameters, or any optimizer of timm by its name.
 
     Raises:
-        UserError: an unknown optimizer or schedule.
+        UserError: an unknown optimizer or schedule, or a scale of the heads' rate that is not above 0.
     """
     if config.schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={config.schedule} is unknown; allowed: {', '.join(SCHEDULES)}")
+    if config.head_lr_scale <= 0:
+        raise UserError(f"optim.head_lr_scale={config.head_lr_scale:g} is not possible; give a number above 0")
     lr = peak_lr(config, total_batch=total_batch)
-    parameters = parameter_groups(model, lr, decay=config.decay)
+    parameters = parameter_groups(model, lr, decay=config.decay, head_lr_scale=config.head_lr_scale)
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -63,14 +66,18 @@ def _refuse_rate_of_sgd(config: Any) -> None:
         )
 
 
-def parameter_groups(model: nn.Module, lr: float, *, decay: str = "all") -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, *, decay: str = "all", head_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
     """Return parameter groups: one for most parameters, and others for those with options of their own.
 
-    Those are the options of `Norm.param_options`, and no weight decay for what `decay` excludes.
+    Those are the options of `Norm.param_options`, no weight decay for what `decay` excludes, and the heads' rate.
 
     Args:
         decay: `all`, or `weights` for the weights of convolutions and linear layers only. Parameters of norms, also
             the matrices of EN, then do not decay.
+        head_lr_scale: a factor on the learning rate of all parameters outside of `model.backbone`, or of the classifier
+            if the model has no backbone. It multiplies a norm's own `lr_scale`.
     """
     own: dict[nn.Parameter, dict[str, float]] = {}
     for module in model.modules():
@@ -79,6 +86,11 @@ def parameter_groups(model: nn.Module, lr: float, *, decay: str = "all") -> list
             own |= {p: option for name, option in options if (p := getattr(module, name)).requires_grad}
     if decay == "weights":
         own = {p: {"weight_decay": 0.0, **own.get(p, {})} for p in _without_decay(model)}
+    if head_lr_scale != 1:
+        for p in head_parameters(model):
+            if p.requires_grad:
+                before = own.get(p, {})
+                own[p] = {**before, "lr_scale": head_lr_scale * before.get("lr_scale", 1.0)}
     usual = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in own]
     groups: list[dict[str, Any]] = [{"params": usual}]
     for options in {tuple(sorted(options.items())): options for options in own.values()}.values():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -15,7 +16,8 @@ from exnorm.config.errors import UserError
 from exnorm.engine.checkpoint import read_weights
 from exnorm.models import build_model, load_weights
 from exnorm.norms import ExemplarNorm, Norm
-from exnorm.optim import build_optimizer, learning_rate
+from exnorm.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from exnorm.surgery import convert
 
 
 def build(norm: str = "en", name: str = "test_resnet", classes: int = 3, **model: Any) -> nn.Module:
@@ -169,8 +171,77 @@ def test_weight_decay_can_be_left_to_convolutions_and_linear_layers(norm: str, n
             assert decays[parameter] == (0.1 if decayed else 0.0), f"{path}.{key}"
 
 
+class WithHead(nn.Module):
+    """A backbone and two heads, each with a norm."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.backbone = build(norm)
+        self.head = convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), norm)
+        self.aux_head = convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), norm)
+
+
+def groups_of(model: nn.Module, rate: float, *options: str) -> dict[nn.Parameter, dict[str, Any]]:
+    """The group of each parameter in a step of this rate, with a weight decay of 0.5."""
+    config = compose_train(["optim=sgd", "optim.weight_decay=0.5", *options]).optim
+    optimizer = build_optimizer(model, config, total_batch=256)
+    set_learning_rate(optimizer, rate)
+    found = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(found) == len(dict(found)) == len(list(model.parameters()))
+    return dict(found)
+
+
+@pytest.mark.parametrize("norm", ["bn", "ssn"])
+@pytest.mark.parametrize("decay", ["all", "weights"])
+def test_heads_have_a_rate_of_their_own_times_that_of_their_norms(norm: str, decay: str) -> None:
+    """Their weight decay is that of the backbone's layers."""
+    model = WithHead(norm)
+    found = groups_of(model, 0.02, "optim.head_lr_scale=10", f"optim.decay={decay}")
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            ratios = name in ("mean_weight", "var_weight")
+            scale = (1 if path.startswith("backbone.") else 10) * (0.1 if ratios else 1)
+            assert found[parameter]["lr"] == pytest.approx(0.02 * scale), path
+            weight = name == "weight" and not isinstance(module, Norm)
+            decayed = not ratios and (weight or decay == "all")
+            assert found[parameter]["weight_decay"] == (0.5 if decayed else 0), path
+
+
+@pytest.mark.parametrize(("name", "heads"), [("test_resnet", ["fc"]), ("deit_tiny_distilled_patch16_224", ["head"])])
+def test_the_head_of_a_classification_network_is_its_classifier(name: str, heads: list[str]) -> None:
+    model = timm.create_model(name, num_classes=3)
+    found = groups_of(model, 0.1, "optim.head_lr_scale=10")
+    fast = {path.partition(".")[0] for path, parameter in model.named_parameters() if found[parameter]["lr"] > 0.5}
+    assert fast == {*heads, *(["head_dist"] if "distilled" in name else [])}
+
+
+def test_a_scale_of_one_leaves_the_groups_as_they_were() -> None:
+    """Bit-equality of older runs: the same groups, with the same keys and the parameters in the same order."""
+    model = build("ssn")
+    named = dict(model.named_parameters())
+    ratios = [name for name in named if name.endswith(("mean_weight", "var_weight"))]
+    usual, own = parameter_groups(model, 0.1, head_lr_scale=1.0)
+    assert usual.keys() == {"params"} and own.keys() == {"params", "lr", "lr_scale", "weight_decay"}
+    for group, names in ((usual, [name for name in named if name not in ratios]), (own, ratios)):
+        assert [id(parameter) for parameter in group["params"]] == [id(named[name]) for name in names]
+
+
+def test_a_frozen_head_has_no_rate() -> None:
+    model = WithHead("bn")
+    model.head.requires_grad_(False)
+    groups = parameter_groups(model, 0.1, head_lr_scale=10)
+    assert all(parameter.requires_grad for group in groups for parameter in group["params"])
+
+
+@pytest.mark.parametrize("scale", ["0", "-1"])
+def test_a_rate_of_the_heads_that_is_not_above_zero_is_refused(scale: str) -> None:
+    config = compose_train(["optim=sgd", f"optim.head_lr_scale={scale}"]).optim
+    with pytest.raises(UserError, match=rf"optim\.head_lr_scale={scale} is not possible; give a number above 0"):
+        build_optimizer(build(), config, total_batch=256)
+
+
 def test_an_unknown_optimizer_is_refused() -> None:
-    unknown = SimpleNamespace(name="sdg", schedule="step", lr=1.0, decay="all")
+    unknown = SimpleNamespace(name="sdg", schedule="step", lr=1.0, decay="all", head_lr_scale=1.0)
     with pytest.raises(UserError, match="did you mean 'sgd'"):
         build_optimizer(nn.Linear(1, 1), unknown, total_batch=1)
 
