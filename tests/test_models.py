@@ -179,12 +179,12 @@ class WithHead(nn.Module):
         self.aux_head = convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), norm)
 
 
-def rates_of(model: nn.Module, rate: float, *options: str) -> dict[nn.Parameter, float]:
-    """The learning rate of each parameter in a step of this rate."""
-    config = compose_train(["optim=sgd", *options]).optim
+def groups_of(model: nn.Module, rate: float, *options: str) -> dict[nn.Parameter, dict[str, Any]]:
+    """The group of each parameter in a step of this rate, with a weight decay of 0.5."""
+    config = compose_train(["optim=sgd", "optim.weight_decay=0.5", *options]).optim
     optimizer = build_optimizer(model, config, total_batch=256)
     set_learning_rate(optimizer, rate)
-    found = [(parameter, group["lr"]) for group in optimizer.param_groups for parameter in group["params"]]
+    found = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
     assert len(found) == len(dict(found)) == len(list(model.parameters()))
     return dict(found)
 
@@ -192,35 +192,36 @@ def rates_of(model: nn.Module, rate: float, *options: str) -> dict[nn.Parameter,
 @pytest.mark.parametrize("norm", ["bn", "ssn"])
 @pytest.mark.parametrize("decay", ["all", "weights"])
 def test_heads_have_a_rate_of_their_own_times_that_of_their_norms(norm: str, decay: str) -> None:
+    """Their weight decay is that of the backbone's layers."""
     model = WithHead(norm)
-    found = rates_of(model, 0.02, "optim.head_lr_scale=10", f"optim.decay={decay}")
-    for name, parameter in model.named_parameters():
-        head = 1 if name.startswith("backbone.") else 10
-        ratio = 0.1 if name.endswith(("mean_weight", "var_weight")) else 1
-        assert found[parameter] == pytest.approx(0.02 * head * ratio), name
+    found = groups_of(model, 0.02, "optim.head_lr_scale=10", f"optim.decay={decay}")
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            ratios = name in ("mean_weight", "var_weight")
+            scale = (1 if path.startswith("backbone.") else 10) * (0.1 if ratios else 1)
+            assert found[parameter]["lr"] == pytest.approx(0.02 * scale), path
+            weight = name == "weight" and not isinstance(module, Norm)
+            decayed = not ratios and (weight or decay == "all")
+            assert found[parameter]["weight_decay"] == (0.5 if decayed else 0), path
 
 
 @pytest.mark.parametrize(("name", "heads"), [("test_resnet", ["fc"]), ("deit_tiny_distilled_patch16_224", ["head"])])
 def test_the_head_of_a_classification_network_is_its_classifier(name: str, heads: list[str]) -> None:
     model = timm.create_model(name, num_classes=3)
-    found = rates_of(model, 0.1, "optim.head_lr_scale=10")
-    fast = {path.partition(".")[0] for path, parameter in model.named_parameters() if found[parameter] > 0.5}
+    found = groups_of(model, 0.1, "optim.head_lr_scale=10")
+    fast = {path.partition(".")[0] for path, parameter in model.named_parameters() if found[parameter]["lr"] > 0.5}
     assert fast == {*heads, *(["head_dist"] if "distilled" in name else [])}
 
 
-@pytest.mark.parametrize("decay", ["all", "weights"])
-def test_a_scale_of_one_leaves_the_groups_as_they_were(decay: str) -> None:
+def test_a_scale_of_one_leaves_the_groups_as_they_were() -> None:
     """Bit-equality of older runs: the same groups, with the same keys and the parameters in the same order."""
     model = build("ssn")
-    usual, scaled = (
-        parameter_groups(model, 0.1, decay=decay),
-        parameter_groups(model, 0.1, decay=decay, head_lr_scale=1),
-    )
-    assert [group.keys() for group in usual] == [group.keys() for group in scaled]
-    assert "lr_scale" not in usual[0]
-    for left, right in zip(usual, scaled, strict=True):
-        assert all(a is b for a, b in zip(left["params"], right["params"], strict=True))
-    assert sum(len(group["params"]) for group in usual) == len(list(model.parameters()))
+    named = dict(model.named_parameters())
+    ratios = [name for name in named if name.endswith(("mean_weight", "var_weight"))]
+    usual, own = parameter_groups(model, 0.1, head_lr_scale=1.0)
+    assert usual.keys() == {"params"} and own.keys() == {"params", "lr", "lr_scale", "weight_decay"}
+    for group, names in ((usual, [name for name in named if name not in ratios]), (own, ratios)):
+        assert [id(parameter) for parameter in group["params"]] == [id(named[name]) for name in names]
 
 
 def test_a_frozen_head_has_no_rate() -> None:
