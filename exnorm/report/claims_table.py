@@ -128,4 +128,5 @@ def print_verdicts(judged: Sequence[Judged]) -> None:
     print("The claims:")
     for name, claim in known.items():
         print(f"  {name} ({claim.paper}): {claim.claim}")
-    print(f"No study tests: {', '.join(not_covered()) or 'none'}")
+    uncovered = ", ".join(not_covered())
+    print(f"No study tests: {uncovered}" if uncovered else "Every claim has a study")

@@ -106,7 +106,8 @@ def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequen
     ]
     uncovered = ", ".join(f"`{claim}`" for claim in not_covered())
     unmeasured = f" Not measured yet: {', '.join(missing)}." if missing else ""
-    parts.append(f"No study tests: {uncovered}.{unmeasured}")
+    tested = f"No study tests: {uncovered}." if uncovered else "Every claim has a study."
+    parts.append(tested + unmeasured)
     for table in tables:
         parts += section(table, by_study[table.study.id, table.study.scale], figures)
     return "\n\n".join([*parts, ENDING]) + "\n"
