@@ -47,3 +47,11 @@ def test_a_benchmark_of_a_processor_says_nothing_about_gpus(tmp_path: Path) -> N
     assert speed.images_per_s == 900 and "NVIDIA X" in speed.source
     assert speed_of(study, tmp_path, 123.0).images_per_s == 123
     assert hours_left(jobs_of(study, study.cells[:1], tmp_path), speed_of(study, Path("nowhere"), None), {}) is None
+
+
+def test_the_speed_of_one_task_says_nothing_about_another(tmp_path: Path) -> None:
+    """A segmentation network takes many times as long for an image."""
+    put(tmp_path, "images_per_s", 800.0, "inference=moving_average")
+    assert speed_of(load_study("en-imagenet", "full"), tmp_path, None).images_per_s == 800
+    speed = speed_of(load_study("sn-table7", "full"), tmp_path, None)
+    assert speed.images_per_s is None and "--images-per-s" in speed.source

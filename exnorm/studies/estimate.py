@@ -7,7 +7,10 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-from exnorm.config.study import Study
+from exnorm.config.groups import group_options
+from exnorm.config.metrics import metrics_of_task
+from exnorm.config.options import USUAL_TASK
+from exnorm.config.study import Study, load_study
 from exnorm.runs.records import Row, read_records, recorded
 from exnorm.studies.plan import Job
 
@@ -45,20 +48,30 @@ def measured_hours(study: Study, results: Path) -> dict[str, float]:
 
 
 def speed_of(study: Study, results: Path, given: float | None) -> Speed:
-    """Return the given speed, or else the mean of the records at this scale, or else that of `exnorm bench train`."""
+    """Return the given speed, or else the mean of the task's records at this scale, or that of `exnorm bench train`."""
     if given is not None:
         return Speed(given, "given by --images-per-s")
     measured = [
         float(row["value"]) / _devices(row)
         for name in recorded(results)
+        if _has_task_of(study, name)
         for row in read_records(results, name)
         if row["scale"] == study.scale and row["metric"] == "images_per_s"
     ]
     if measured:
         return Speed(mean(measured), f"the mean of {len(measured)} runs in {results / 'records'}")
+    if study.primary != metrics_of_task(USUAL_TASK)[0]:
+        return Speed(None, "nothing was measured yet for this task; give --images-per-s")
     if study.scale == "full":
         return _benchmarked(results / "bench" / "train.csv")
     return Speed(None, "nothing was measured yet")
+
+
+def _has_task_of(study: Study, other: str) -> bool:
+    """Return whether a recorded study has the same task, so that its runs are about as fast."""
+    if other == study.id:
+        return True
+    return other in group_options("study") and load_study(other, study.scale).primary == study.primary
 
 
 def _devices(row: Row) -> int:
