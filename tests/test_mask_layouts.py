@@ -514,6 +514,7 @@ def test_fingerprints_import_no_torch(tmp_path: Path) -> None:
         ("data.short_sides=[]", r"data\.short_sides=\[\] is not possible; give sizes"),
         ("data.short_sides=[300,0]", r"data\.short_sides=\[300,0\]"),
         ("data.long_side=0", r"data\.long_side=0 is not possible"),
+        ("data.long_side=9", r"data\.long_side=9 limits data\.short_sides"),
         ("data.zoom=[2.0,0.5]", r"data\.zoom=\[2\.0,0\.5\] is not possible; .*such as data\.zoom=\[0\.5,2\.0\]"),
         ("data.zoom=[0.0,1.0]", r"data\.zoom"),
         ("data.zoom=[1.0]", r"data\.zoom"),

@@ -76,6 +76,12 @@ def test_the_auxiliary_head_counts_by_its_weight_and_logits_are_enlarged_to_the_
     assert torch.allclose(reduced, cross_entropy(small, masks[:, 2::4, 2::4].long(), ignore_index=IGNORED))
 
 
+def test_options_of_the_loss_that_cannot_be_are_one_line() -> None:
+    for options in ({"loss_at": "mask"}, {"aux_weight": -0.1}):
+        with pytest.raises(UserError, match="loss_at can be image or head, and aux_weight 0 or more"):
+            task(**options)
+
+
 def naive(logits: Tensor, masks: Tensor) -> np.ndarray:
     """The confusion matrix, pixel by pixel."""
     matrix = np.zeros((4, 4), np.int64)

@@ -112,6 +112,8 @@ def _check_options_for_masks(config: Any) -> None:
             raise UserError(
                 f"data.{key}={written(config[key])} is not possible; give {allowed}, such as data.{key}={example}"
             )
+    if config.long_side is not None and sides is None:
+        raise UserError(f"data.long_side={config.long_side} limits data.short_sides. Give that, too, or leave it out")
 
 
 def _fingerprint_for_validation(config: Any, name: str, other: Any) -> str:

@@ -32,6 +32,7 @@ from exnorm.data.transforms import Transform
 from exnorm.models import segmentation_network
 from exnorm.tasks.base import Purpose, Task, Views, ranked
 
+LOSS_AT = ("image", "head")
 STRIDE = 2 / 3  # of a sliding window, as a share of its side
 
 
@@ -43,6 +44,11 @@ class Segmentation(Task):
 
     def __init__(self, config: Any, classes: Sequence[str]) -> None:
         super().__init__(config, classes)
+        if config["loss_at"] not in LOSS_AT or config["aux_weight"] < 0:
+            raise UserError(
+                f"task.loss_at={config['loss_at']} task.aux_weight={config['aux_weight']:g}: loss_at can be "
+                f"{' or '.join(LOSS_AT)}, and aux_weight 0 or more"
+            )
         self.sum_count = 2 + len(self.classes) ** 2  # loss, pixels, confusion matrix
 
     def network(self, model_config: Any) -> nn.Module:
