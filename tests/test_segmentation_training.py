@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(scenes("norm=en"), tmp_path_factory.mktemp("finished"))
 
 
-@pytest.mark.parametrize("norm", ["gn", "bn", "en"])
+@pytest.mark.parametrize("norm", ["bn", "en"])
 def test_the_loss_over_replicas_is_one_experiment_in_passes_and_on_devices(norm: str, tmp_path: Path) -> None:
     """Crops have different numbers of valid pixels, and with 4 devices two of them share a replica."""
 
@@ -66,14 +66,13 @@ def test_the_record_has_all_metrics_and_every_class(finished: Path) -> None:
     assert record["best"]["val/miou"] == max(row["val/miou"] for row in metrics(finished) if "val/miou" in row)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_goes_on_bit_equal(ending: signal.Signals, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_equal(tmp_path: Path) -> None:
     settings = scenes("norm=en", "trainer.steps=16", "trainer.validate_every=5", "trainer.checkpoint_every_steps=2")
     whole = train(settings, tmp_path / "whole")
     (tmp_path / "cut").mkdir()
     process = start(settings, tmp_path / "cut")
     wait_for(lambda: [*(tmp_path / "cut").glob("runs/*/*/checkpoints/step-000000006.pt")], "a checkpoint")
-    process.send_signal(ending)
+    process.send_signal(signal.SIGKILL)
     process.communicate(timeout=WAIT_S)
     run = only_run(tmp_path / "cut")
     assert not (run / "record.json").exists() and checkpoints(run)
