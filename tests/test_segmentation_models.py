@@ -204,7 +204,7 @@ def test_no_head_has_the_pooling_that_is_not_deterministic_on_a_gpu(head: str) -
 
 
 def test_the_pyramid_sees_the_whole_image_at_every_position() -> None:
-    head = PyramidHead(16, CLASSES).eval()
+    head = PyramidHead(16, CLASSES, 0.0).eval()
     x = torch.randn(1, 16, 12, 12, requires_grad=True)
     head(x)[0, 0, 0, 0].backward()
     assert x.grad is not None and (x.grad.abs().sum((0, 1)) > 0).all()
@@ -225,7 +225,7 @@ def test_deeplab_looks_equally_far_at_both_strides(stride: int, rates: list[int]
 
 
 def test_deeplab_on_the_2048_channels_of_resnet50_is_torchvisions() -> None:
-    ours, torchvisions = HEADS["deeplabv3"](2048, CLASSES, 8).eval(), DeepLabHead(2048, CLASSES).eval()
+    ours, torchvisions = HEADS["deeplabv3"](2048, CLASSES, 8, 0.0).eval(), DeepLabHead(2048, CLASSES).eval()
     torchvisions.load_state_dict(ours.state_dict())
     x = torch.randn(1, 2048, 4, 5)
     torch.testing.assert_close(ours(x), torchvisions(x))

@@ -95,8 +95,12 @@ def test_hydras_own_options_pass() -> None:
 
 @pytest.mark.parametrize("key", sorted(key for key in known_values("train") if not key.startswith("norm.")))
 def test_the_last_word_of_a_key_is_enough_to_find_it(key: str) -> None:
-    """In a wrong group, too; data.epochs and data.schedule follow another key, which is named instead."""
-    followed = {"data.epochs": "trainer.epochs", "data.schedule": "optim.schedule"}
+    """In a wrong group, too. Some keys of data are defaults of another key, which is named instead."""
+    followed = {
+        "data.epochs": "trainer.epochs",
+        "data.schedule": "optim.schedule",
+        "data.lr_per_256": "optim.lr_per_256",
+    }
     if "." in key:
         line = message(f"nosuch.{key.rpartition('.')[2]}=1")
         assert f"'{followed.get(key, key)}'" in line
