@@ -132,7 +132,7 @@ def test_a_classification_run_gives_the_backbone(tmp_path: Path) -> None:
     moved = [
         key for key in shared if not torch.allclose(after[key].float(), before[key[9:]].float(), rtol=1e-4, atol=1e-6)
     ]
-    assert all("running" in key or "progress" in key for key in moved)  # one batch of scenes is in the statistics
+    assert all("running" in key or "tracked" in key for key in moved)  # one batch of scenes is in the statistics
     statistics = exnorm.load(source).state_dict()
     assert any(key.endswith("running_mean") for key in statistics)
 
