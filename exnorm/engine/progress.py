@@ -61,9 +61,11 @@ class Progress:
         shares = " / ".join(f"{name} {share:.2f}" for name, share in ratios.items())
         primary, *others = [metric for metric in self.task.metrics if metric.name != "loss"]
         measured = "".join(f", {metric.label} {row[metric.key]:.{metric.digits}f}" for metric in (primary, *others))
+        trained = row.get(f"train/{primary.name}")  # a metric that needs all samples is measured in validation only
+        in_training = "" if trained is None else f", {primary.label} {trained:.1f}"
         self.say(
-            f"{self._part(epoch)}: train loss {row['train/loss']:.3f}, {primary.label} "
-            f"{row[f'train/{primary.name}']:.1f}; val loss {row['val/loss']:.3f}{measured}"
+            f"{self._part(epoch)}: train loss {row['train/loss']:.3f}{in_training}; "
+            f"val loss {row['val/loss']:.3f}{measured}"
             + "".join(
                 f"; {name} {primary.label} {value:.{primary.digits}f}"
                 for name, value in _each_set(row, primary.name).items()
