@@ -24,11 +24,11 @@ PATHS = frozenset(
     [f"data.{name}" for name in ("root", "roots", "train_list", "val_list", "source", "exclude")]
     + ["model.init_from", "model.init_ratios_from", "runs", "checkpoint"]
 )
-FOLLOWED = {
+FOLLOWED = {  # users set the second key of a pair
     "data.epochs": "trainer.epochs",
     "data.schedule": "optim.schedule",
     "data.lr_per_256": "optim.lr_per_256",
-}  # users set the second key of a pair
+}
 SIMILAR = 0.66  # from this similarity on, one word counts as a misspelling of the other
 NOUNS = {
     r"converted to Integer": "an integer",

@@ -37,7 +37,11 @@ class Metric(NamedTuple):
 
     def written(self, value: float | None) -> str:
         """Return a value with its digits and its unit."""
-        return "not finite" if value is None else f"{value:.{self.digits}f} {self.unit}".rstrip()
+        return self.number(value) if value is None else f"{self.number(value)} {self.unit}".rstrip()
+
+    def number(self, value: float | None) -> str:
+        """Return a value with its digits. None is a value that JSON cannot hold."""
+        return "not finite" if value is None else f"{value:.{self.digits}f}"
 
     @property
     def worst(self) -> float:

@@ -7,6 +7,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import option_values
 
+USUAL_TASK = "classification"
+UNTYPED = {"norm": "norm=en", "task": f"task={USUAL_TASK}"}  # groups whose options are typed by their yaml
+
 
 def split_norm(norm: DictConfig | dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """Split `norm` into its short name, the path of its class and the options for the class's constructor."""
@@ -16,8 +19,20 @@ def split_norm(norm: DictConfig | dict[str, Any]) -> tuple[str, str, dict[str, A
     return options.pop("name"), options.pop("_target_"), options
 
 
-USUAL_TASK = "classification"
-UNTYPED = {"norm": "norm=en", "task": f"task={USUAL_TASK}"}  # groups whose options are typed by their yaml
+def imported_class(group: str, target: str) -> Any:
+    """Return the class that `_target_` of `norm` or `task` names. An error inside its module keeps its traceback.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    from hydra.utils import get_class  # most commands read configurations and import no class
+
+    try:
+        return get_class(target)
+    except (ImportError, ValueError) as problem:
+        if isinstance(problem.__cause__, ModuleNotFoundError | None):
+            raise UserError(f"{group}._target_={target} cannot be imported as a class; give module.Class") from problem
+        raise
 
 
 def check_options(group: str, chosen: DictConfig | dict[str, Any]) -> None:

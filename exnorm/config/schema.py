@@ -18,9 +18,7 @@ class ModelConfig:
 
     name: str = MISSING
     architecture: str | None = None  # the name in timm, if `name` is exnorm's own
-    drop_rate: float = (
-        0.0  # dropout before the classifier, or before the last layer of a head; SN's ImageNet code uses 0.5
-    )
+    drop_rate: float = 0.0  # dropout before the classifier or a head's last layer; SN's ImageNet code uses 0.5
     pretrained: bool = False  # weights from timm's hub
     init_from: str | None = None  # a run folder or a checkpoint file
     init_ratios_from: str | None = None  # the same, but only the parameters of the ratios are loaded

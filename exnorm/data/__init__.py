@@ -20,13 +20,18 @@ CROP_EXAMPLE = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
 PARTICULAR = (
     "num_classes", "num_train", "num_val", "seed", "train_list", "val_list", "source", "origin", "split", "exclude"
 )  # fmt: skip
-TARGETS = ("labels", "masks")
+LABELS, MASKS = "labels", "masks"  # what a data set gives for each image
 FOR_MASKS = {"short_sides": None, "long_side": None, "zoom": None, "rotation": 0, "blur": 0}  # their values with labels
 
 
 def data_set(name: str) -> ModuleType:
     """Return the module of the data set with this `data.name`."""
     return importlib.import_module(f"exnorm.data.sets.{name}")
+
+
+def targets_of(name: str) -> str:
+    """Return what the data set with this name gives for each image: labels or masks."""
+    return option_values("data", name).get("targets", LABELS)
 
 
 def fingerprint(config: Any, *, train: bool = True) -> str:
@@ -41,7 +46,7 @@ def fingerprint(config: Any, *, train: bool = True) -> str:
     noise.check(config.noise)
     _check_crops(config)
     _check_targets(config)
-    (_check_options_for_masks if config.targets == "masks" else _check_options_for_labels)(config)
+    (_check_options_for_masks if config.targets == MASKS else _check_options_for_labels)(config)
     if not 0 <= config.max_bad_fraction < 1:
         raise UserError(
             f"data.max_bad_fraction={config.max_bad_fraction} is not possible. Give a share of the images, from 0 to "
@@ -72,7 +77,7 @@ def _check_crops(config: Any) -> None:
 
 
 def _check_targets(config: Any) -> None:
-    own = option_values("data", config.name).get("targets", TARGETS[0])
+    own = targets_of(config.name)
     if config.targets != own:
         raise UserError(f"data.targets={config.targets}, but {config.name} has {own}. Leave data.targets out")
 

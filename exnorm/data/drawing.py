@@ -65,12 +65,6 @@ class Plan(NamedTuple):
     seed: str
 
 
-def plan_of(values: Sequence[Any]) -> Plan:
-    """Return a plan that was written as JSON."""
-    texts, fonts, style, size, seed = values
-    return Plan(texts, fonts, style_of(style), size, seed)
-
-
 def style_of(values: Sequence[Any]) -> Style:
     """Return a style that was written as JSON."""
     return Style(*map(tuple, values))

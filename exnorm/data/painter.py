@@ -1,9 +1,9 @@
 """Draw the images of a plan into a file, in this process or in another one.
 
-A plan is a NamedTuple of JSON's values. The module that defines its type draws it. Such a module has
+A plan is a NamedTuple of JSON's values, one of them a `style`. The module that defines its type draws it. It has
 
     VERSION             another number for other bytes
-    plan_of(values)     the plan that was written as JSON
+    Plan                the type of the plan
     shape(plan)         of an image as an array in uint8
     draw(plan, index)   that array; it depends on the plan and the index alone
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from exnorm.data.drawing import style_of
 from exnorm.runs.subprocesses import end_with_parent
 
 
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command in the module's docstring."""
     end_with_parent()
     module, values, file, *numbers = arguments
-    plan = importlib.import_module(module).plan_of(json.loads(values))
-    draw_into(plan, Path(file), *map(int, numbers))
+    plan = importlib.import_module(module).Plan(*json.loads(values))
+    draw_into(plan._replace(style=style_of(plan.style)), Path(file), *map(int, numbers))
 
 
 if __name__ == "__main__":

@@ -60,17 +60,20 @@ class Ends:
     mask: str = ".png"
 
 
-def of_splits(folders: Mapping[str, str], find: Callable[[str], Pairs]) -> dict[str, Pairs]:
+def of_splits(folders: Mapping[str, str], find: Callable[[str], Pairs], *, train: bool) -> dict[str, Pairs]:
     """Return what `find` finds in the folder of each split.
 
     Args:
         folders: by the names of the splits, train and val.
+        train: False leaves out the folder of training.
 
     Raises:
         Unpaired: with the problems of all splits.
     """
     found, failed = {}, []
     for split, folder in folders.items():
+        if split == "train" and not train:
+            continue
         try:
             found[split] = find(folder)
         except Unpaired as problem:

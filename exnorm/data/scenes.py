@@ -8,19 +8,17 @@ to them needs another `VERSION`.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from exnorm.data.drawing import Style, character, photographed, seeded, style_of, texture, uniform
+from exnorm.data.drawing import Style, character, photographed, seeded, texture, uniform
 from exnorm.data.splits import IGNORED
 
 VERSION = 1
 BACKGROUND = 0  # the class of pixels without a digit
 INSIDE, OUTSIDE = 0.5, 0.15  # coverage from which a pixel belongs to a character, and below which it does not
-BOLDER = (
-    0.03  # moves a character's outline to the outside, in font sizes: thin strokes are lost at an output stride of 8
-)
+BOLDER = 0.03  # font sizes by which outlines move to the outside: thin strokes are lost at an output stride of 8
 OVERLAP = 0.3  # the largest share of a character's pixels that another one may cover
 TRIES = 50  # to place a character; fewer than 1 in 200 find no place in `glyph_scenes`, 1 in 50 in `glyph_streets`
 
@@ -45,12 +43,6 @@ class Plan(NamedTuple):
     size: int
     seed: str
     numbers: Sequence[int] = (3, 6, 1, 2)
-
-
-def plan_of(values: Sequence[Any]) -> Plan:
-    """Return a plan that was written as JSON."""
-    plan = Plan(*values)
-    return plan._replace(style=style_of(plan.style))
 
 
 def shape(plan: Plan) -> tuple[int, ...]:

@@ -9,12 +9,12 @@ any change to them needs another `VERSION`.
 import hashlib
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from exnorm.data.drawing import Style, photographed, seeded, style_of, uniform
+from exnorm.data.drawing import Style, photographed, seeded, uniform
 from exnorm.data.scenes import INSIDE, Canvas, drawn_character, free_place, paint, visible_middle
 
 VERSION = 1
@@ -71,12 +71,6 @@ class Plan(NamedTuple):
     height: int
     width: int
     seed: str
-
-
-def plan_of(values: Sequence[Any]) -> Plan:
-    """Return a plan that was written as JSON."""
-    plan = Plan(*values)
-    return plan._replace(style=style_of(plan.style))
 
 
 def shape(plan: Plan) -> tuple[int, ...]:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from exnorm import ops
 from exnorm.config.errors import UserError
-from exnorm.data import data_set
+from exnorm.data import MASKS, data_set
 from exnorm.data.files import BadImage, opened
 from exnorm.data.index import is_image
 from exnorm.data.palette import colours, overlaid
 from exnorm.engine import checkpoint
-from exnorm.engine.check_task import MASKS, check_views
+from exnorm.engine.check_task import check_views
 from exnorm.engine.evaluate import autocast
 from exnorm.engine.launch import resolve_eval_config
 from exnorm.engine.worker import device_type

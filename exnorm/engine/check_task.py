@@ -7,10 +7,8 @@ from exnorm.config.compose import values_of
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options, option_values
 from exnorm.config.options import USUAL_TASK
-from exnorm.config.schema import WHOLE, DataConfig, ModelConfig, TestConfig
-
-MASKS = "masks"
-OF_MASKS = ("head",)  # options of the model that only tasks with masks have
+from exnorm.config.schema import WHOLE, TestConfig
+from exnorm.data import MASKS, targets_of
 
 
 def check_task(config: Any) -> None:
@@ -20,12 +18,11 @@ def check_task(config: Any) -> None:
         UserError: the message gives data sets and options that it can use.
     """
     check_targets(config.data, config.task)
-    for option in OF_MASKS:
-        if config.task.targets != MASKS and config.model[option] != values_of(ModelConfig)[option]:
-            raise UserError(
-                f"model.{option}={config.model[option]}: task={config.task.name} has no such option. Leave it out, or "
-                f"type task={_task_with(MASKS)}"
-            )
+    if config.task.targets != MASKS and config.model.head is not None:
+        raise UserError(
+            f"model.head={config.model.head}: task={config.task.name} has no such option. Leave it out, or type "
+            f"task={_task_with(MASKS)}"
+        )
 
 
 def check_targets(data_config: Any, task_config: Mapping[str, Any]) -> None:
@@ -36,18 +33,14 @@ def check_targets(data_config: Any, task_config: Mapping[str, Any]) -> None:
     """
     wanted = task_config["targets"]
     given = {data_config.name: data_config.targets}
-    given |= {name: _targets(name) for name in data_config.val or () if name in group_options("data")}
+    given |= {name: targets_of(name) for name in data_config.val or () if name in group_options("data")}
     for name, targets in given.items():
         if targets != wanted:
-            fitting = [other for other in group_options("data") if _targets(other) == wanted]
+            fitting = [other for other in group_options("data") if targets_of(other) == wanted]
             raise UserError(
                 f"task={task_config['name']} needs {wanted}, and data={name} has {targets}. Type "
                 f"task={_task_with(targets)}, or choose a data set with {wanted}: {', '.join(fitting)}"
             )
-
-
-def _targets(data: str) -> str:
-    return option_values("data", data).get("targets", DataConfig.targets)
 
 
 def _task_with(targets: str) -> str:

@@ -118,8 +118,9 @@ def evaluate_run(run_path: Path, overrides: list[str]) -> None:
         _check_choice(config[key], key, CHOICES[f"trainer.{key}"])
     for key in ("batch_size", "calibration_batches"):
         _check_positive(config[key], key)
-    check_views(config.test, read_task(trained))
-    check_targets(config.data, read_task(trained))
+    task = read_task(trained)
+    check_views(config.test, task)
+    check_targets(config.data, task)
     gpu = on_gpu(config.device, "device")
     _note_missing_gpu(config.device)
     if config.precision == "fp16" and not gpu:

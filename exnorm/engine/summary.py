@@ -97,11 +97,7 @@ def _print_table(*rows: dict[str, str]) -> None:
 
 def _measured(metrics: Sequence[Metric], result: Mapping[str, float | None]) -> dict[str, str]:
     """Return the metrics of a record or an evaluation, by their headings."""
-    values = {metric: result.get(metric.key) for metric in metrics}
-    return {
-        metric.heading: "not finite" if value is None else f"{value:.{metric.digits}f}"
-        for metric, value in values.items()
-    }
+    return {metric.heading: metric.number(result.get(metric.key)) for metric in metrics}
 
 
 def _minutes(minutes: float) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import hydra
 from torch import nn
 
 from exnorm.config.errors import UserError
 from exnorm.config.groups import option_values
+from exnorm.config.options import imported_class
 from exnorm.models.segmentation import SegmentationNetwork
 from exnorm.surgery import convert
 
@@ -36,7 +36,7 @@ def normalized(network: nn.Module, model_config: Any, norm_config: Mapping[str, 
     with _names(model_config, norm_config):
         converted = convert(
             network,
-            _target(norm_config["_target_"]),
+            imported_class("norm", norm_config["_target_"]),
             replace=tuple(model_config.replace),
             keep=tuple(model_config.keep),
             **_chosen_options(norm_config),
@@ -53,16 +53,6 @@ def _names(model_config: Any, norm_config: Mapping[str, Any]) -> Iterator[None]:
         yield
     except UserError as problem:
         raise UserError(f"model={model_config.name} norm={norm_config['name']}: {problem}") from problem
-
-
-def _target(name: str) -> Any:
-    """Return the class of a normalizer from its full name. An error inside its module keeps its traceback."""
-    try:
-        return hydra.utils.get_class(name)
-    except (ImportError, ValueError) as problem:
-        if isinstance(problem.__cause__, ModuleNotFoundError | None):
-            raise UserError(f"norm._target_={name} cannot be imported as a class; give module.Class") from problem
-        raise
 
 
 def _chosen_options(norm_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import hydra
-
-from exnorm.config.errors import UserError
+from exnorm.config.options import imported_class
 from exnorm.tasks.base import Task, Views, named
 
 __all__ = ["Task", "Views", "make_task", "named"]
@@ -17,11 +15,4 @@ def make_task(config: Any, classes: Sequence[str]) -> Task:
     Raises:
         UserError: there is no such class.
     """
-    target = config["_target_"]
-    try:
-        chosen: Any = hydra.utils.get_class(target)
-    except (ImportError, ValueError) as problem:
-        if isinstance(problem.__cause__, ModuleNotFoundError | None):
-            raise UserError(f"task._target_={target} cannot be imported as a class; give module.Class") from problem
-        raise
-    return chosen(config, classes)
+    return imported_class("task", config["_target_"])(config, classes)

@@ -55,8 +55,7 @@ def load(config: Any, *, train: bool = True) -> Splits:
 
 def found(config: Any, root: Path, *, train: bool) -> dict[str, pairs.Pairs]:
     """Return the files of both splits, or only those of validation without `train`."""
-    wanted = FOLDERS if train else {"val": FOLDERS["val"]}
-    return pairs.of_splits(wanted, partial(_split, config, root))
+    return pairs.of_splits(FOLDERS, partial(_split, config, root), train=train)
 
 
 def _split(config: Any, root: Path, folder: str) -> pairs.Pairs:

@@ -56,8 +56,7 @@ def found(config: Any, root: Path, *, train: bool) -> dict[str, pairs.Pairs]:
     """
     if config.split not in TESTED:
         raise UserError(f"data.split={config.split} is unknown; allowed: {', '.join(TESTED)}")
-    wanted = {"val": config.split} | ({"train": "train"} if train else {})
-    return pairs.of_splits(wanted, partial(_split, config, root))
+    return pairs.of_splits({"val": config.split, "train": "train"}, partial(_split, config, root), train=train)
 
 
 def _root(config: Any) -> Path:

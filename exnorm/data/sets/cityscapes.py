@@ -53,8 +53,7 @@ def load(config: Any, *, train: bool = True) -> Splits:
 
 def found(config: Any, root: Path, *, train: bool) -> dict[str, pairs.Pairs]:
     """Return the files of both splits, or only those of validation without `train`."""
-    wanted = {"train": "train", "val": "val"} if train else {"val": "val"}
-    return pairs.of_splits(wanted, partial(_split, config, root))
+    return pairs.of_splits({"train": "train", "val": "val"}, partial(_split, config, root), train=train)
 
 
 def _split(config: Any, root: Path, split: str) -> pairs.Pairs:
