@@ -37,6 +37,12 @@ def scenes(*more: str) -> list[str]:
     return ["train", "task=segmentation", "model=resnet_mini", *SCENES, *small, *more]
 
 
+def pixels_of(path: Path) -> np.ndarray:
+    """The pixels of an image, whose file is closed."""
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of EN."""
@@ -205,10 +211,10 @@ def test_predictions_are_masks_of_the_size_of_the_image(finished: Path, tmp_path
     result = predictions(finished, tmp_path, "in", "test.flip=true")
     assert result.returncode == 1 and "b.jpg is not a readable image" in result.stderr
     folder = tmp_path / "predictions" / "deep"
-    index, colour, overlay = (Image.open(folder / f"a_{kind}.png") for kind in ("index", "colour", "overlay"))
-    assert index.size == colour.size == overlay.size == (70, 50)
-    classes = np.unique(np.asarray(index))
-    assert classes.max() < 11 and len(np.unique(np.asarray(colour).reshape(-1, 3), axis=0)) == len(classes)
+    index, colour, overlay = (pixels_of(folder / f"a_{kind}.png") for kind in ("index", "colour", "overlay"))
+    assert index.shape == colour.shape[:2] == overlay.shape[:2] == (50, 70)
+    classes = np.unique(index)
+    assert classes.max() < 11 and len(np.unique(colour.reshape(-1, 3), axis=0)) == len(classes)
 
 
 def test_predictions_of_a_classifier_are_a_table(tmp_path: Path) -> None:
