@@ -4,21 +4,31 @@ from pathlib import Path
 
 import pytest
 
-from exnorm.config.study import load_study
+from exnorm.config.study import Study, load_study
 from exnorm.runs.records import COLUMNS, Row, change_records
-from exnorm.studies.estimate import hours_left, measured_hours, speed_of
-from exnorm.studies.plan import jobs_of
+from exnorm.studies.estimate import Estimate, estimate_of
+from exnorm.studies.plan import Job, jobs_of, trainings_of
 
 BENCH = "model,image_size,layers,device,images_per_s,peak_mib"
 IMAGES = 1_281_167 * 100  # of a run of the papers' protocol
 
 
-def put(results: Path, metric: str, value: float, facts: str, hours: float = 10.0) -> None:
+def put(results: Path, metric: str, value: float, facts: str, hours: float = 10.0, config_hash: str = "") -> None:
     """Record a metric of one run at scale full."""
     row: Row = dict.fromkeys(COLUMNS["runs"], "")
     row |= {"scale": "full", "cell": "norm=bn batch=8x32", "seed": "0", "metric": metric, "value": str(value)}
-    rows = [row | {"facts": facts, "hours": str(hours)}]
+    rows = [row | {"facts": facts, "hours": str(hours), "config_hash": config_hash}]
     change_records(results, "sn-table2", lambda before: {**before, "runs": [*before["runs"], *rows]})
+
+
+def estimate(study: Study, results: Path, images_per_s: float | None = None) -> Estimate:
+    """The estimate for all runs of a study."""
+    return estimate_of(study, jobs_of(study, study.cells, results), results, images_per_s)
+
+
+def speed(study: Study, results: Path, images_per_s: float | None = None) -> float | None:
+    """The speed for the study's task."""
+    return estimate(study, results, images_per_s).speeds[study.primary].images_per_s
 
 
 @pytest.mark.parametrize(("facts", "devices"), [("inference=moving_average", 1), ("devices=8 drop_rate=0.5", 8)])
@@ -27,11 +37,11 @@ def test_hours_and_speed_are_of_one_device(facts: str, devices: int, tmp_path: P
     put(tmp_path, "top1", 76.0, facts)
     put(tmp_path, "images_per_s", 800.0, facts)
     study = load_study("sn-table2", "full", seeds=1)
-    speed, hours = speed_of(study, tmp_path, None), measured_hours(study, tmp_path)
-    assert speed.images_per_s == 800 / devices and hours == {"norm=bn batch=8x32": 10.0 * devices}
-    jobs = jobs_of(study, study.cells[:2], tmp_path)
-    rate = 800 / devices
-    assert hours_left(jobs, speed, hours) == pytest.approx(10 * devices + IMAGES / rate / 3600)
+    found = estimate(study, tmp_path)
+    assert speed(study, tmp_path) == 800 / devices and found.by_cell == {"norm=bn batch=8x32": 10.0 * devices}
+    first, second = jobs_of(study, study.cells[:2], tmp_path)
+    assert found.hours_of(first) == 10 * devices
+    assert found.hours_of(second) == pytest.approx(IMAGES / (800 / devices) / 3600)
 
 
 def test_a_benchmark_of_a_processor_says_nothing_about_gpus(tmp_path: Path) -> None:
@@ -41,17 +51,37 @@ def test_a_benchmark_of_a_processor_says_nothing_about_gpus(tmp_path: Path) -> N
     others = ["resnet50,224,timm,NVIDIA X,950,2000.5", "resnet50,32,en compiled,NVIDIA X,9000,100.0"]
     study = load_study("sn-table2", "full")
     file.write_text("\n".join([BENCH, processor, *others]))
-    assert speed_of(study, tmp_path, None).images_per_s is None
+    assert speed(study, tmp_path) is None and estimate(study, tmp_path).hours(runs(study, tmp_path)) == "unknown"
     file.write_text("\n".join([BENCH, gpu, processor, *others]))
-    speed = speed_of(study, tmp_path, None)
-    assert speed.images_per_s == 900 and "NVIDIA X" in speed.source
-    assert speed_of(study, tmp_path, 123.0).images_per_s == 123
-    assert hours_left(jobs_of(study, study.cells[:1], tmp_path), speed_of(study, Path("nowhere"), None), {}) is None
+    found = estimate(study, tmp_path).speeds[study.primary]
+    assert found.images_per_s == 900 and "NVIDIA X" in found.source
+    assert speed(study, tmp_path, 123.0) == 123
+
+
+def runs(study: Study, results: Path) -> list[Job]:
+    """The runs of a study, sources included."""
+    return trainings_of(jobs_of(study, study.cells, results))
 
 
 def test_the_speed_of_one_task_says_nothing_about_another(tmp_path: Path) -> None:
-    """A segmentation network takes many times as long for an image."""
+    """A segmentation network takes many times as long for an image. Its backbones are runs of the other task."""
     put(tmp_path, "images_per_s", 800.0, "inference=moving_average")
-    assert speed_of(load_study("en-imagenet", "full"), tmp_path, None).images_per_s == 800
-    speed = speed_of(load_study("sn-table7", "full"), tmp_path, None)
-    assert speed.images_per_s is None and "--images-per-s" in speed.source
+    assert speed(load_study("en-imagenet", "full"), tmp_path) == 800
+    study = load_study("sn-table7", "full", seeds=1)
+    found = estimate(study, tmp_path)
+    assert speed(study, tmp_path) is None and "--images-per-s" in found.speeds[study.primary].source
+    sources = [job for job in runs(study, tmp_path) if job.cell is None]
+    pretraining = sum(job.images or 0 for job in sources) / 800 / 3600
+    assert len(sources) == 5 and found.hours(runs(study, tmp_path)) == f"more than {pretraining:.1f}"
+    given, steps = estimate(study, tmp_path, 30.0), (100000 + 37200) * 8 * 16
+    assert float(given.hours(runs(study, tmp_path))) == pytest.approx(pretraining + steps / 30 / 3600, abs=0.1)
+
+
+def test_a_source_takes_as_long_as_the_runs_of_its_own_study(tmp_path: Path) -> None:
+    study = load_study("en-segmentation", "mini", seeds=1)
+    source = next(job for job in runs(study, tmp_path) if job.name == "source sn-table2/norm=en batch=8x32")
+    assert estimate(study, tmp_path).hours_of(source) is None
+    put(tmp_path, "images_per_s", 800.0, "", hours=3.0, config_hash=source.config_hash or "")
+    file = tmp_path / "records" / "sn-table2.csv"
+    file.write_text(file.read_text().replace("full,", "mini,"))
+    assert estimate(study, tmp_path).hours_of(source) == 3.0

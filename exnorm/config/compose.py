@@ -3,6 +3,7 @@
 `exnorm train` itself goes through `hydra.main`; tests and the other commands compose here.
 """
 
+import functools
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -92,8 +93,9 @@ def schema_defaults() -> dict[str, Any]:
     return values_of(TrainConfig)
 
 
+@functools.cache
 def values_of(schema: type) -> dict[str, Any]:
-    """Return the defaults of a class of the schema."""
+    """Return the defaults of a class of the schema. They are made once, so nobody may change them."""
     values = OmegaConf.to_container(OmegaConf.structured(schema), throw_on_missing=False)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}

@@ -2,13 +2,14 @@
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 from exnorm.config.groups import group_options
-from exnorm.config.metrics import metrics_of_task
+from exnorm.config.metrics import Metric, metrics_of_task
 from exnorm.config.options import USUAL_TASK
 from exnorm.config.study import Study, load_study
 from exnorm.runs.records import Row, read_records, recorded
@@ -22,56 +23,86 @@ class Speed(NamedTuple):
     source: str
 
 
-def hours_left(jobs: Sequence[Job], speed: Speed, measured_h: dict[str, float]) -> float | None:
-    """Return the hours of training left, on one device or core. None if the time of a run cannot be estimated.
+@dataclass(frozen=True)
+class Estimate:
+    """How long the runs of a study take on one device or core.
 
-    A run takes as long as the other seeds of its cell did on average, or else its images divided by the speed.
+    Attributes:
+        by_configuration: mean hours of the recorded runs of a configuration, of any study, by its hash.
+        by_cell: mean hours of the recorded runs of each cell of this study, for a machine without the data.
+        speeds: by the primary metric of the task. A study that begins with runs of another task has two.
     """
-    total = 0.0
-    for job in jobs:
-        hours = measured_h.get(job.name)
-        if hours is None and job.images is not None and speed.images_per_s:
-            hours = job.images / speed.images_per_s / 3600
-        if hours is None:
-            return None
-        total += hours
-    return total
+
+    by_configuration: Mapping[str, float]
+    by_cell: Mapping[str, float]
+    speeds: Mapping[Metric, Speed]
+
+    def hours(self, jobs: Iterable[Job]) -> str:
+        """Return the hours of training of runs in words, which say so if the time of some is unknown."""
+        hours = [self.hours_of(job) for job in jobs]
+        known = [each for each in hours if each is not None]
+        if len(known) < len(hours):
+            return f"more than {sum(known):.1f}" if known else "unknown"
+        return f"{sum(known):.1f}"
+
+    def hours_of(self, job: Job) -> float | None:
+        """Return the hours of training of a run. None if they cannot be estimated.
+
+        A run takes as long as those with other seeds did on average, or else its images divided by the speed.
+        """
+        measured = self.by_cell.get(job.name)
+        if job.config_hash is not None:
+            measured = self.by_configuration.get(job.config_hash, measured)
+        rate = self.speeds[job.primary].images_per_s
+        if measured is None and job.images is not None and rate:
+            return job.images / rate / 3600
+        return measured
 
 
-def measured_hours(study: Study, results: Path) -> dict[str, float]:
-    """Return the mean hours of training of each cell on one device, from the record at the study's scale."""
-    hours: dict[str, list[float]] = {}
-    for row in read_records(results, study.id):
-        if row["scale"] == study.scale and row["metric"] == study.primary.name:
-            hours.setdefault(row["cell"], []).append(float(row["hours"]) * _devices(row))
-    return {cell: mean(values) for cell, values in hours.items()}
+def estimate_of(study: Study, jobs: Iterable[Job], results: Path, images_per_s: float | None) -> Estimate:
+    """Return what records and benchmarks say; `images_per_s`, if given, is the speed of the study's task."""
+    configurations: dict[str, list[float]] = {}
+    cells: dict[str, list[float]] = {}
+    rates: dict[Metric, list[float]] = {}
+    for name in recorded(results):
+        rows = [row for row in read_records(results, name) if _speed_at(study.scale, row)]
+        for row in rows:
+            hours = float(row["hours"]) * _devices(row)
+            configurations.setdefault(row["config_hash"].partition("-")[0], []).append(hours)
+            if name == study.id:
+                cells.setdefault(row["cell"], []).append(hours)
+        if rows and (primary := _primary_of(study, name)):
+            rates.setdefault(primary, []).extend(float(row["value"]) / _devices(row) for row in rows)
+    speeds = {primary: _speed(primary, rates.get(primary), study, results) for primary in {job.primary for job in jobs}}
+    if images_per_s is not None:
+        speeds[study.primary] = Speed(images_per_s, "given by --images-per-s")
+    return Estimate(_means(configurations), _means(cells), speeds)
 
 
-def speed_of(study: Study, results: Path, given: float | None) -> Speed:
-    """Return the given speed, or else the mean of the task's records at this scale, or that of `exnorm bench train`."""
-    if given is not None:
-        return Speed(given, "given by --images-per-s")
-    measured = [
-        float(row["value"]) / _devices(row)
-        for name in recorded(results)
-        if _has_task_of(study, name)
-        for row in read_records(results, name)
-        if row["scale"] == study.scale and row["metric"] == "images_per_s"
-    ]
-    if measured:
-        return Speed(mean(measured), f"the mean of {len(measured)} runs in {results / 'records'}")
-    if study.primary != metrics_of_task(USUAL_TASK)[0]:
+def _speed_at(scale: str, row: Row) -> bool:
+    return row["scale"] == scale and row["metric"] == "images_per_s"
+
+
+def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
+    return {key: mean(each) for key, each in values.items()}
+
+
+def _primary_of(study: Study, recorded_study: str) -> Metric | None:
+    """Return the primary metric of a recorded study. None if it is not one of the project's."""
+    if recorded_study == study.id:
+        return study.primary
+    return load_study(recorded_study, study.scale).primary if recorded_study in group_options("study") else None
+
+
+def _speed(primary: Metric, rates: list[float] | None, study: Study, results: Path) -> Speed:
+    """Return the mean speed of the task's records at this scale, or else that of `exnorm bench train`."""
+    if rates:
+        return Speed(mean(rates), f"the mean of {len(rates)} runs in {results / 'records'}")
+    if primary != metrics_of_task(USUAL_TASK)[0]:
         return Speed(None, "nothing was measured yet for this task; give --images-per-s")
     if study.scale == "full":
         return _benchmarked(results / "bench" / "train.csv")
     return Speed(None, "nothing was measured yet")
-
-
-def _has_task_of(study: Study, other: str) -> bool:
-    """Return whether a recorded study has the same task, so that its runs are about as fast."""
-    if other == study.id:
-        return True
-    return other in group_options("study") and load_study(other, study.scale).primary == study.primary
 
 
 def _devices(row: Row) -> int:

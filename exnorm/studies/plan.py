@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
+from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import Cell, Study
 from exnorm.engine.batch import parse_batch
 from exnorm.engine.launch import check, evaluation_id, identity, resolve_eval_config
@@ -60,6 +61,11 @@ class Job:
     def title(self) -> str:
         """The name of the job in lists."""
         return f"{self.name}, seed {self.seed}"
+
+    @property
+    def primary(self) -> Metric:
+        """The primary metric of its task."""
+        return metrics_of(_values(self._own()))[0]
 
     @property
     def run_key(self) -> "RunKey":

@@ -31,7 +31,7 @@ from exnorm.runs.subprocesses import (
     say_in_handler,
 )
 from exnorm.studies.collect import add_to_record, collect
-from exnorm.studies.estimate import Speed, hours_left, measured_hours, speed_of
+from exnorm.studies.estimate import estimate_of
 from exnorm.studies.plan import Job, RunKey, by_run, trainings_of
 
 LOCK_PAUSE_S = 0.5
@@ -262,7 +262,7 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
     from exnorm.runs.table import print_table
 
     check_settings(jobs)
-    speed, measured_h = speed_of(study, results, images_per_s), measured_hours(study, results)
+    estimate = estimate_of(study, jobs, results, images_per_s)
     left = [job for job in jobs if not (job.finished() or job.diverged())]
     table = Table(*study.axes, "seeds", "done", "hours left", box=None, pad_edge=False)
     to_train = [job for job in trainings_of(left) if not job.trained()]
@@ -270,7 +270,7 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
         own = [job for job in jobs if job.cell == cell]
         labels = [study.label(value) for _, value in cell.key]
         done = sum(job not in left for job in own)
-        hours = _hours([job for job in to_train if job.cell == cell], speed, measured_h)  # a shared run: once
+        hours = estimate.hours(job for job in to_train if job.cell == cell)  # a shared run: once
         table.add_row(*labels, str(len(own)), str(done), hours)
     print_table(table)
     for problem in dict.fromkeys(job.problem for job in jobs if job.problem):
@@ -282,11 +282,8 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
     unit = "GPU-hours" if study.scale == "full" else "hours on one core"
     print(
         f"{study.id} at scale {study.scale}: {len(trainings)} runs{further}; {len(trainings) - len(to_train)} runs "
-        f"done, {to_do} left: {_hours(to_train, speed, measured_h)} {unit}{elsewhere(study, left, results)}"
+        f"done, {to_do} left: {estimate.hours(to_train)} {unit}{elsewhere(study, left, results)}"
     )
-    print(f"speed: {f'{speed.images_per_s:.0f} images/s of one device, ' if speed.images_per_s else ''}{speed.source}")
-
-
-def _hours(jobs: Sequence[Job], speed: Speed, measured_h: dict[str, float]) -> str:
-    hours = hours_left(jobs, speed, measured_h)
-    return "unknown" if hours is None else f"{hours:.1f}"
+    for primary, speed in estimate.speeds.items():
+        rate = f"{speed.images_per_s:.0f} images/s of one device, " if speed.images_per_s else ""
+        print(f"speed{'' if primary == study.primary else ' of the sources'}: {rate}{speed.source}")
