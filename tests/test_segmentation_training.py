@@ -21,10 +21,12 @@ from engine_cases import (
     train,
     wait_for,
 )
+from mask_cases import make_cityscapes
 from PIL import Image
 from test_distributed import ONE_STEP, assert_close
 
 import exnorm
+from exnorm.data.sets import cityscapes
 from exnorm.norms import Norm
 
 pytestmark = pytest.mark.slow
@@ -215,6 +217,17 @@ def test_predictions_are_masks_of_the_size_of_the_image(finished: Path, tmp_path
     assert index.shape == colour.shape[:2] == overlay.shape[:2] == (50, 70)
     classes = np.unique(index)
     assert classes.max() < 11 and len(np.unique(colour.reshape(-1, 3), axis=0)) == len(classes)
+
+
+def test_predictions_for_cityscapes_can_be_submitted(tmp_path: Path) -> None:
+    """The benchmark's server wants labelIds, in files whose names begin with those of the images."""
+    root = make_cityscapes(tmp_path / "city")
+    data = ["data=cityscapes", f"data.root={root}", "data.image_size=32", "data.resize=32", "data.num_train=null"]
+    run = train(scenes(*data, "data.num_val=null", "batch=1x2", "trainer.steps=1"), tmp_path)
+    assert predictions(run, tmp_path, str(root / "leftImg8bit" / "test")).returncode == 0
+    for frame in range(2):
+        file = tmp_path / "predictions" / "berlin" / f"berlin_{frame:06}_000019_leftImg8bit_index.png"
+        assert set(np.unique(pixels_of(file))) <= set(cityscapes.label_ids())
 
 
 def test_predictions_of_a_classifier_are_a_table(tmp_path: Path) -> None:

@@ -7,33 +7,23 @@ leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip:
     gtFine/{train,val}/<city>/*_gtFine_labelIds.png
 
 The files of masks have the ids of all 34 labels. 19 of them are the classes ("trainIds"); the others are ignored. The
-masks of `test` are not public: `test_images` and `to_label_ids` serve for submissions to the benchmark's server.
+masks of `test` are not public. `exnorm predict` writes masks in labelIds, as the benchmark's server expects them.
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from exnorm.data import masks, pairs
-from exnorm.data.files import read_file, rgb
 from exnorm.data.paths import root_of
 from exnorm.data.splits import IGNORED, Splits
 
 LAYOUT = "expected DIR/leftImg8bit/{train,val}/<city>/ and DIR/gtFine/{train,val}/<city>/, as in data.root=DIR"
 COMPLETE = {"train": 2_975, "val": 500}
 ENDS = pairs.Ends("_leftImg8bit.png", "_gtFine_labelIds.png")
-
-
-class Unlabelled(NamedTuple):
-    """Images without masks: their names, such as `berlin_000000_000019`, and a function that opens image i as RGB."""
-
-    names: Sequence[str]
-    open_image: Callable[[int], Image.Image]
 
 
 def fingerprint(config: Any, *, train: bool = True) -> str:
@@ -95,12 +85,3 @@ def to_label_ids(mask: np.ndarray) -> np.ndarray:
     if ((mask < 0) | (mask >= len(ids)) & (mask != IGNORED)).any():
         raise ValueError(f"values from {mask.min()} to {mask.max()}: classes are 0 to {len(ids) - 1}, or {IGNORED}")
     return table[mask]
-
-
-def test_images(config: Any) -> Unlabelled:
-    """Return the 1,525 images of the test set, which have no public masks. None is excluded: the server wants all."""
-    root = root_of(config, layout=LAYOUT)
-    images = pairs.tree(root / "leftImg8bit" / "test", ENDS.image, layout=LAYOUT)
-    assert ENDS.image is not None
-    names = [Path(name).name.removesuffix(ENDS.image) for name in images.names]
-    return Unlabelled(names, partial(read_file, images, root, rgb))
