@@ -30,7 +30,7 @@ class Estimate:
     Attributes:
         by_configuration: mean hours of the recorded runs of a configuration, of any study, by its hash.
         by_cell: mean hours of the recorded runs of each cell of this study, for a machine without the data.
-        speeds: by the primary metric of the task. A study that begins with runs of another task has two.
+        speeds: by the primary metric of a task, the study's own first. Sources may have another task.
     """
 
     by_configuration: Mapping[str, float]
@@ -73,7 +73,8 @@ def estimate_of(study: Study, jobs: Iterable[Job], results: Path, images_per_s: 
                 cells.setdefault(row["cell"], []).append(hours)
         if rows and (primary := _primary_of(study, name)):
             rates.setdefault(primary, []).extend(float(row["value"]) / _devices(row) for row in rows)
-    speeds = {primary: _speed(primary, rates.get(primary), study, results) for primary in {job.primary for job in jobs}}
+    primaries = dict.fromkeys((study.primary, *(job.primary for job in jobs)))
+    speeds = {primary: _speed(primary, rates.get(primary), study, results) for primary in primaries}
     if images_per_s is not None:
         speeds[study.primary] = Speed(images_per_s, "given by --images-per-s")
     return Estimate(_means(configurations), _means(cells), speeds)
