@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from exnorm import cli_look
 from exnorm.cli_bench import bench
 from exnorm.config.errors import BUG
 
@@ -336,73 +337,5 @@ def report(
     print(write_report(what, scale, out, runs=runs, results=results))
 
 
-@app.command()
-def ratios(
-    run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="data=NAME data.root=DIR: another data set to compare with, by class.")
-    ] = None,
-    by_class: Annotated[
-        bool, typer.Option("--by-class", help="Measure EN's ratios for each class of validation images.")
-    ] = False,
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--class", metavar="NAME", show_default="ten classes", help="Class to measure, several times for several."
-        ),
-    ] = None,
-) -> None:
-    """Print what each layer of a run mixes and the authors' advice, and draw figures into the run folder."""
-    from exnorm.report import ratios as room
-
-    if by_class or overrides or classes:
-        from exnorm.diagnostics.class_ratios import measured_sets
-
-        room.run_by_class(run_dir, measured_sets(run_dir, overrides or [], classes or []))
-    else:
-        room.run(run_dir)
-
-
-@app.command()
-def predict(
-    run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)],
-    inputs: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER... [KEY=VALUE...]", help="Images and settings.")],
-    out: Annotated[Path, typer.Option(help="Folder for the predictions.")] = Path("predictions"),
-) -> None:
-    """Write predictions for images: a table of the five most likely classes, or masks and overlays as PNG files.
-
-    Settings are those of exnorm eval, such as checkpoint=best test.flip=true 'test.scales=[0.75,1,1.25]'.
-    """
-    from exnorm.diagnostics.predict import predict as write
-
-    overrides = [word for word in inputs if "=" in word and not Path(word).exists()]
-    count, failed = write(run_dir, [Path(word) for word in inputs if word not in overrides], out, overrides)
-    print(f"{count} prediction{'' if count == 1 else 's'} in {out}")
-    for line in failed:
-        print(f"exnorm: warning: {line}", file=sys.stderr)
-    raise typer.Exit(1 if failed else 0)
-
-
-@app.command()
-def explain(
-    run_dir: Annotated[
-        Path,
-        typer.Argument(
-            help="Run folder of a model with EN, SN or another norm that mixes.", exists=True, file_okay=False
-        ),
-    ],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint: last, best or a file.")] = "last",
-    out: Annotated[Path, typer.Option(help="File for the figure, PNG or SVG.")] = Path("explained.png"),
-) -> None:
-    """Draw, for single images, each layer's ratios beside the image and the prediction."""
-    from exnorm.diagnostics.explain_images import explain_images
-    from exnorm.report.image_figure import image_figure
-    from exnorm.runs.folder import check_out
-
-    check_out(out, ".png", ".svg")
-    found = explain_images(run_dir, images, at=checkpoint)
-    for item in found:
-        print(f"{item.name}: " + ", ".join(f"{name} {share:.1%}" for name, share in item.guesses))
-    image_figure(found, run_dir.name).savefig(out, dpi=150)
-    print(f"figure: {out}")
+for command in (cli_look.ratios, cli_look.predict, cli_look.compare, cli_look.explain):
+    app.command()(command)

@@ -11,7 +11,8 @@ from PIL import Image
 from exnorm.data.palette import colours, overlaid
 from exnorm.data.splits import IGNORED
 from exnorm.diagnostics.doctor_data import run
-from exnorm.diagnostics.doctor_masks import COLUMNS, GAP, TILE
+from exnorm.diagnostics.doctor_masks import COLUMNS
+from exnorm.diagnostics.mask_sheet import GAP, TILE
 
 CLASSES = ("sky", "road", "car", "bicycle")
 

@@ -77,6 +77,11 @@ def test_the_speed_of_one_task_says_nothing_about_another(tmp_path: Path) -> Non
     assert float(given.hours(runs(study, tmp_path))) == pytest.approx(pretraining + steps / 30 / 3600, abs=0.1)
 
 
+def test_a_source_is_reported_with_the_metric_of_its_own_task(tmp_path: Path) -> None:
+    jobs = runs(load_study("en-segmentation", "mini", seeds=1), tmp_path)
+    assert {(job.cell is None, job.primary.label) for job in jobs} == {(True, "top-1"), (False, "mIoU")}
+
+
 def test_a_source_takes_as_long_as_the_runs_of_its_own_study(tmp_path: Path) -> None:
     study = load_study("en-segmentation", "mini", seeds=1)
     source = next(job for job in runs(study, tmp_path) if job.name == "source sn-table2/norm=en batch=8x32")

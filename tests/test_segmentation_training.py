@@ -22,12 +22,18 @@ from engine_cases import (
     wait_for,
 )
 from mask_cases import make_cityscapes
-from PIL import Image
+from PIL import Image, ImageOps
 from test_distributed import ONE_STEP, assert_close
 
 import exnorm
+from exnorm.data import load
+from exnorm.data.palette import colours, overlaid
 from exnorm.data.sets import cityscapes
+from exnorm.data.splits import MaskedImages
+from exnorm.diagnostics.mask_sheet import GAP, LINE, TILE
+from exnorm.diagnostics.predict import Predictor
 from exnorm.norms import Norm
+from exnorm.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 SCENES = ("data=glyph_scenes", "data.num_train=36", "data.num_val=8")
@@ -181,6 +187,21 @@ def test_a_mistake_is_one_line(words: str, run_cli: CliRunner, tmp_path: Path) -
     assert not [*tmp_path.glob("runs/*/*")]
 
 
+def test_runs_that_cannot_be_compared_are_named(finished: Path, tmp_path: Path) -> None:
+    digits = ("train", "model=resnet_mini", "data=digits", "norm=gn", "logger=off", "data.workers=0", "trainer.steps=1")
+    classifier = train([*digits, "ops.backend=eager"], tmp_path / "digits")
+    streets = train(scenes("data=glyph_streets", "trainer.steps=1"), tmp_path / "streets")
+    mistakes = {
+        (): "give the folders of one or more runs of task=segmentation",
+        (str(classifier),): "is a run of task=classification, which has no masks to compare",
+        (str(finished), str(streets)): f"{streets} has other classes than {finished}",
+    }
+    for runs, line in mistakes.items():
+        process = start(["compare", *runs, "test.flip=false"], tmp_path)
+        _, err = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 2 and line in err and not (tmp_path / "compared.png").exists(), err
+
+
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
@@ -217,6 +238,27 @@ def test_predictions_are_masks_of_the_size_of_the_image(finished: Path, tmp_path
     assert index.shape == colour.shape[:2] == overlay.shape[:2] == (50, 70)
     classes = np.unique(index)
     assert classes.max() < 11 and len(np.unique(colour.reshape(-1, 3), axis=0)) == len(classes)
+
+
+def test_runs_are_compared_image_by_image(finished: Path, tmp_path: Path) -> None:
+    """A row has the image, its mask and the prediction of each run, under their names."""
+    words = ["compare", str(finished), str(finished), "--images", "2", "data.num_val=3"]
+    process = start(words, tmp_path)
+    out, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0 and out == "figure: compared.png\n", err
+    sheet = pixels_of(tmp_path / "compared.png")
+    predictor = Predictor(RunFolder(finished), ["data.num_val=3"])
+    images = load(predictor.data, train=False).val
+    assert isinstance(images, MaskedImages)
+    for row, index in enumerate((0, 2)):
+        image, mask = images.open(index)
+        predicted = Image.fromarray(predictor.mask(image))
+        painted = [overlaid(image, each, colours(11)) for each in (mask, predicted, predicted)]
+        tiles = np.stack([np.asarray(ImageOps.contain(each, TILE)) for each in (image, *painted)])
+        height, width = tiles.shape[1:3]
+        found = sheet[LINE + row * (height + GAP) :][:height]
+        for column, tile in enumerate(tiles):
+            assert (found[:, column * (TILE[0] + GAP) :][:, :width] == tile).all(), (row, column)
 
 
 def test_predictions_for_cityscapes_can_be_submitted(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 
 from exnorm.config.errors import UserError
 from exnorm.data import data_set
@@ -19,16 +19,13 @@ from exnorm.diagnostics.doctor_lines import (
     SHOWN,
     Look,
     evenly_spaced,
-    fitted,
     print_channels,
     print_opened,
     print_sizes,
-    sheet_font,
 )
+from exnorm.diagnostics.mask_sheet import draw_sheet
 
-ROWS, COLUMNS, TILE = 4, 6, (208, 156)  # of the sheet; px
-LINE, SWATCH = 18, 12  # of the legend; px
-GAP = 4
+ROWS, COLUMNS = 4, 6  # of the sheet
 
 
 def examine(config: Any, splits: Splits, named: Mapping[str, Any], count: int, path: Path) -> dict[str, Look]:
@@ -48,7 +45,7 @@ def examine(config: Any, splits: Splits, named: Mapping[str, Any], count: int, p
     for name, images in parts.items():
         looks[name], tables[name] = _look(config, name, images, count)
     _print_classes(splits.classes, tables)
-    draw_sheet(train, splits.classes).save(path, optimize=True)
+    sheet_of(train, splits.classes).save(path, optimize=True)
     print(f"sheet: up to {ROWS * COLUMNS} training images with their masks in {path}")
     return looks
 
@@ -130,23 +127,13 @@ def _print_classes(classes: Sequence[str], tables: Mapping[str, np.ndarray]) -> 
             print(f"{split}: no opened mask has {', '.join(absent[:SHOWN])}{rest}")
 
 
-def draw_sheet(images: MaskedImages, classes: Sequence[str]) -> Image.Image:
-    """Draw images under the colours of their masks, evenly spaced over the set, above a legend of the classes."""
-    width, height = COLUMNS * (TILE[0] + GAP), ROWS * (TILE[1] + GAP)
-    legend = -(-len(classes) // COLUMNS) * LINE
-    sheet = Image.new("RGB", (width, height + legend + GAP), "white")
+def sheet_of(images: MaskedImages, classes: Sequence[str]) -> Image.Image:
+    """Return images under the colours of their masks, evenly spaced over the set."""
     table = colours(len(classes))
-    for place, index in enumerate(evenly_spaced(len(images), ROWS * COLUMNS)):
+    tiles: list[Image.Image | None] = []
+    for index in evenly_spaced(len(images), ROWS * COLUMNS):
         try:
-            tile = overlaid(*images.open(index), table)
+            tiles.append(overlaid(*images.open(index), table))
         except UserError:  # it is broken; the look at its split names it
-            continue
-        sheet.paste(
-            ImageOps.contain(tile, TILE), (place % COLUMNS * (TILE[0] + GAP), place // COLUMNS * (TILE[1] + GAP))
-        )
-    pen, font = ImageDraw.Draw(sheet), sheet_font()
-    for place, name in enumerate(classes):
-        left, top = place % COLUMNS * (TILE[0] + GAP), height + GAP + place // COLUMNS * LINE
-        pen.rectangle((left, top, left + SWATCH, top + SWATCH), fill=tuple(table[place].tolist()))
-        pen.text((left + SWATCH + GAP, top - 1), fitted(name, TILE[0] - SWATCH - GAP, font), fill="black", font=font)
-    return sheet
+            tiles.append(None)
+    return draw_sheet(tiles, classes, columns=COLUMNS)

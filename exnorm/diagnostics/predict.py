@@ -60,6 +60,10 @@ class Predictor:
             images = self.normalize(pixels[None].to(self.device))
             return self.task.predict(self.model, images, pixels.shape[:2], self.views)
 
+    def mask(self, image: Image.Image) -> np.ndarray:
+        """Return the class of each pixel of an image, (height, width) in uint8."""
+        return self(as_pixels(image))[0].argmax(0).to(torch.uint8).cpu().numpy()
+
 
 def predict(run_path: Path, inputs: Sequence[Path], out: Path, overrides: Sequence[str]) -> tuple[int, list[str]]:
     """Write predictions for images, and for all images in folders. Return their number and a line for each failure.
@@ -127,7 +131,7 @@ def _write_rows(predictor: Predictor, path: Path, name: Path, out: Path) -> None
 def _write_masks(predictor: Predictor, path: Path, name: Path, out: Path) -> None:
     """Write the classes of an image's pixels as label values, as colours, and as colours over the image."""
     image = _open(path)
-    mask = predictor(as_pixels(image))[0].argmax(0).to(torch.uint8).cpu().numpy()
+    mask = predictor.mask(image)
     shades = colours(len(predictor.task.classes))
     as_labels = getattr(data_set(predictor.config.data.name), "to_label_ids", np.asarray)
     parts = {

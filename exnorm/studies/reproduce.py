@@ -159,7 +159,7 @@ class Runner:
         with self._changing:
             self.done += 1
             print(
-                f"[{self.done}/{self.total}] {job.title}: {_result(self.study, job)}, "
+                f"[{self.done}/{self.total}] {job.title}: {_result(job)}, "
                 f"{(time.monotonic() - started) / 60:.1f} min",
                 flush=True,
             )
@@ -247,11 +247,11 @@ def _without_result(verb: str, folder: RunFolder) -> str:
     )
 
 
-def _result(study: Study, job: Job) -> str:
+def _result(job: Job) -> str:
     folder = job.folder()
     record = None if folder is None else folder.read_record()
     result: dict[str, Any] = (job.evaluation() or {}) if job.cell is not None and job.cell.evaluate else record or {}
-    primary = study.primary
+    primary = job.primary
     return f"{primary.label} {result.get(primary.key, float('nan')):.{primary.digits}f}"
 
 
