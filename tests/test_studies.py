@@ -706,6 +706,18 @@ def test_equal_differences_decide_nothing(differences: list[float], tmp_path: Pa
     assert (found.verdict, found.p, found.interval) == (UNDECIDED, None, None)
 
 
+def test_a_study_shows_the_sheets_that_bear_its_name(tmp_path: Path) -> None:
+    put(tmp_path, "sn-table2", [row("norm=bn batch=8x2", 0, 60.0)])
+    (tmp_path / "sheets").mkdir()
+    for name in ("sn-table2-mini-predictions", "sn-table20-mini-predictions", "glyphs"):
+        (tmp_path / "sheets" / f"{name}.png").write_bytes(b"")
+    write_results(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert page.count("](sheets/") == 1 and "](sheets/sn-table2-mini-predictions.png)" in page
+    (tmp_path / "sheets" / "sn-table2-mini-predictions.png").unlink()
+    assert [line.split("/")[-1] for line in differences(tmp_path)] == ["README.md differs from the records"]
+
+
 def test_results_are_what_the_records_say_or_are_named(tmp_path: Path) -> None:
     """A number that is changed by hand, a file that is missing and one that nothing stands behind are each found."""
     rows = [row("norm=bn batch=8x2", 0, 60.0), row("norm=sn batch=8x2", 0, 80.0)]

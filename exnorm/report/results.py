@@ -21,6 +21,7 @@ from exnorm.runs.layer_ratios import LARGE_KL
 from exnorm.runs.records import read_records, recorded
 
 SUFFIXES = ("md", "csv")
+SHEETS = "sheets"  # pictures that need the data or run folders; a study shows those that begin with its name and scale
 FRONT = "sn-table2"  # its figure is in the project's README, between the two marks
 BEGIN, END = "<!-- made by exnorm results -->", "<!-- end -->"
 
@@ -66,7 +67,8 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
             texts[path.with_suffix(".csv")] = figure.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     judged = [item for scale in SCALES for item in judged_studies([], scale, results)]
     texts[results / "claims.csv"] = as_csv(judged)
-    texts[results / "README.md"] = page(tables, judged, [path.name for path in figures])
+    sheets = sorted(path.stem for path in (results / SHEETS).glob("*.png"))
+    texts[results / "README.md"] = page(tables, judged, [path.name for path in figures], sheets)
     front = _read(results.parent / "README.md")
     shown = next((table for table in tables if table.study.id == FRONT), None)
     if front is not None and shown is not None and BEGIN in front and END in front.partition(BEGIN)[2]:
@@ -91,7 +93,7 @@ def own_records(results: Path) -> list[str]:
     return [name for name in recorded(results) if name not in group_options("study")]
 
 
-def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequence[str]) -> str:
+def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequence[str], sheets: Sequence[str]) -> str:
     """Return the text of `results/README.md`, which a reader understands without the code."""
     by_study = {(item.study.id, item.study.scale): item for item in judged}
     missing = [name for name in group_options("study") if name not in {table.study.id for table in tables}]
@@ -109,12 +111,12 @@ def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequen
     tested = f"No study tests: {uncovered}." if uncovered else "Every claim has a study."
     parts.append(tested + unmeasured)
     for table in tables:
-        parts += section(table, by_study[table.study.id, table.study.scale], figures)
+        parts += section(table, by_study[table.study.id, table.study.scale], figures, sheets)
     return "\n\n".join([*parts, ENDING]) + "\n"
 
 
-def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[str]:
-    """Return the section of one study: its first table, accuracy figures, remarks, verdicts and links."""
+def section(table: StudyTable, judged: Judged, figures: Sequence[str], sheets: Sequence[str]) -> list[str]:
+    """Return the section of one study: its first table, accuracy figures, sheets, remarks, verdicts and links."""
     study = table.study
     name = f"{study.id}-{study.scale}"
     caption, grid = table.grids()[0]
@@ -122,6 +124,7 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str]) -> list[s
     parts = [f"## {study.title}", f"`{study.id}`, scale {study.scale}. {duration(table)}{shows}", to_markdown(grid)]
     own = [figure for figure in figures if figure.startswith(f"{name}-")]
     parts += [f"![{study.title}](figures/{figure}.png)" for figure in own if "accuracy" in figure]
+    parts += [f"![{study.title}]({SHEETS}/{sheet}.png)" for sheet in sheets if sheet.startswith(f"{name}-")]
     parts.append(_list(table.remarks()))
     parts += [to_markdown(grid_of(judged))] if judged.comparisons else []
     others = " · ".join(f"[{figure.removeprefix(f'{name}-')}](figures/{figure}.png)" for figure in own)
@@ -193,6 +196,8 @@ measures them again, on this or another machine. If it is stopped, the same comm
 - `glyphs` replaces ImageNet: ten classes of characters drawn in many styles, 12,000 images of 32 px. The validation \
 images have fonts that training does not see.
 - `glyphs_web` replaces WebVision: characters in other styles, with a fifth of the labels wrong.
+- `glyph_scenes` and `glyph_streets` replace ADE20K and Cityscapes: drawn scenes of digits and drawn streets, with \
+masks. The streets that validate are of other cities than those that train.
 - `resnet_mini`, a ResNet of four blocks, replaces ResNet-50.
 
 The batch settings are the papers' (replicas x samples, as virtual replicas on one core). The other settings were \

@@ -159,8 +159,7 @@ class Runner:
         with self._changing:
             self.done += 1
             print(
-                f"[{self.done}/{self.total}] {job.title}: {_result(job)}, "
-                f"{(time.monotonic() - started) / 60:.1f} min",
+                f"[{self.done}/{self.total}] {job.title}: {_result(job)}, {(time.monotonic() - started) / 60:.1f} min",
                 flush=True,
             )
 
