@@ -21,9 +21,9 @@ def bench_norms(
 ) -> None:
     """Measure one layer with its ReLU, forward and backward, against torch's BN: time and saved memory."""
     from exnorm.config.groups import group_options
-    from exnorm.diagnostics import bench_norms as room
+    from exnorm.diagnostics.bench_norms import SHAPES, run
 
-    room.run(norm or group_options("norm"), shape or room.SHAPES, backend or ["eager", "compiled"], rounds)
+    run(norm or group_options("norm"), shape or SHAPES, backend or ["eager", "compiled"], rounds)
 
 
 @bench.command("data")

@@ -23,14 +23,14 @@ def ratios(
     ] = None,
 ) -> None:
     """Print what each layer of a run mixes and the authors' advice, and draw figures into the run folder."""
-    from exnorm.report import ratios as room
+    from exnorm.report.ratios import run, run_by_class
 
     if by_class or overrides or classes:
         from exnorm.diagnostics.class_ratios import measured_sets
 
-        room.run_by_class(run_dir, measured_sets(run_dir, overrides or [], classes or []))
+        run_by_class(run_dir, measured_sets(run_dir, overrides or [], classes or []))
     else:
-        room.run(run_dir)
+        run(run_dir)
 
 
 def predict(
