@@ -56,3 +56,28 @@ def run_cli(tmp_path: Path) -> CliRunner:
         )
 
     return run
+
+
+@pytest.fixture
+def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CliRunner:
+    """`run_cli` in this process, for commands that need torch: it takes longer to import than they take to run."""
+    from engine_cases import working_here
+
+    from exnorm.cli import app, explained
+
+    def run(*arguments: str | Path, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # `exnorm train` sets it; here it is put back afterwards
+        capsys.readouterr()
+        try:
+            with working_here():
+                code = app([*map(str, arguments)], prog_name="exnorm", standalone_mode=False) or 0
+        except SystemExit as done:
+            code = done.code if isinstance(done.code, int) else 1
+        except Exception as problem:
+            if not explained(problem):
+                raise
+            code = 2
+        return subprocess.CompletedProcess([*map(str, arguments)], code, *capsys.readouterr())
+
+    return run

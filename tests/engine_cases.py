@@ -1,18 +1,29 @@
 """A tiny data set, a tiny network and the runs that the tests of the engine start, as real processes."""
 
+import contextlib
 import json
 import os
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
+from exnorm import ops
+from exnorm.config.compose import compose_train
 from exnorm.config.groups import option_values
+from exnorm.engine import checkpoint, distributed, launch
+from exnorm.engine import train as engine
+from exnorm.engine.evaluate_run import evaluate_run
+from exnorm.runs.folder import RunFolder
+from exnorm.runs.identity import run_dir
 from exnorm.tasks import Task, make_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +100,40 @@ def train(arguments: list[str], cwd: Path) -> Path:
     out, err = process.communicate(timeout=5 * WAIT_S)
     assert process.returncode == 0, err
     return cwd / next(line.split(": ")[1] for line in out.splitlines() if line.startswith("run folder: "))
+
+
+def train_here(arguments: list[str], cwd: Path) -> Path:
+    """`train` on one device in this process, for tests of what a training does: torch takes long to import."""
+    cwd.mkdir(exist_ok=True)
+    config = compose_train(arguments[1:])
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    with contextlib.chdir(cwd), working_here():
+        launch.run(config)
+        return cwd / run_dir(values, hash8=launch.identity(config, values))
+
+
+@contextlib.contextmanager
+def working_here() -> Iterator[None]:
+    """One worker works in this process, with one thread."""
+    backend, threads = ops.get_backend(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with mock.patch.object(launch, "run_workers", _work):
+            yield
+    finally:
+        ops.set_backend(backend)
+        torch.set_num_threads(threads)
+
+
+def _work(arguments: list[str], *, count: int, **_: Any) -> None:
+    """What the worker of a training or an evaluation does."""
+    assert count == 1
+    folder = RunFolder(arguments[0])
+    config, world = checkpoint.read_config(folder), distributed.join("cpu")
+    if len(arguments) == 1:
+        engine.train(folder, config, world, lambda: 0)
+    else:
+        evaluate_run(folder, config, json.loads(arguments[1]), world)
 
 
 def only_run(cwd: Path) -> Path:

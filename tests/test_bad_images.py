@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import CliRunner
 from data_cases import SMALL, WNIDS, class_of, config_of, make_imagenet, odd_exif, save
-from engine_cases import assert_same_run, only_run, start, train, wait_for, workers
+from engine_cases import assert_same_run, only_run, start, train, train_here, wait_for, workers
 from PIL import Image
 
 from exnorm import data
@@ -321,7 +321,7 @@ def test_a_run_lists_its_broken_images_and_is_equal_after_a_kill(tmp_path: Path)
     root = broken_root(tmp_path)
     arguments = ["train", "data=imagenet", f"data.root={root}", *SMALL, *TINY, "data.workers=2"]
     arguments += ["data.max_bad_fraction=0.1", "trainer.epochs=6", "trainer.checkpoint_every_steps=1"]
-    whole = train(arguments, tmp_path / "whole")
+    whole = train_here(arguments, tmp_path / "whole")
     assert listed(whole) == [f"{WNIDS[0]}_3.JPEG", f"{WNIDS[2]}_7.JPEG"]
     assert json.loads((whole / "record.json").read_text())["bad_images"] == 2
     (tmp_path / "killed").mkdir()
@@ -363,7 +363,7 @@ def test_a_broken_validation_image_ends_a_run_with_one_line_and_the_earlier_run_
     """Started over where it cannot even begin, a finished run is what it was."""
     root = make_imagenet(tmp_path / "in")
     arguments = ("train", "data=imagenet", f"data.root={root}", *SMALL, *TINY, "data.workers=1", "trainer.epochs=1")
-    run = train([*arguments], tmp_path)
+    run = train_here([*arguments], tmp_path)
     record = (run / "record.json").read_text()
     victim = sorted((root / "val" / WNIDS[1]).iterdir())[0]
     victim.write_bytes(b"x" * victim.stat().st_size)  # of another size it would be another run

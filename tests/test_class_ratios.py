@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import CliRunner
-from engine_cases import make_image_folder, tiny, train
+from engine_cases import make_image_folder, tiny, train_here
 
 from exnorm.analysis.ratios import read_ratios
 from exnorm.config.errors import UserError
@@ -91,7 +91,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run_of_en(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of EN, two epochs, of which the first is kept."""
-    return train(tiny(data, "norm=en", "optim.lr=0.3", "trainer.snapshots=[0.5]"), tmp_path_factory.mktemp("en"))
+    return train_here(tiny(data, "norm=en", "optim.lr=0.3", "trainer.snapshots=[0.5]"), tmp_path_factory.mktemp("en"))
 
 
 @pytest.mark.slow
@@ -119,15 +119,15 @@ def test_the_ratios_of_a_class_are_those_of_its_images(run_of_en: Path, data: Pa
 
 @pytest.mark.slow
 def test_the_command_draws_and_compares_sets_and_refuses_in_one_line(
-    run_of_en: Path, data: Path, tmp_path: Path, run_cli: CliRunner
+    run_of_en: Path, data: Path, tmp_path: Path, cli_here: CliRunner
 ) -> None:
     other = make_image_folder(tmp_path / "other", val=3)
-    done = run_cli("ratios", run_of_en, f"data.root={other}", "--class", "elk", "--class", "cat", "--class", "dog")
+    done = cli_here("ratios", run_of_en, f"data.root={other}", "--class", "elk", "--class", "cat", "--class", "dog")
     assert done.returncode == 0, done.stderr
     assert "Images of imagefolder-other: mean ratio" in done.stdout
     drawn = {path.name for path in (run_of_en / "figures").glob("*.svg")}
     assert {"classes-imagefolder.svg", "similarity-imagefolder-other.svg", "difference-imagefolder-other.svg"} <= drawn
-    plain = train(tiny(data, "norm=sn", "trainer.epochs=1"), tmp_path)
+    plain = train_here(tiny(data, "norm=sn", "trainer.epochs=1"), tmp_path)
     for run, words, said in (
         (plain, [], "only norm=en has them"),
         (run_of_en, ["batch=1x8"], "batch=1x8: --by-class takes data=NAME and data.KEY=VALUE"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CliRunner
-from engine_cases import assert_bit_equal, checkpoints, environment, make_image_folder, metrics, tiny, train
+from engine_cases import assert_bit_equal, checkpoints, make_image_folder, metrics, tiny, train_here
 
 from exnorm.config.errors import UserError
 from exnorm.engine import checkpoint
@@ -76,9 +76,9 @@ def test_a_new_checkpoint_survives_older_ones_with_higher_steps(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_run_without_a_readable_checkpoint_starts_over_only_when_told(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_a_run_without_a_readable_checkpoint_starts_over_only_when_told(tmp_path: Path, cli_here: CliRunner) -> None:
     arguments = tiny(make_image_folder(tmp_path / "images"), "trainer.checkpoint_every_steps=2")
-    run = train(arguments, tmp_path)
+    run = train_here(arguments, tmp_path)
     (run / "record.json").unlink()
     before = metrics(run)
     shutil.rmtree(tmp_path / "kept", ignore_errors=True)
@@ -86,17 +86,17 @@ def test_a_run_without_a_readable_checkpoint_starts_over_only_when_told(tmp_path
     for path in checkpoints(run):
         path.write_bytes(path.read_bytes()[:-2000])
     for _ in range(2):  # the second time only renamed files are left
-        done = run_cli(*arguments, env=environment())
+        done = cli_here(*arguments)
         assert done.returncode == 2
         assert "fresh=true to start over" in done.stderr.splitlines()[-1]
         assert metrics(run) == before and not checkpoints(run)
         assert len(list((run / "checkpoints").glob("*.pt.damaged"))) == 2
     for path in (tmp_path / "kept").glob("step-*.pt"):
         shutil.copy(path, run / "checkpoints")
-    done = run_cli(*arguments, env=environment())
+    done = cli_here(*arguments)
     assert done.returncode == 0 and "resumed after step 12" in done.stdout, done.stderr
     (run / "record.json").unlink()
     for path in checkpoints(run):
         path.write_bytes(b"")
-    assert run_cli(*arguments, "fresh=true", env=environment()).returncode == 0
+    assert cli_here(*arguments, "fresh=true").returncode == 0
     assert metrics(run) == before and (run / "record.json").is_file()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CliRunner
-from engine_cases import make_image_folder, tiny, train
+from engine_cases import make_image_folder, tiny, train_here
 from PIL import Image
 
 from exnorm.config.errors import UserError
@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run_of_en(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of EN whose ratios have left 1/3."""
-    return train(tiny(data, "norm=en", "optim.lr=0.3"), tmp_path_factory.mktemp("en"))
+    return train_here(tiny(data, "norm=en", "optim.lr=0.3"), tmp_path_factory.mktemp("en"))
 
 
 def test_each_image_has_its_own_ratios_and_prediction(run_of_en: Path, data: Path, tmp_path: Path) -> None:
@@ -48,11 +48,11 @@ def test_each_image_has_its_own_ratios_and_prediction(run_of_en: Path, data: Pat
     assert np.array_equal(figure.axes[2].images[0].get_array(), second.pixels)
 
 
-def test_what_cannot_be_explained_is_one_line(run_of_en: Path, data: Path, tmp_path: Path, run_cli: CliRunner) -> None:
+def test_what_cannot_be_explained_is_one_line(run_of_en: Path, data: Path, tmp_path: Path, cli_here: CliRunner) -> None:
     text = tmp_path / "text.png"
     text.write_text("no image")
     image = str(data / "val" / "cat" / "1.png")
-    plain = train(tiny(data, "norm=gn", "trainer.epochs=1"), tmp_path)
+    plain = train_here(tiny(data, "norm=gn", "trainer.epochs=1"), tmp_path)
     for run, path, said in (
         (run_of_en, text, "text.png is not a readable image"),
         (run_of_en, tmp_path / "none.png", "none.png is not a readable image"),
@@ -60,9 +60,9 @@ def test_what_cannot_be_explained_is_one_line(run_of_en: Path, data: Path, tmp_p
     ):
         with pytest.raises(UserError, match=said):
             explain_images(run, [path])
-    refused = run_cli("explain", str(run_of_en), image, "--out", "out.jpeg")
+    refused = cli_here("explain", str(run_of_en), image, "--out", "out.jpeg")
     assert refused.returncode == 2 and "ends with .png or .svg" in refused.stderr and refused.stdout == ""
-    done = run_cli("explain", str(run_of_en), image, "--out", str(tmp_path / "out.png"))
+    done = cli_here("explain", str(run_of_en), image, "--out", str(tmp_path / "out.png"))
     assert done.returncode == 0 and done.stdout.startswith("1.png: ")
     with Image.open(tmp_path / "out.png") as drawn:
         assert drawn.width > 500

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, CliRunner
-from engine_cases import make_image_folder, tiny, train
+from engine_cases import make_image_folder, tiny, train_here
 
 from exnorm.config.metrics import metrics_of
 from exnorm.config.study import load_study
@@ -154,10 +154,10 @@ def test_the_figures_of_a_study_can_be_read_in_any_window(
 
 
 @pytest.mark.slow
-def test_the_page_of_a_run_in_a_browser(browser: Any, tmp_path: Path, run_cli: CliRunner) -> None:
+def test_the_page_of_a_run_in_a_browser(browser: Any, tmp_path: Path, cli_here: CliRunner) -> None:
     """Its result, ratios, configuration and provenance; also before it has finished."""
-    run = train(tiny(make_image_folder(tmp_path / "data"), "norm=sn"), tmp_path)
-    done = run_cli("report", str(run))
+    run = train_here(tiny(make_image_folder(tmp_path / "data"), "norm=sn"), tmp_path)
+    done = cli_here("report", run)
     assert done.returncode == 0 and done.stdout.strip() == str(run / "report.html")
     page, trouble = look(browser, run / "report.html", PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0] and unsigned(page) == []
@@ -231,7 +231,7 @@ def test_what_a_record_holds_cannot_become_a_part_of_the_page(tmp_path: Path) ->
     assert "<script>x" not in text and "&lt;script&gt;x" in text and "<b>2" not in text
 
 
-def test_a_folder_that_is_no_run_and_a_study_without_a_record_are_one_line(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_a_folder_that_is_no_run_and_a_study_without_a_record_are_one_line(tmp_path: Path, cli_here: CliRunner) -> None:
     for what, said in ((str(tmp_path), "is not a run folder"), ("en-pi", "nothing was measured of en-pi")):
-        done = run_cli("report", what)
+        done = cli_here("report", what)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

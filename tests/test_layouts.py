@@ -30,7 +30,7 @@ from data_cases import (
     make_webvision,
     save,
 )
-from engine_cases import only_run, train
+from engine_cases import only_run, train_here
 from scipy.io import savemat
 
 from exnorm import data
@@ -594,16 +594,16 @@ def accuracies(run: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_webvision_and_imagenet_transfer_in_both_directions(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_webvision_and_imagenet_transfer_in_both_directions(tmp_path: Path, cli_here: CliRunner) -> None:
     """Trained on each for an epoch, validated on both meanwhile, evaluated on the other afterwards."""
     make_webvision(tmp_path / "webvision"), make_imagenet(tmp_path / "imagenet")
     roots = f"data.roots={tmp_path}"
     for own, other, images in (("webvision", "imagenet", 12), ("imagenet", "webvision", 9)):
         cwd = tmp_path / f"from_{own}"
         arguments = ["train", f"data={own}", roots, f"data.val=[{own},{other}]", *SMALL, *TINY, "norm=bn"]
-        run = train(arguments, cwd)
+        run = train_here(arguments, cwd)
         assert set(accuracies(run)) == {"val/top1", f"val/{own}/top1", f"val/{other}/top1"}
-        done = run_cli("eval", run, f"data={other}", roots, *SMALL, cwd=cwd)
+        done = cli_here("eval", run, f"data={other}", roots, *SMALL, cwd=cwd)
         assert done.returncode == 0, done.stderr
         row = json.loads((run / "evaluations.jsonl").read_text())
         assert (row["data"], row["images"], row["images_of_other_classes"]) == (other, images, 0)
@@ -611,12 +611,12 @@ def test_webvision_and_imagenet_transfer_in_both_directions(tmp_path: Path, run_
 
 
 @pytest.mark.slow
-def test_a_mini_model_is_tested_on_the_classes_of_the_full_sets(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_a_mini_model_is_tested_on_the_classes_of_the_full_sets(tmp_path: Path, cli_here: CliRunner) -> None:
     """Without arguments on the sets of its own configuration, a row for each."""
     make_webvision(tmp_path / "webvision"), make_imagenet(tmp_path / "imagenet")
     mini = ["train", "data=mini_webvision", f"data.roots={tmp_path}", "data.num_classes=2", *SMALL, *TINY, "norm=sn"]
-    run = train(mini, tmp_path / "mini")
-    done = run_cli("eval", run, cwd=tmp_path / "mini")
+    run = train_here(mini, tmp_path / "mini")
+    done = cli_here("eval", run, cwd=tmp_path / "mini")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     found = [(row["data"], row["images"], row["images_of_other_classes"]) for row in rows]
@@ -631,7 +631,7 @@ def test_excluded_images_are_in_the_record(tmp_path: Path) -> None:
         f"val/{WNIDS[0]}/{sorted(file.name for file in (root / 'val' / WNIDS[0]).iterdir())[0]}\n"
     )
     (tmp_path / "cwd").mkdir()
-    train(
+    train_here(
         ["train", "data=imagenet", f"data.root={root}", f"data.exclude={tmp_path / 'bad.txt'}", *SMALL, *TINY],
         tmp_path / "cwd",
     )

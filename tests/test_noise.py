@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CliRunner
-from engine_cases import classification, metrics, train
+from engine_cases import classification, metrics, train_here
 from PIL import Image
 
 from exnorm.config.errors import UserError
@@ -111,14 +111,14 @@ def test_the_share_of_fitted_and_recovered_labels() -> None:
     assert "noisy_fitted" not in task.summarize(task.sums(logits, [labels, labels]))
 
 
-def test_a_run_keeps_the_wrong_labels_and_is_tested_on_the_other_set(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_a_run_keeps_the_wrong_labels_and_is_tested_on_the_other_set(tmp_path: Path, cli_here: CliRunner) -> None:
     """The file and its hash in the record, the fitted share in every epoch; glyphs_web's model evaluated on glyphs.
 
     The training images of glyphs do not matter there: batch averages are those of glyphs_web's.
     """
     sizes = ["data.num_train=40", "data.num_val=20", "data.image_size=32"]
     changes = ["model=resnet18", "model.name=test_resnet", "logger=off", "trainer.epochs=2", "batch=1x8", *sizes]
-    folder = train(["train", "data=glyphs_web", "ops.backend=eager", *changes], tmp_path)
+    folder = train_here(["train", "data=glyphs_web", "ops.backend=eager", *changes], tmp_path)
     record = json.loads((folder / "record.json").read_text())
     text = (folder / "noisy_labels.csv").read_text()
     assert record["noise"] == {
@@ -129,11 +129,11 @@ def test_a_run_keeps_the_wrong_labels_and_is_tested_on_the_other_set(tmp_path: P
     rows = [row for row in metrics(folder) if "val/top1" in row]
     assert len(rows) == 2 and all(0 <= row["train/noisy_fitted"] <= 100 for row in rows)
     assert not any(key.startswith("val/noisy") for row in rows for key in row)
-    done = run_cli("eval", folder, "data=glyphs", *sizes)
+    done = cli_here("eval", folder, "data=glyphs", *sizes)
     assert done.returncode == 0, done.stderr
     averages = ["inference=batch_average", "calibration_batches=5"]
     for training in ("data.num_train=40", "data.num_train=80"):
-        done = run_cli("eval", folder, "data=glyphs", *sizes, training, *averages)
+        done = cli_here("eval", folder, "data=glyphs", *sizes, training, *averages)
         assert done.returncode == 0, done.stderr
     moving, *averaged = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert moving["data"] == "glyphs" and moving["images"] == 20

@@ -121,7 +121,7 @@ def test_numbers_of_evaluations_that_changed_are_found(tmp_path: Path) -> None:
     assert "rule=b, seed 0: made with the configuration" in line
 
 
-def test_results_of_settings_that_changed_are_found(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_results_of_settings_that_changed_are_found(tmp_path: Path, cli_here: CliRunner) -> None:
     """A number stays in the record until it is measured again, but the check does not pass over it."""
     study = load_study("en-pi", "mini", seeds=2)
     rows = []
@@ -135,7 +135,7 @@ def test_results_of_settings_that_changed_are_found(tmp_path: Path, run_cli: Cli
     first, last = stale_rows(tmp_path)
     assert "pi=1, seed 0: made with the configuration 0ld0ld00" in first
     assert "pi=7, seed 1: en-pi no longer has this cell" in last
-    done = run_cli("results", str(tmp_path), "--check")
+    done = cli_here("results", str(tmp_path), "--check")
     assert done.returncode == 1 and first in done.stdout
 
 

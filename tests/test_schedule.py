@@ -16,6 +16,7 @@ from engine_cases import (
     start,
     tiny,
     train,
+    train_here,
     wait_for,
 )
 from omegaconf import OmegaConf
@@ -65,8 +66,8 @@ def test_batches_do_not_depend_on_where_an_iteration_begins() -> None:
 @pytest.mark.slow
 def test_steps_are_the_same_training_as_epochs(images: Path, tmp_path: Path) -> None:
     """The weights are equal to the last bit, however often the run validates."""
-    epochs = train(tiny(images, "optim.schedule=poly"), tmp_path / "epochs")
-    steps = train(
+    epochs = train_here(tiny(images, "optim.schedule=poly"), tmp_path / "epochs")
+    steps = train_here(
         tiny(images, "optim.schedule=poly", "trainer.steps=12", "trainer.validate_every=5"), tmp_path / "steps"
     )
     assert_bit_equal(last_state(epochs)["model"], last_state(steps)["model"])
@@ -79,7 +80,7 @@ def test_steps_are_the_same_training_as_epochs(images: Path, tmp_path: Path) -> 
 def test_a_run_in_steps_resumes_across_the_end_of_an_epoch(images: Path, tmp_path: Path) -> None:
     """Stopped after its first validation, which lies inside an epoch."""
     settings = tiny(images, "trainer.steps=40", "trainer.validate_every=7", "trainer.checkpoint_every_steps=2")
-    whole = train(settings, tmp_path / "whole")
+    whole = train_here(settings, tmp_path / "whole")
     (tmp_path / "cut").mkdir()
     process = start(settings, tmp_path / "cut")
     wait_for(lambda: [*(tmp_path / "cut").glob("runs/*/*/checkpoints/step-000000008.pt")], "a checkpoint")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import last_state, make_image_folder, tiny, train
+from engine_cases import last_state, make_image_folder, tiny, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from norm_cases import build, draw
@@ -122,7 +122,7 @@ def test_without_running_statistics_brn_is_bn() -> None:
 def test_a_training_moves_the_progress_and_ends_with_sparse_ratios(tmp_path: Path) -> None:
     """On the compiled back end, whose layers read it as a buffer; a checkpoint has it."""
     root = make_image_folder(tmp_path / "data")
-    run = train(tiny(root, "norm=ssn", "ops.backend=compiled"), tmp_path / "cwd")
+    run = train_here(tiny(root, "norm=ssn", "ops.backend=compiled"), tmp_path / "cwd")
     state = last_state(run)
     steps, weights = state["step"], state["model"]
     progress = [float(value) for name, value in weights.items() if name.endswith("progress")]

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from engine_cases import (
     only_run,
     start,
     train,
+    train_here,
     wait_for,
 )
 from mask_cases import make_cityscapes
@@ -54,20 +54,19 @@ def pixels_of(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of EN."""
-    return train(scenes("norm=en"), tmp_path_factory.mktemp("finished"))
+    return train_here(scenes("norm=en"), tmp_path_factory.mktemp("finished"))
 
 
 @pytest.mark.parametrize("norm", ["bn", "en"])
 def test_the_loss_over_replicas_is_one_experiment_in_passes_and_on_devices(norm: str, tmp_path: Path) -> None:
     """Crops have different numbers of valid pixels, and with 4 devices two of them share a replica."""
 
-    def after_a_step(name: str, *more: str) -> dict[str, Any]:
-        return last_state(train(scenes(f"norm={norm}", *ONE_STEP, "trainer.steps=1", *more), tmp_path / name))["model"]
-
-    once = after_a_step("once")
-    assert_close(once, after_a_step("passes", "trainer.passes=2"))
-    for devices in (2, 4):
-        assert_close(once, after_a_step(f"on {devices}", f"trainer.devices={devices}"))
+    settings = scenes(f"norm={norm}", *ONE_STEP, "trainer.steps=1")
+    once = train_here(settings, tmp_path / "once")
+    others = [train_here([*settings, "trainer.passes=2"], tmp_path / "passes")]
+    others += [train([*settings, f"trainer.devices={devices}"], tmp_path / f"on {devices}") for devices in (2, 4)]
+    for other in others:
+        assert_close(last_state(once)["model"], last_state(other)["model"])
 
 
 def test_the_record_has_all_metrics_and_every_class(finished: Path) -> None:
@@ -82,7 +81,7 @@ def test_the_record_has_all_metrics_and_every_class(finished: Path) -> None:
 
 def test_a_killed_run_goes_on_bit_equal(tmp_path: Path) -> None:
     settings = scenes("norm=en", "trainer.steps=16", "trainer.validate_every=5", "trainer.checkpoint_every_steps=2")
-    whole = train(settings, tmp_path / "whole")
+    whole = train_here(settings, tmp_path / "whole")
     (tmp_path / "cut").mkdir()
     process = start(settings, tmp_path / "cut")
     wait_for(lambda: [*(tmp_path / "cut").glob("runs/*/*/checkpoints/step-000000006.pt")], "a checkpoint")
@@ -93,24 +92,24 @@ def test_a_killed_run_goes_on_bit_equal(tmp_path: Path) -> None:
     assert_same_run(whole, train(settings, tmp_path / "cut"))
 
 
-def evaluated(run: Path, *settings: str) -> dict[str, Any]:
-    """The last row of `exnorm eval RUN SETTINGS`."""
-    command = [*("eval", str(run)), *settings]
-    process = start(command, run.parents[3])
-    _, err = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 0, err
-    return json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """All evaluations of a run."""
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
 
 
-def test_scales_flip_and_window_are_part_of_an_evaluation(finished: Path) -> None:
+def test_scales_flip_and_window_are_part_of_an_evaluation(finished: Path, cli_here: CliRunner) -> None:
+    def evaluated(*settings: str) -> dict[str, Any]:
+        assert cli_here("eval", finished, *settings).returncode == 0
+        return evaluations(finished)[-1]
+
     record = json.loads((finished / "record.json").read_text())
-    plain = evaluated(finished)
+    plain = evaluated()
     assert plain["val/miou"] == pytest.approx(record["val/miou"], rel=1e-6) and "test" not in plain
     others = [
-        evaluated(finished, "test.scales=[0.75,1,1.25]"),
-        evaluated(finished, "test.flip=true"),
-        evaluated(finished, "test.window=64"),
-        evaluated(finished, "test.window=64", "test.flip=true", "test.scales=[1,1.5]"),
+        evaluated("test.scales=[0.75,1,1.25]"),
+        evaluated("test.flip=true"),
+        evaluated("test.window=64"),
+        evaluated("test.window=64", "test.flip=true", "test.scales=[1,1.5]"),
     ]
     assert [row["test"] for row in others] == [
         "scales 0.75, 1, 1.25",
@@ -120,11 +119,15 @@ def test_scales_flip_and_window_are_part_of_an_evaluation(finished: Path) -> Non
     ]
     assert len({row["id"] for row in (plain, *others)}) == 5
     assert len({row["val/loss"] for row in (plain, *others)}) == 5
-    assert evaluated(finished, "test.window=96")["val/loss"] == pytest.approx(plain["val/loss"], rel=1e-4)
+    assert evaluated("test.window=96")["val/loss"] == pytest.approx(plain["val/loss"], rel=1e-4)
 
 
 def test_two_processes_evaluate_as_one_does(finished: Path) -> None:
-    one, two = evaluated(finished), evaluated(finished, "devices=2")
+    for devices in (1, 2):
+        process = start(["eval", str(finished), f"devices={devices}"], finished.parents[3])
+        _, err = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0, err
+    one, two = evaluations(finished)[-2:]
     assert {key: two[key] for key in one if key.startswith("val/iou")} == {
         key: one[key] for key in one if key.startswith("val/iou")
     }
@@ -133,7 +136,7 @@ def test_two_processes_evaluate_as_one_does(finished: Path) -> None:
 def test_a_classification_run_gives_the_backbone(tmp_path: Path) -> None:
     """Norms, ratios and running statistics included. Different batch settings are worth a line."""
     classifier = ("train", "model=resnet_mini", "data=digits", "norm=en", "batch=2x8", "logger=off", "data.workers=0")
-    source = train([*classifier, "trainer.steps=4", "ops.backend=eager"], tmp_path / "source")
+    source = train_here([*classifier, "trainer.steps=4", "ops.backend=eager"], tmp_path / "source")
     settings = scenes("norm=en", "trainer.steps=1", "optim.lr=1e-12", f"model.init_from={source}")
     process = start(settings, tmp_path)
     out, err = process.communicate(timeout=WAIT_S)
@@ -154,14 +157,14 @@ def test_a_classification_run_gives_the_backbone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("norm", ["bn", "sn", "en"])
 def test_statistics_can_cover_the_whole_batch(norm: str, tmp_path: Path) -> None:
     """SyncBN, SyncSN and SyncEN."""
-    run = train(scenes(f"norm={norm}", "norm.sync=true", "trainer.steps=2"), tmp_path)
+    run = train_here(scenes(f"norm={norm}", "norm.sync=true", "trainer.steps=2"), tmp_path)
     assert json.loads((run / "record.json").read_text())["val/miou"] is not None
 
 
 @pytest.mark.parametrize("head", ["fcn", "psp", "deeplabv3"])
 def test_every_head_trains_with_all_of_its_norms_replaced(head: str, tmp_path: Path) -> None:
     more = ["norm=sn"] if head == "fcn" else ["norm=sn", "norm.sync=true"]
-    run = train(scenes(f"model.head={head}", "trainer.steps=1", *more), tmp_path)
+    run = train_here(scenes(f"model.head={head}", "trainer.steps=1", *more), tmp_path)
     model = exnorm.load(run)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     assert sum(isinstance(module, Norm) for module in model.head.modules()) >= 1
@@ -187,19 +190,18 @@ def test_a_mistake_is_one_line(words: str, run_cli: CliRunner, tmp_path: Path) -
     assert not [*tmp_path.glob("runs/*/*")]
 
 
-def test_runs_that_cannot_be_compared_are_named(finished: Path, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_compared_are_named(finished: Path, cli_here: CliRunner, tmp_path: Path) -> None:
     digits = ("train", "model=resnet_mini", "data=digits", "norm=gn", "logger=off", "data.workers=0", "trainer.steps=1")
-    classifier = train([*digits, "ops.backend=eager"], tmp_path / "digits")
-    streets = train(scenes("data=glyph_streets", "trainer.steps=1"), tmp_path / "streets")
+    classifier = train_here([*digits, "ops.backend=eager"], tmp_path / "digits")
+    streets = train_here(scenes("data=glyph_streets", "trainer.steps=1"), tmp_path / "streets")
     mistakes = {
         (): "give the folders of one or more runs of task=segmentation",
         (str(classifier),): "is a run of task=classification, which has no masks to compare",
         (str(finished), str(streets)): f"{streets} has other classes than {finished}",
     }
     for runs, line in mistakes.items():
-        process = start(["compare", *runs, "test.flip=false"], tmp_path)
-        _, err = process.communicate(timeout=WAIT_S)
-        assert process.returncode == 2 and line in err and not (tmp_path / "compared.png").exists(), err
+        result = cli_here("compare", *runs, "test.flip=false")
+        assert result.returncode == 2 and line in result.stderr and not (tmp_path / "compared.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -212,26 +214,18 @@ def test_runs_that_cannot_be_compared_are_named(finished: Path, tmp_path: Path) 
         ("data=digits", "task=segmentation needs masks, and data=digits has labels"),
     ],
 )
-def test_a_mistake_in_an_evaluation_is_one_line(setting: str, line: str, finished: Path) -> None:
-    process = start(["eval", str(finished), setting], finished.parents[3])
-    _, err = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 2 and line in err and "Traceback" not in err, err
+def test_a_mistake_in_an_evaluation_is_one_line(setting: str, line: str, finished: Path, run_cli: CliRunner) -> None:
+    result = run_cli("eval", finished, setting)
+    assert result.returncode == 2 and line in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def predictions(run: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`exnorm predict RUN WORDS` in a folder."""
-    process = start(["predict", str(run), *words], cwd)
-    out, err = process.communicate(timeout=WAIT_S)
-    return subprocess.CompletedProcess([], process.returncode, out, err)
-
-
-def test_predictions_are_masks_of_the_size_of_the_image(finished: Path, tmp_path: Path) -> None:
+def test_predictions_are_masks_of_the_size_of_the_image(finished: Path, cli_here: CliRunner, tmp_path: Path) -> None:
     """Those of a folder keep its structure, and a broken image does not stop the others."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "in" / "deep" / "a.png")
     (tmp_path / "in" / "b.jpg").write_bytes(b"no image")
-    result = predictions(finished, tmp_path, "in", "test.flip=true")
+    result = cli_here("predict", finished, "in", "test.flip=true")
     assert result.returncode == 1 and "b.jpg is not a readable image" in result.stderr
     folder = tmp_path / "predictions" / "deep"
     index, colour, overlay = (pixels_of(folder / f"a_{kind}.png") for kind in ("index", "colour", "overlay"))
@@ -240,12 +234,10 @@ def test_predictions_are_masks_of_the_size_of_the_image(finished: Path, tmp_path
     assert classes.max() < 11 and len(np.unique(colour.reshape(-1, 3), axis=0)) == len(classes)
 
 
-def test_runs_are_compared_image_by_image(finished: Path, tmp_path: Path) -> None:
+def test_runs_are_compared_image_by_image(finished: Path, cli_here: CliRunner, tmp_path: Path) -> None:
     """A row has the image, its mask and the prediction of each run, under their names."""
-    words = ["compare", str(finished), str(finished), "--images", "2", "data.num_val=3"]
-    process = start(words, tmp_path)
-    out, err = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 0 and out == "figure: compared.png\n", err
+    result = cli_here("compare", finished, finished, "--images", "2", "data.num_val=3")
+    assert (result.returncode, result.stdout) == (0, "figure: compared.png\n")
     sheet = pixels_of(tmp_path / "compared.png")
     predictor = Predictor(RunFolder(finished), ["data.num_val=3"])
     images = load(predictor.data, train=False).val
@@ -261,32 +253,33 @@ def test_runs_are_compared_image_by_image(finished: Path, tmp_path: Path) -> Non
             assert (found[:, column * (TILE[0] + GAP) :][:, :width] == tile).all(), (row, column)
 
 
-def test_predictions_for_cityscapes_can_be_submitted(tmp_path: Path) -> None:
+def test_predictions_for_cityscapes_can_be_submitted(cli_here: CliRunner, tmp_path: Path) -> None:
     """The benchmark's server wants labelIds, in files whose names begin with those of the images."""
     root = make_cityscapes(tmp_path / "city")
     data = ["data=cityscapes", f"data.root={root}", "data.image_size=32", "data.resize=32", "data.num_train=null"]
-    run = train(scenes(*data, "data.num_val=null", "batch=1x2", "trainer.steps=1"), tmp_path)
-    assert predictions(run, tmp_path, str(root / "leftImg8bit" / "test")).returncode == 0
+    run = train_here(scenes(*data, "data.num_val=null", "batch=1x2", "trainer.steps=1"), tmp_path)
+    assert cli_here("predict", run, root / "leftImg8bit" / "test").returncode == 0
     for frame in range(2):
         file = tmp_path / "predictions" / "berlin" / f"berlin_{frame:06}_000019_leftImg8bit_index.png"
         assert set(np.unique(pixels_of(file))) <= set(cityscapes.label_ids())
 
 
-def test_predictions_of_a_classifier_are_a_table(tmp_path: Path) -> None:
+def test_predictions_of_a_classifier_are_a_table(cli_here: CliRunner, tmp_path: Path) -> None:
     arguments = ["train", "model=resnet_mini", "data=digits", "norm=gn", "logger=off", "data.workers=0"]
-    run = train([*arguments, "trainer.steps=1", "ops.backend=eager"], tmp_path)
+    run = train_here([*arguments, "trainer.steps=1", "ops.backend=eager"], tmp_path)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "a.png")
     for _ in range(2):  # the second time replaces the table
-        assert predictions(run, tmp_path, "a.png", "--out", "out").returncode == 0
+        assert cli_here("predict", run, "a.png", "--out", "out").returncode == 0
     lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
     assert lines[0] == "image,rank,class,probability" and len(lines) == 6
     shares = [float(line.rpartition(",")[2]) for line in lines[1:]]
     assert shares == sorted(shares, reverse=True) and sum(shares) <= 1.000001
 
 
-def test_explain_shows_ratios_and_the_classes_with_most_pixels(finished: Path, tmp_path: Path) -> None:
+def test_explain_shows_ratios_and_the_classes_with_most_pixels(
+    finished: Path, cli_here: CliRunner, tmp_path: Path
+) -> None:
     Image.fromarray(np.full((60, 80, 3), 128, np.uint8)).save(tmp_path / "a.png")
-    process = start(["explain", str(finished), str(tmp_path / "a.png")], tmp_path)
-    out, err = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 0, err
-    assert (tmp_path / "explained.png").is_file() and out.startswith("a.png: ") and "%" in out
+    result = cli_here("explain", finished, "a.png")
+    assert result.returncode == 0 and (tmp_path / "explained.png").is_file()
+    assert result.stdout.startswith("a.png: ") and "%" in result.stdout

@@ -85,10 +85,16 @@ def test_every_study_is_whole(name: str, scale: str) -> None:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_cell_of_every_study_composes(name: str, tmp_path: Path) -> None:
-    """At scale mini each is a run with an identity of its own, unless it evaluates another cell's run."""
+    """At scale mini each is a run with an identity of its own, unless it evaluates another cell's run.
+
+    Of the study on CamVid, which has real images, only the sources have one without the data.
+    """
     study = load_study(name, "mini")
     jobs = jobs_of(study, study.cells, tmp_path)
-    assert all(job.config_hash for job in jobs), {job.problem for job in jobs}
+    lacking = {job.problem.partition(". ")[0] for job in jobs if not job.config_hash}
+    assert lacking == ({"data=camvid needs a folder"} if name == "camvid" else set())
+    if lacking:
+        return
     hashes = [job.config_hash for job in jobs if job.cell and job.seed == 0 and not job.cell.evaluate]
     assert len(set(hashes)) == len(hashes)
 
@@ -102,14 +108,14 @@ def test_a_plan_counts_each_run_once(name: str, count: int, tmp_path: Path) -> N
     assert len(trainings_of(jobs_of(study, study.cells, tmp_path))) == count
 
 
-def test_a_plan_for_imagenet_needs_no_imagenet(run_cli: CliRunner) -> None:
+def test_a_plan_for_imagenet_needs_no_imagenet(cli_here: CliRunner) -> None:
     few = ("reproduce", "sn-table2", "--scale", "full", "--only", "batch=8x2")
-    done = run_cli(*few, "--plan", "--seeds", "1", "--images-per-s", "100")
+    done = cli_here(*few, "--plan", "--seeds", "1", "--images-per-s", "100")
     assert done.returncode == 0, done.stderr
     hours = 4 * 1_281_167 * 100 / 100 / 3600
     assert f"4 runs; 0 runs done, 4 left: {hours:.1f} GPU-hours" in done.stdout
     assert "missing data: data=imagenet needs a folder" in done.stdout
-    refused = run_cli(*few)
+    refused = cli_here(*few)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
 
 
@@ -156,13 +162,13 @@ when: [{if: {norm: sn, size: large}, set: [trainer.epochs=7, "eval:inference=bat
         (["nowhere.yaml"], "there is no study nowhere.yaml"),
     ],
 )
-def test_a_wrong_word_is_one_line(arguments: list[str], said: str, run_cli: CliRunner) -> None:
-    done = run_cli("reproduce", *arguments, "--plan")
+def test_a_wrong_word_is_one_line(arguments: list[str], said: str, cli_here: CliRunner) -> None:
+    done = cli_here("reproduce", *arguments, "--plan")
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_studies_are_listed_with_what_they_are_about(run_cli: CliRunner) -> None:
-    lines = run_cli("list", "studies").stdout.splitlines()
+def test_studies_are_listed_with_what_they_are_about(cli_here: CliRunner) -> None:
+    lines = cli_here("list", "studies").stdout.splitlines()
     assert [line.split()[0] for line in lines] == STUDIES
     assert "nine batch settings" in next(line for line in lines if line.startswith("sn-table2 "))
 
@@ -244,13 +250,13 @@ def test_a_claim_without_cells_to_compare_is_one_line(claim: str, tmp_path: Path
         judge(study, [])
 
 
-def test_a_claim_of_ones_own_is_judged_and_told(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_a_claim_of_ones_own_is_judged_and_told(tmp_path: Path, cli_here: CliRunner) -> None:
     said = "{id: mine-small, claim: SN is better, expect: left > right, left: {norm: sn}, right: {norm: bn}}"
     file = own_study(tmp_path, f"axes: {{norm: [bn, sn]}}\nclaims: [{said}]")
     scores = {"bn": [70.0, 70.1, 70.3], "sn": [80.0, 80.3, 80.2]}
     rows = [row(f"norm={norm}", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
     put(tmp_path, "mine", rows)
-    done = run_cli("claims", file, "--results", str(tmp_path))
+    done = cli_here("claims", file, "--results", str(tmp_path))
     assert "mine-small (mine): SN is better" in done.stdout and "supported (weak)" in done.stdout, done.stderr
     assert "SN is better" in study_page(load_study(file, "mini"), tmp_path, tmp_path)
 
@@ -267,10 +273,10 @@ def test_a_claim_of_ones_own_is_judged_and_told(tmp_path: Path, run_cli: CliRunn
     ],
 )
 def test_what_cannot_be_judged_is_refused_before_anything_runs(
-    text: str, said: str, tmp_path: Path, run_cli: CliRunner
+    text: str, said: str, tmp_path: Path, cli_here: CliRunner
 ) -> None:
     file = own_study(tmp_path, f"axes: {{norm: [bn, sn]}}\nset: [data=digits]\n{text}")
-    done = run_cli("reproduce", file, "--plan")
+    done = cli_here("reproduce", file, "--plan")
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -487,13 +493,13 @@ def test_a_damaged_record_is_named_with_its_line(before: str, after: str, said: 
         write_results(tmp_path)
 
 
-def test_a_folder_without_records_is_left_as_it_is(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_a_folder_without_records_is_left_as_it_is(tmp_path: Path, cli_here: CliRunner) -> None:
     """In the project's own folder nothing is written over its README; nor is a file taken for a folder."""
     page = tmp_path / "README.md"
     page.write_text("mine")
-    done = run_cli("results", ".")
+    done = cli_here("results", ".")
     assert done.returncode == 2 and "has no folder records/" in done.stderr and page.read_text() == "mine"
-    done = run_cli("table", "sn-table2", "--results", page)
+    done = cli_here("table", "sn-table2", "--results", page)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Not a directory" in done.stderr
 
 

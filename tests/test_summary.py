@@ -41,21 +41,21 @@ def test_an_offline_run_ends_with_the_command_that_uploads_it(tmp_path: Path, ru
 
 @pytest.mark.slow
 def test_a_run_with_more_epochs_names_the_shorter_one_that_its_weights_may_come_from(
-    tmp_path: Path, run_cli: CliRunner
+    tmp_path: Path, cli_here: CliRunner
 ) -> None:
     """The longest of them; only runs that differ in nothing else; and what it offers works."""
     images = make_image_folder(tmp_path / "data")
     names = {}
     for number, more in enumerate((["trainer.epochs=1"], ["trainer.epochs=2"], ["trainer.epochs=3", "optim.lr=0.5"])):
-        done = run_cli(*tiny(images, *more))
+        done = cli_here(*tiny(images, *more))
         assert done.returncode == 0, done.stderr
         names[number] = said(done.stdout, "run folder: ")
         assert ("has finished the same training" in done.stdout) == (number == 1)
-    done = run_cli(*tiny(images, "trainer.epochs=4"))
+    done = cli_here(*tiny(images, "trainer.epochs=4"))
     assert done.stdout.startswith(f"{names[1]} has finished the same training with trainer.epochs=2. This run starts")
     offer = done.stdout.splitlines()[0].rpartition(" ")[2]
     assert offer == f"model.init_from={names[1]}"
-    started = run_cli(*tiny(images, "trainer.epochs=4", offer))
+    started = cli_here(*tiny(images, "trainer.epochs=4", offer))
     assert started.returncode == 0 and "has finished the same" not in started.stdout
     assert said(started.stdout, "run folder: ") not in names.values()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import last_state, make_image_folder, tiny, train
+from engine_cases import last_state, make_image_folder, tiny, train_here
 from norm_cases import draw
 
 from exnorm.config.errors import UserError
@@ -88,13 +88,13 @@ def test_ratios_alone_are_taken_from_another_model() -> None:
 def test_a_run_with_hard_ratios_begins_with_a_snapshot_of_another(tmp_path: Path) -> None:
     """The snapshot of half of the epochs stays; finetuning takes all of it, from scratch its ratios alone."""
     data = make_image_folder(tmp_path / "data")
-    soft = train(tiny(data, "norm=sn", "trainer.epochs=4", "trainer.snapshots=[0.5]"), tmp_path)
+    soft = train_here(tiny(data, "norm=sn", "trainer.epochs=4", "trainer.snapshots=[0.5]"), tmp_path)
     snapshot = soft / "checkpoints" / "snapshot-0.5.pt"
     state = torch.load(snapshot, weights_only=True)
     assert state["epoch"] == 2
     hard = ["norm=sn", "norm.hard=true", "trainer.epochs=1", "optim.lr=0"]
-    finetuned = last_state(train(tiny(data, *hard, f"model.init_from={snapshot}"), tmp_path))["model"]
-    scratch = last_state(train(tiny(data, *hard, f"model.init_ratios_from={snapshot}"), tmp_path))["model"]
+    finetuned = last_state(train_here(tiny(data, *hard, f"model.init_from={snapshot}"), tmp_path))["model"]
+    scratch = last_state(train_here(tiny(data, *hard, f"model.init_ratios_from={snapshot}"), tmp_path))["model"]
     for name, value in state["model"].items():
         if name.endswith(("mean_weight", "var_weight")):
             assert torch.equal(finetuned[name], value) and torch.equal(scratch[name], value)

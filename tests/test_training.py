@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CliRunner
-from engine_cases import assert_same_run, checkpoints, last_state, make_image_folder, metrics, only_run, tiny, train
+from engine_cases import (
+    assert_same_run,
+    checkpoints,
+    last_state,
+    make_image_folder,
+    metrics,
+    only_run,
+    tiny,
+    train,
+    train_here,
+)
 
 import exnorm
 from exnorm.config.compose import compose_train
@@ -123,8 +133,11 @@ def test_eval_equals_the_record_also_on_two_processes(finished: Path, run_cli: C
         ("precision=fp16", "precision=fp16 needs a GPU. On a CPU use precision=bf16 or precision=fp32"),
     ],
 )
-def test_eval_refuses_what_cannot_work(argument: str, line: str, finished: Path, run_cli: CliRunner) -> None:
-    done = run_cli("eval", finished, argument, env={"CUDA_VISIBLE_DEVICES": ""})
+def test_eval_refuses_what_cannot_work(
+    argument: str, line: str, finished: Path, cli_here: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = cli_here("eval", finished, argument)
     assert (done.returncode, done.stderr) == (2, f"exnorm: error: {line}\n")
 
 
@@ -198,9 +211,9 @@ BAD = {
 
 @pytest.mark.parametrize("argument", BAD)
 def test_bad_input_gets_one_line_and_makes_no_run_folder(
-    argument: str, images: Path, tmp_path: Path, run_cli: CliRunner
+    argument: str, images: Path, tmp_path: Path, cli_here: CliRunner
 ) -> None:
-    done = run_cli(*tiny(images, argument))
+    done = cli_here(*tiny(images, argument))
     assert done.returncode == 2
     assert BAD[argument] in done.stderr
     assert done.stderr.startswith("exnorm: error: ")
@@ -220,8 +233,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     assert f"the checkpoint after step {kept['step']} is kept" in done.stderr
 
 
-def test_no_checkpoint_is_promised_where_there_is_none(images: Path, tmp_path: Path, run_cli: CliRunner) -> None:
-    done = run_cli(*tiny(images, "optim.lr=1e30"))
+def test_no_checkpoint_is_promised_where_there_is_none(images: Path, tmp_path: Path, cli_here: CliRunner) -> None:
+    done = cli_here(*tiny(images, "optim.lr=1e30"))
     assert done.returncode == 2 and "the loss is not finite at step" in done.stderr
     assert "kept" not in done.stderr and not list(tmp_path.rglob("*.pt"))
 
@@ -252,14 +265,14 @@ def test_a_broken_image_whose_name_is_no_utf8_is_said_in_one_line(tmp_path: Path
 @pytest.mark.slow
 def test_two_runs_of_one_command_are_bit_equal(images: Path, tmp_path: Path) -> None:
     arguments = tiny(images, "data.workers=2", "model.drop_rate=0.2")
-    assert_same_run(train(arguments, tmp_path / "a"), train(arguments, tmp_path / "b"))
+    assert_same_run(train(arguments, tmp_path / "a"), train_here(arguments, tmp_path / "b"))
 
 
 @pytest.mark.slow
 def test_fresh_starts_over(images: Path, tmp_path: Path) -> None:
-    run = train(tiny(images, "trainer.epochs=1"), tmp_path)
+    run = train_here(tiny(images, "trainer.epochs=1"), tmp_path)
     (run / "mark").touch()
-    assert train(tiny(images, "trainer.epochs=1", "fresh=true"), tmp_path) == run
+    assert train_here(tiny(images, "trainer.epochs=1", "fresh=true"), tmp_path) == run
     assert not (run / "mark").exists()
 
 
@@ -274,13 +287,15 @@ def test_a_sweep_over_two_norms_makes_two_runs(images: Path, tmp_path: Path, run
 
 
 @pytest.mark.slow
-def test_batch_averages_as_the_rule_of_inference(images: Path, tmp_path: Path, run_cli: CliRunner) -> None:
+def test_batch_averages_as_the_rule_of_inference(images: Path, tmp_path: Path, cli_here: CliRunner) -> None:
     """A run that validates with them, and `exnorm eval` of it, agree; the moving average gives another loss."""
-    run = train(tiny(images, "trainer.inference=batch_average", "trainer.calibration_batches=3", "norm=sn"), tmp_path)
+    run = train_here(
+        tiny(images, "trainer.inference=batch_average", "trainer.calibration_batches=3", "norm=sn"), tmp_path
+    )
     record = json.loads((run / "record.json").read_text())
     losses = {}
     for rule in ("batch_average", "moving_average"):
-        done = run_cli("eval", run, f"inference={rule}", "calibration_batches=3", env={"OMP_NUM_THREADS": "1"})
+        done = cli_here("eval", run, f"inference={rule}", "calibration_batches=3")
         assert done.returncode == 0, done.stderr
         losses[rule] = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])["val/loss"]
     assert losses["batch_average"] == pytest.approx(record["val/loss"], rel=1e-5)
@@ -290,9 +305,9 @@ def test_batch_averages_as_the_rule_of_inference(images: Path, tmp_path: Path, r
 @pytest.mark.slow
 def test_training_starts_from_another_run(images: Path, tmp_path: Path) -> None:
     """With a rate of zero the weights of the first run come out unchanged, BN's in every normalizer of EN."""
-    first = train(tiny(images, "norm=bn", "trainer.epochs=1"), tmp_path)
+    first = train_here(tiny(images, "norm=bn", "trainer.epochs=1"), tmp_path)
     frozen = ["optim.lr=0", "optim.weight_decay=0", "trainer.epochs=1"]
-    second = train(tiny(images, "norm=en", f"model.init_from={first}", *frozen), tmp_path)
+    second = train_here(tiny(images, "norm=en", f"model.init_from={first}", *frozen), tmp_path)
     source, target = last_state(first)["model"], last_state(second)["model"]
     assert torch.equal(target["conv1.0.weight"], source["conv1.0.weight"])
     assert torch.equal(target["conv1.1.weight"], source["conv1.1.weight"].expand(3, -1))
