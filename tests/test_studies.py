@@ -1,41 +1,27 @@
-"""Studies as they are written down: cells, settings, seeds, records, tables and verdicts."""
+"""Studies as they are written down: cells, settings, seeds, records and tables."""
 
 import csv
 import itertools
 import json
-import math
 import multiprocessing
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import scipy.stats
 from conftest import ROOT, CliRunner
+from study_cases import own_study, put, row
 
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import chosen_cells, load_study
-from exnorm.report.claims_table import as_csv, judged_studies, labelled
+from exnorm.report.claims_table import as_csv, judged_studies
 from exnorm.report.html_report import study_page
 from exnorm.report.palette import colour
 from exnorm.report.published import claims, published
 from exnorm.report.results import differences, write_results
 from exnorm.report.study_figures import look
 from exnorm.report.study_table import FORMATS, table_of
-from exnorm.report.verdicts import (
-    CONTRADICTED,
-    SUPPORTED,
-    UNDECIDED,
-    as_claimed,
-    holm,
-    is_weak,
-    judge,
-    known_metrics,
-    overall,
-    p_value,
-)
-from exnorm.runs.records import COLUMNS, DIVERGED_AT, Row, change_records, read_records
+from exnorm.report.verdicts import judge, known_metrics
+from exnorm.runs.records import change_records, read_records
 from exnorm.studies import submit
 from exnorm.studies.collect import collect
 from exnorm.studies.plan import jobs_of, trainings_of
@@ -43,24 +29,6 @@ from exnorm.studies.reproduce import print_plan, reproduce
 
 STUDIES = group_options("study")
 SCALES = ("mini", "full")
-
-
-def row(cell: str, seed: int, value: float, metric: str = "top1", **more: str) -> Row:
-    """A row of a record."""
-    usual = dict.fromkeys(COLUMNS["runs"], "x") | {"scale": "mini", "hours": "0.01", "facts": "", "uncommitted": "no"}
-    return usual | {"cell": cell, "seed": str(seed), "metric": metric, "value": str(value), **more}
-
-
-def put(results: Path, study: str, rows: list[Row]) -> None:
-    """Write a record."""
-    change_records(results, study, lambda before: {kind: rows if kind == "runs" else [] for kind in COLUMNS})
-
-
-def own_study(tmp_path: Path, text: str) -> str:
-    """A study of one's own, as the path of its file."""
-    path = tmp_path / "mine.yaml"
-    path.write_text(f"# A study of mine\n{text}", encoding="utf-8")
-    return str(path)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -533,10 +501,10 @@ def test_a_table_shows_mean_deviation_seeds_the_papers_number_and_the_best(tmp_p
         if r["table"] == "table2"
     }
     paper = published["sn", "batch=8x2"]
-    assert f"| sn | 8x2 | **83.00 ± 3.00 (3)** | {paper} | {83 - paper:+.2f} |" in text
+    assert f"| sn | 8x2 | **83.00 ± 3.00 (3)** | {paper} |\n" in text
     assert "| bn | 8x2 | 61.00 ± 1.41 (2) |" in text
-    assert "| bn | 8x1 | – | does not converge | – |" in text
-    assert "| en | 8x2 | – | not available | – |" in text
+    assert "| bn | 8x1 | – | does not converge |\n" in text
+    assert "| en | 8x2 | – | not available |\n" in text
     assert "Scale mini: nothing here was measured on the paper's data" in text
     assert r"\textbf{83.00 $\pm$ 3.00 (3)}" in FORMATS["tex"](table)
     assert "<td class=best>83.00 ± 3.00 (3)</td>" in FORMATS["html"](table)
@@ -545,12 +513,32 @@ def test_a_table_shows_mean_deviation_seeds_the_papers_number_and_the_best(tmp_p
     assert (float(cell["mean"]), float(cell["std"]), cell["n"], float(cell["published"])) == (83.0, 3.0, "3", paper)
 
 
-def test_equal_means_are_both_the_best_and_a_study_of_ones_own_has_a_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bn", [[80.0, 81.0, 82.0], [80.0], [79.0, 80.4, 82.5]])
+def test_the_best_is_marked_only_beyond_the_noise(bn: list[float], tmp_path: Path) -> None:
+    """Equal means, one seed, and an interval that has 0 in it mark nothing."""
     study = load_study(own_study(tmp_path, "axes: {norm: [bn, sn]}\nmetrics: [top1, ratio/bn]\n"), "mini")
-    put(tmp_path, study.id, [row("norm=bn", 0, 80.0), row("norm=sn", 0, 80.0), row("norm=sn", 0, 0.3, "ratio/bn")])
+    rows = [row("norm=bn", seed, value) for seed, value in enumerate(bn)]
+    rows += [row("norm=sn", seed, 80.0 + seed) for seed in range(3)]
+    put(tmp_path, study.id, [*rows, row("norm=sn", 0, 0.3, "ratio/bn")])
     text = FORMATS["md"](table_of(study, tmp_path))
-    assert "| bn | **80.00 (1)** |" in text and "| sn | **80.00 (1)** |" in text and "0.3000 (1)" in text
+    assert "**" not in text and "| sn | 81.00 ± 1.00 (3) | 0.3000 (1) |" in text
+    put(
+        tmp_path,
+        study.id,
+        [row("norm=bn", seed, 82.0 + seed + 0.1 * (seed == 1)) for seed in range(3)] + rows[len(bn) :],
+    )
+    assert "| bn | **83.03 ± 1.00 (3)** |" in FORMATS["md"](table_of(study, tmp_path))
     assert "<h1>A study of mine</h1>" in study_page(study, tmp_path, tmp_path)
+
+
+def test_a_difference_from_the_papers_number_is_shown_where_the_data_are_the_papers(tmp_path: Path) -> None:
+    put(tmp_path, "sn-table2", [row("norm=sn batch=8x2", 0, 70.0, scale=scale) for scale in SCALES])
+    tables = {scale: table_of(load_study("sn-table2", scale), tmp_path) for scale in SCALES}
+    assert "| difference |" in FORMATS["md"](tables["full"]) and "difference |" not in FORMATS["md"](tables["mini"])
+    for scale, table in tables.items():
+        lines = csv.DictReader(FORMATS["csv"](table).splitlines())
+        (found,) = (line["difference"] for line in lines if line["mean"])
+        assert bool(found) == (scale == "full")
 
 
 def test_lines_of_a_figure_differ_in_colour_or_dash() -> None:
@@ -569,147 +557,6 @@ def test_lines_of_a_figure_differ_in_colour_or_dash() -> None:
 def test_a_table_without_measurements_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exnorm reproduce en-pi --scale mini"):
         table_of(load_study("en-pi", "mini"), tmp_path)
-
-
-def verdict(tmp_path: Path, study: str, claim: str, rows: list[Row]) -> Any:
-    """The comparisons of a claim, judged on rows."""
-    return [found for found in judge(load_study(study, "mini"), rows) if found.claim == claim]
-
-
-@pytest.mark.parametrize(
-    ("sn", "expected"),
-    [
-        ([70.0, 71.0, 69.5, 70.2, 70.4], SUPPORTED),
-        ([40.0, 41.0, 39.5, 40.2, 40.4], CONTRADICTED),
-        ([70.0, 30.0, 55.0, 45.0, 60.0], UNDECIDED),
-        ([70.0], UNDECIDED),
-    ],
-)
-def test_a_claim_is_judged_by_the_differences_of_equal_seeds(sn: list[float], expected: str, tmp_path: Path) -> None:
-    bn = [50.0, 50.5, 49.0, 50.1, 50.3]
-    rows = [row("norm=sn batch=8x2", seed, value) for seed, value in enumerate(sn)]
-    rows += [row("norm=bn batch=8x2", seed, value) for seed, value in enumerate(bn)]
-    found, _ = verdict(tmp_path, "sn-table2", "sn-small-batch", rows)
-    assert found.verdict == expected
-    assert found.differences == tuple(a - b for a, b in zip(sn, bn, strict=False))
-    if len(sn) > 1:
-        reference = scipy.stats.ttest_rel(sn, bn)
-        assert math.isclose(found.p, reference.pvalue)
-        low, high = reference.confidence_interval(0.95)
-        assert found.interval == pytest.approx((low, high))
-
-
-def test_no_worse_than_allows_half_a_point(tmp_path: Path) -> None:
-    """0.2 points below is within the margin, for certain; 0.8 below is not."""
-    name = "norm=sn batch={} inference={}"
-    for below, expected in ((0.2, SUPPORTED), (0.8, CONTRADICTED)):
-        rows = [
-            row(name.format(batch, rule), seed, 80.0 + seed - (below + 0.01 * (seed % 2)) * (rule != "moving_average"))
-            for batch in ("8x32", "8x2")
-            for rule in ("moving_average", "batch_average-50k", "batch_average-all")
-            for seed in range(5)
-        ]
-        found = verdict(tmp_path, "sn-inference", "sn-batch-average", rows)
-        assert len(found) == 3 and overall(found) == expected
-
-
-def test_four_times_the_gain_is_compared_with_four_times_the_gain(tmp_path: Path) -> None:
-    """EN - BN against 4 (SN - BN), seed by seed."""
-    scores = {"bn": [70.0, 71.0, 70.5], "sn": [71.0, 72.0, 71.7], "en": [73.9, 75.2, 75.0]}
-    rows = [row(f"norm={norm}", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
-    (found,) = verdict(tmp_path, "en-webvision", "en-webvision", rows)
-    assert found.differences == pytest.approx((-0.1, 0.2, -0.3))
-
-
-@pytest.mark.parametrize(
-    ("sn", "en", "expected"),
-    [(1.0, 5.0, SUPPORTED), (1.0, 3.0, CONTRADICTED), (-3.0, -4.0, UNDECIDED), (-3.0, -20.0, UNDECIDED)],
-)
-def test_a_multiple_of_a_gain_needs_a_gain(sn: float, en: float, expected: str, tmp_path: Path) -> None:
-    """Where SN loses against BN, four times its gain says nothing."""
-    noise = (0.1, -0.1, 0.05, 0.0, -0.05)
-    gains = {"bn": 0.0, "sn": sn, "en": en}
-    rows = [
-        row(f"norm={norm}", seed, 80.0 + gain + (noise[seed] if norm == "en" else 0.0))
-        for norm, gain in gains.items()
-        for seed in range(5)
-    ]
-    (found,) = verdict(tmp_path, "en-webvision", "en-webvision", rows)
-    assert found.verdict == expected
-
-
-def test_no_difference_is_found_only_where_one_was_looked_for(tmp_path: Path) -> None:
-    """A claim without a direction is undecided until there are two seeds."""
-    scores = {"en": [80.0, 80.2], "relu": [79.0, 80.9]}
-    rows = [row(f"variant={name}", seed, value) for name, of in scores.items() for seed, value in enumerate(of)]
-    (one,) = verdict(tmp_path, "en-ablation", "en-tanh-relu", [item for item in rows if item["seed"] == "0"])
-    (two,) = verdict(tmp_path, "en-ablation", "en-tanh-relu", rows)
-    assert one.verdict == UNDECIDED and two.verdict == "no direction claimed, none found"
-
-
-def test_fewer_than_five_seeds_are_weak_and_the_claimed_side_is_counted(tmp_path: Path) -> None:
-    scores = {"sn": [80.0, 80.1, 80.2, 80.1, 80.0], "bn": [70.0, 70.2, 70.1, 70.3, 70.0], "gn": [80.0] * 5}
-    for seeds, said in ((3, "supported (weak)"), (5, "supported")):
-        rows = [
-            row(f"norm={norm} batch=8x32", seed, value)
-            for norm, of in scores.items()
-            for seed, value in enumerate(of[:seeds])
-        ]
-        found = verdict(tmp_path, "sn-table2", "sn-regular-batch", rows)
-        assert as_claimed(found) == "2 of 2" and is_weak(found) == (seeds < 5)
-        assert labelled([replace(item, p_holm=0.001) for item in found]) == said
-    assert labelled(verdict(tmp_path, "sn-table2", "sn-regular-batch", [])) == "undecided (weak)"
-
-
-def test_a_claim_with_several_comparisons_needs_all_of_them(tmp_path: Path) -> None:
-    scores = {"sn": [80.0, 80.1, 80.2], "bn": [70.0, 70.2, 70.1], "gn": [80.0, 80.4, 79.9]}
-    rows = [row(f"norm={norm} batch=8x32", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
-    found = verdict(tmp_path, "sn-table2", "sn-regular-batch", rows)
-    assert [item.verdict for item in found] == [SUPPORTED, UNDECIDED] and overall(found) == UNDECIDED
-
-
-def test_what_always_holds_is_counted_over_all_runs(tmp_path: Path) -> None:
-    """Supported by all of a study's runs, contradicted by one that diverged, undecided while one is missing."""
-    study = load_study("sn-table2", "mini")
-    runs = [(cell.name, seed) for cell in study.cells for seed in cell.seeds if dict(cell.key)["norm"] == "en"]
-    rows = [row(cell, seed, 0.5, metric=metric) for cell, seed in runs for metric in ("top1", "loss")]
-    diverged = row(*runs[0], 17, metric=DIVERGED_AT)
-    beyond = [row(runs[-1][0], 9, 0.5, metric=metric) for metric in ("top1", "loss")]  # no seed of the study
-    for given, expected, seeds in (
-        (rows, SUPPORTED, 3),
-        ([diverged, *rows[2:]], CONTRADICTED, 3),
-        ([rows[0], *rows[2:]], CONTRADICTED, 3),  # it ended, and its loss is not finite
-        ([*rows[2:], *beyond], UNDECIDED, 3),
-        (rows[10:], UNDECIDED, 0),
-    ):
-        (found,) = verdict(tmp_path, "sn-table2", "en-stable", given)
-        assert found.verdict == expected and found.runs.wanted == len(runs) == 33 and found.n == seeds
-    put(tmp_path, "sn-table2", [diverged, row("norm=en batch=8x32", 1, 90.0), row("norm=en batch=8x2", 0, 80.0)])
-    text = FORMATS["md"](table_of(study, tmp_path))
-    assert (
-        "norm=en batch=8x32 diverged (its loss was not finite): seed 0 at step 17. Means and differences exclude"
-        in text
-    )
-    put(tmp_path, "sn-table2", [diverged])
-    assert "| en | diverged |" in FORMATS["md"](table_of(study, tmp_path)) and write_results(tmp_path)
-
-
-def test_holm_corrects_by_the_number_of_comparisons_that_are_left() -> None:
-    """Sorted p times m, m - 1, ..., never falling, at most 1; what is not measured yet counts in m."""
-    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06], abs=1e-12)
-    assert holm([0.04, None, 0.01, 0.03]) == pytest.approx([0.09, None, 0.04, 0.09], abs=1e-12)
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-    assert p_value([1.0], 0.0) is None
-
-
-@pytest.mark.parametrize("differences", [[0.05, 0.05], [20.0, 20.0, 20.0], [1.1 - 1.0, 2.1 - 2.0]])
-def test_equal_differences_decide_nothing(differences: list[float], tmp_path: Path) -> None:
-    """Without any spread nothing is known of the error, however large the difference is."""
-    assert p_value(differences, 0.0) is None
-    rows = [row("norm=bn batch=8x2", seed, 50.0) for seed in range(len(differences))]
-    rows += [row("norm=sn batch=8x2", seed, 50.0 + value) for seed, value in enumerate(differences)]
-    found, _ = verdict(tmp_path, "sn-table2", "sn-small-batch", rows)
-    assert (found.verdict, found.p, found.interval) == (UNDECIDED, None, None)
 
 
 def test_a_study_shows_the_sheets_that_bear_its_name(tmp_path: Path) -> None:

@@ -113,7 +113,10 @@ STUDY_KEYS = {
 RULE_KEYS = {"if": MAPPING, "set": SETTINGS}
 SEEDS_KEYS = {"if": MAPPING, "seeds": COUNT}
 EXPECT = (_is_expected, "left > right, left >= right, left >= N * right, unknown or always")
-CLAIM_KEYS = {"id": WORD, "metric": WORD, "left": SIDE, "right": SIDE, "claim": WORD, "expect": EXPECT}
+CLAIM_KEYS = {
+    **{"id": WORD, "metric": WORD, "left": SIDE, "right": SIDE, "claim": WORD, "expect": EXPECT},
+    "not_comparable": WORD,  # why a comparison is not the paper's
+}
 PAIR_KEYS = {"left": MAPPING, "right": MAPPING}
 SOURCE_KEYS = {"study": WORD, "cell": MAPPING}
 

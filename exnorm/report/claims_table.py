@@ -1,6 +1,6 @@
 """The verdicts of studies as tables: for the terminal, for a page, and as plain numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from exnorm.config.groups import group_options
 from exnorm.config.study import Study, load_study
 from exnorm.report.grids import Entry, Grid
 from exnorm.report.published import Claim, claims, claims_of
-from exnorm.report.verdicts import ENOUGH_SEEDS, Comparison, is_weak, judge, overall
+from exnorm.report.verdicts import ENOUGH_SEEDS, NOT_COMPARABLE, Comparison, compared, is_weak, judge, overall
 from exnorm.runs.records import Row, read_records
 from exnorm.runs.sinks import csv_text
 from exnorm.runs.table import print_table
 
-HEADS = ("claim", "verdict", "comparison", "metric", "seeds", "mean difference", "95 % interval", "p (Holm)")
+HEADS = ("claim", "verdict", "comparison", "metric", "difference", "95 % interval", "seeds", "detectable", "p (Holm)")
 VERDICT = HEADS.index("verdict")
 WEAK = f"fewer than {ENOUGH_SEEDS} seeds; one seed decides nothing, and two seeds decide only clear differences"
 
@@ -41,13 +41,33 @@ def judged_studies(names: Sequence[str], scale: str, results: Path) -> list[Judg
         raise UserError(f"there is no folder {results}. Type exnorm reproduce STUDY first, or --results FOLDER")
     studies = [load_study(name, scale) for name in names or group_options("study")]
     records = [(study, read_records(results, study.id)) for study in studies]
-    return [judged_study(study, rows) for study, rows in records if any(row["scale"] == scale for row in rows)]
+    measured = [(study, rows) for study, rows in records if any(row["scale"] == scale for row in rows)]
+    families = families_at(scale, results) if measured else {}
+    return [judged_study(study, rows, families) for study, rows in measured]
 
 
-def judged_study(study: Study, rows: Sequence[Row]) -> Judged:
+Families = Mapping[str, Mapping[str, Sequence[Comparison]]]  # by paper and study
+
+
+def families_at(scale: str, results: Path) -> Families:
+    """Return the comparisons of all studies at a scale, measured or not: those of one paper are corrected together."""
+    found: dict[str, dict[str, Sequence[Comparison]]] = {}
+    for name in group_options("study"):
+        study = load_study(name, scale)
+        found.setdefault(_paper(study), {})[study.id] = compared(study, read_records(results, study.id))
+    return found
+
+
+def _paper(study: Study) -> str:
+    return str(study.values.get("paper", study.id))
+
+
+def judged_study(study: Study, rows: Sequence[Row], families: Families) -> Judged:
     """Return a study with its comparisons, judged by the rows of its record."""
+    relatives = families.get(_paper(study), {})
+    family = [item for name, comparisons in relatives.items() if name != study.id for item in comparisons]
     by_claim: dict[str, list[Comparison]] = {}
-    for comparison in judge(study, rows):
+    for comparison in judge(study, rows, family):
         by_claim.setdefault(comparison.claim, []).append(comparison)
     return Judged(study, by_claim)
 
@@ -67,7 +87,8 @@ def grid_of(judged: Judged) -> Grid:
 
 def labelled(comparisons: Sequence[Comparison]) -> str:
     """Return the verdict on a claim, marked as weak if a comparison has fewer than 5 seeds."""
-    return overall(comparisons) + (" (weak)" if is_weak(comparisons) else "")
+    verdict = overall(comparisons)
+    return verdict + (" (weak)" if verdict != NOT_COMPARABLE and is_weak(comparisons) else "")
 
 
 def not_covered() -> list[str]:
@@ -81,13 +102,14 @@ def as_csv(judged: Sequence[Judged]) -> str:
     """Return CSV with a line for each comparison of each study."""
     lines: list[list[Any]] = []
     lines.append(
-        ["study", "scale", "claim", "metric", "comparison", "seeds", "mean", "low", "high", "p", "p_holm", "verdict"]
-        + ["claim_verdict"]
+        ["study", "scale", "claim", "metric", "comparison", "seeds", "mean", "low", "high", "detectable", "p", "p_holm"]
+        + ["p_same_holm", "verdict", "claim_verdict"]
     )
     for item in judged:
         for claim, comparisons in item.comparisons.items():
             for comparison in comparisons:
-                numbers = [comparison.mean, *(comparison.interval or (None, None)), comparison.p, comparison.p_holm]
+                numbers = [comparison.mean, *(comparison.interval or (None, None)), comparison.detectable]
+                numbers += [comparison.p, comparison.p_holm, comparison.p_same_holm]
                 lines.append(
                     [item.study.id, item.study.scale, claim, comparison.metric, comparison.text, comparison.n]
                     + ["" if number is None else f"{number:.4g}" for number in numbers]
@@ -103,9 +125,10 @@ def _texts(comparison: Comparison) -> list[str]:
         comparison.verdict,
         comparison.text,
         comparison.metric,
-        str(comparison.n),
         "–" if middle is None else f"{middle:+.2f}",
         "–" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
+        str(comparison.n),
+        "–" if comparison.detectable is None else f"{comparison.detectable:.2f}",
         "–" if p is None else f"{p:.3g}",
     ]
 

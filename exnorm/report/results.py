@@ -15,7 +15,8 @@ from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.published import claims_of
 from exnorm.report.study_figures import StudyFigure, figures_of, save
 from exnorm.report.study_table import FORMATS, StudyTable, table_of
-from exnorm.report.verdicts import LEVEL, MARGIN, as_claimed
+from exnorm.report.tests_of_difference import LEVEL, POWER
+from exnorm.report.verdicts import MARGIN, as_claimed
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.layer_ratios import LARGE_KL
 from exnorm.runs.records import read_records, recorded
@@ -207,20 +208,27 @@ an ImageNet result.** It shows whether an effect appears at all at this size.
 **Scale full** is the papers' protocol, from the same files in `conf/study/`.
 
 **The tables** show the mean ± standard deviation over seeds, with the number of seeds in brackets. Three seeds are \
-planned for each cell, and five for the cells of the main claims. Accuracies are in %. Bold marks the best of the \
-cells that differ in one axis only. *Published* is the paper's number, on the paper's data. At scale mini the \
-*difference* from it is also a difference of tasks. Do not compare means over different numbers of seeds. The \
-comparisons below a table use only the seeds that both cells have."""
+planned for each cell, and five for the cells of the main claims. Accuracies are in %. Among \
+cells that differ in one axis only, bold marks the best one, if the 95 % interval of its difference to the next one \
+excludes 0. *Published* is the paper's number, on the paper's data; at scale mini it is the number of another task. Do \
+not compare means over different numbers of seeds. The comparisons below a table use only the seeds that both cells \
+have."""
 
 JUDGED = f"""A verdict covers the comparisons listed in the study's section. They may test less than the full claim.
 
 - A comparison uses the differences of equal seeds (same data order and initialization). It is judged by a t-test \
-with Holm's correction over the comparisons of a study.
-- A comparison is supported or contradicted if the corrected p is below {LEVEL}, and undecided otherwise.
-- A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted.
+with Holm's correction over all comparisons of a paper at a scale.
+- A comparison is supported or contradicted if the corrected p is below {LEVEL}. Otherwise two one-sided t-tests \
+decide whether there is **no difference larger than {MARGIN} points**, with a correction of their own. What neither \
+decides is undecided.
+- A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted. It is \
+supported in part if some are supported and the others show no difference.
 - The intervals in the sections are not corrected. So an interval without 0 can belong to an undecided comparison.
-- "No worse than" (>=) allows {MARGIN} points. "Four times a gain" (>= 4 *) allows nothing, and is undecided if there \
-is no gain.
+- *Detectable* is the smallest difference that a t-test of one comparison, with as many seeds and the measured \
+deviation, finds in {POWER:.0%} of all repetitions.
+- "No worse than" (>=) allows {MARGIN} points. "Four times a gain" (>= 4 *) allows nothing, and is undecided unless \
+the 95 % interval of the gain itself is above 0.
+- A comparison that does not do what the paper did is not comparable. A note of its study says why.
 - A claim that something always holds is judged by all runs of its cells.
 - *As claimed* counts the comparisons whose mean difference lies on the claimed side. This count alone decides nothing.
 - *Weak* means {WEAK}.

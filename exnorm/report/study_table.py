@@ -1,6 +1,7 @@
 """`exnorm table STUDY`: the measured numbers beside the published ones, from the study's record.
 
-Entries are the mean ± standard deviation (seeds). Bold marks the best of the cells that differ in one axis only.
+Entries are the mean ± standard deviation (seeds). Among cells that differ in one axis only, bold marks the best one if
+the 95 % interval of its difference to the next one, over equal seeds, excludes 0.
 """
 
 import html
@@ -14,6 +15,7 @@ from exnorm.config.study import Cell, Study
 from exnorm.report.grids import Entry, Grid, to_html, to_markdown, to_tex
 from exnorm.report.measured import Measured, measured
 from exnorm.report.published import published
+from exnorm.report.tests_of_difference import interval_of
 from exnorm.runs.records import DIVERGED_AT, Row, read_records
 from exnorm.runs.sinks import csv_text
 
@@ -96,7 +98,7 @@ class StudyTable:
             heads.append(column.heading)
             beside = column.is_percentage and "published" in self.study.values
             if beside:
-                heads += ["published", "difference"]
+                heads += ["published", *self._difference()]
             for line, cell in zip(columns, self.study.cells, strict=True):
                 line.append(self._entry(cell, values.get(cell.name), metric, cell.name in best))
                 if beside:
@@ -111,7 +113,7 @@ class StudyTable:
             lines.append(
                 f"Scale {self.study.scale}: nothing here was measured on the paper's data"
                 + (f" ({stand_ins})" if stand_ins else "")
-                + ". A difference from the published number is also a difference of tasks."
+                + ". The published numbers are of another task."
             )
         return [*lines, *self.study.scale_notes, *self.remarks(), *self._origin()]
 
@@ -188,17 +190,33 @@ class StudyTable:
         for cell in self.study.cells:
             if cell.name in values:
                 groups.setdefault(tuple(item for item in cell.key if item[0] != axis), []).append(cell)
-        means = [{cell.name: values[cell.name].mean for cell in group} for group in groups.values() if len(group) > 1]
-        best = max if compared == "largest" else min
-        return {name for group in means for name, value in group.items() if value == best(group.values())}
+        found = set()
+        for group in (group for group in groups.values() if len(group) > 1):
+            ranked = sorted((values[cell.name] for cell in group), key=lambda value: value.mean)
+            first, second = ranked[:-3:-1] if compared == "largest" else ranked[:2]
+            if _differ(first, second):
+                found |= {cell.name for cell in group if values[cell.name] is first}
+        return found
+
+    def _difference(self) -> list[str]:
+        """Return the heading of the differences from the published numbers; at other scales the data differ, too."""
+        return ["difference"] if self.study.scale == "full" else []
 
     def _beside(self, cell: Cell, ours: Measured | None, metric: str) -> list[Entry]:
         paper = published(self.study, cell, metric)
-        if paper is None:
-            return [Entry(NOT_AVAILABLE), NOTHING]
-        if ours is None or paper.value is None:
-            return [Entry(paper.text), NOTHING]
-        return [Entry(paper.text), Entry(f"{ours.mean - paper.value:+.2f}")]
+        entries = [Entry(NOT_AVAILABLE if paper is None else paper.text)]
+        if not self._difference():
+            return entries
+        if ours is None or paper is None or paper.value is None:
+            return [*entries, NOTHING]
+        return [*entries, Entry(f"{ours.mean - paper.value:+.2f}")]
+
+
+def _differ(first: Measured, second: Measured) -> bool:
+    """Return whether the interval of the mean difference over equal seeds excludes 0."""
+    seeds = first.by_seed.keys() & second.by_seed.keys()
+    interval = interval_of([first.by_seed[seed] - second.by_seed[seed] for seed in sorted(seeds)])
+    return interval is not None and (interval[0] > 0 or interval[1] < 0)
 
 
 def table_of(study: Study, results: Path) -> StudyTable:
@@ -252,7 +270,8 @@ def as_csv(table: StudyTable) -> str:
             ours, printed = values.get(cell.name), published(table.study, cell, metric)
             paper = printed.value if printed else None
             numbers = [ours.mean if ours else None, ours.std if ours else None, paper]
-            numbers.append(ours.mean - paper if ours and paper is not None else None)
+            full = table.study.scale == "full"
+            numbers.append(ours.mean - paper if full and ours and paper is not None else None)
             texts = ["" if number is None else f"{number:.6g}" for number in numbers]
             lines.append([*(value for _, value in cell.key), metric, ours.n if ours else 0, *texts])
     return csv_text(lines)

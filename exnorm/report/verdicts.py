@@ -2,41 +2,44 @@
 
 A comparison has a `left` and a `right`, from the study's yaml. Each is a cell, a weighted sum of cells, or a number. A
 cell that leaves an axis open is the mean over that axis. The test uses the differences d_i of left and right for equal
-seeds (equal data order and initialization). n is the number of seeds that both sides have.
+seeds (equal data order and initialization), in the t-tests of `tests_of_difference`. n is the number of seeds that both
+sides have.
 
-    mean ± t_{0.975, n-1} s / sqrt(n)        the 95 % interval of the mean difference
-    p = 2 P(T_{n-1} > |mean - threshold| / (s / sqrt(n))), Holm-corrected over the comparisons of the study
+The mean is tested against a threshold, which depends on the claim. For "left > right" it is 0. For "left >= right" (no
+worse than) it is -0.5 points, fixed beforehand. For "left >= k * right" it is 0, for left - k right; right is a gain,
+and the 95 % interval of its mean must be above 0. Where the test decides nothing, a second one asks whether the
+difference is smaller than 0.5 points to either side. Both are Holm-corrected over all comparisons of the paper at this
+scale, whether they were measured yet or not.
 
-The threshold depends on the claim. For "left > right" it is 0. For "left >= right" (no worse than) it is -0.5 points,
-fixed beforehand. For "left >= k * right" it is 0, for left - k right; right is a gain, and its mean must be above 0.
+If the corrected p is below 0.05, a comparison is supported above the threshold and contradicted below it. If that of
+the second test is, there is no difference larger than 0.5 points. All others are undecided. So are those with fewer
+than 2 seeds, without any spread of the differences, or without a gain. A comparison that does not do what the paper did
+is not comparable. An "always" claim counts runs instead. It is supported if all runs of the left cells ended with a
+finite loss. It is contradicted if one diverged, and undecided while some are missing.
 
-If the corrected p is below 0.05, a comparison is supported above the threshold and contradicted below it. All others
-are undecided. So are those with fewer than 2 seeds, without any spread of the differences, or without a gain. An
-"always" claim counts runs instead. It is supported if all runs of the left cells ended with a finite loss. It is
-contradicted if one diverged, and undecided while some are missing.
-
-A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted. Fewer than 5
-seeds are weak. Holm: S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
+A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted. It is supported
+in part if some are supported, and no difference was found in the others. Fewer than 5 seeds are weak.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.study import Cell, Study, cell_name, compared_cells
 from exnorm.report.measured import measured
 from exnorm.report.published import claims_of
+from exnorm.report.tests_of_difference import LEVEL, detectable, holm, interval_of, p_equivalent, p_value
 from exnorm.runs.records import DIVERGED_AT, METRICS, Row
 
-LEVEL = 0.05
-MARGIN = 0.5  # points that "no worse than" allows
+MARGIN = 0.5  # points: "no worse than" allows as many, and smaller differences are called none
 ENOUGH_SEEDS = 5
-NO_SPREAD = 1e-9  # differences this close are equal up to rounding
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
+SAME = f"no difference larger than {MARGIN}"
+IN_PART = "supported in part"
+NOT_COMPARABLE = "not comparable"
 
 
 class Runs(NamedTuple):
@@ -63,7 +66,9 @@ class Comparison:
         differences: left - right of each seed, or left - k right.
         gains: right of each seed, for a claim about a multiple of it.
         p, p_holm: None for fewer than 2 seeds, and for equal differences, which have no spread.
+        p_same, p_same_holm: of "the difference is larger than 0.5 points". None, too, for metrics that are not in %.
         runs: numbers of runs, for an "always" claim.
+        not_comparable: why the comparison is not the paper's.
     """
 
     claim: str
@@ -73,8 +78,11 @@ class Comparison:
     differences: tuple[float, ...]
     p: float | None = None
     p_holm: float | None = None
+    p_same: float | None = None
+    p_same_holm: float | None = None
     gains: tuple[float, ...] = ()
     runs: Runs | None = None
+    not_comparable: str = ""
 
     @property
     def n(self) -> int:
@@ -88,23 +96,28 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the mean difference."""
-        if self.p is None:
-            return None
-        from scipy.stats import t
+        """The 95 % interval of the mean difference. It is not corrected."""
+        return interval_of(self.differences)
 
-        half = float(t.ppf(1 - LEVEL / 2, self.n - 1)) * stdev(self.differences) / math.sqrt(self.n)
-        return mean(self.differences) - half, mean(self.differences) + half
+    @property
+    def detectable(self) -> float | None:
+        """The smallest difference that so many seeds find in 80 of 100 repetitions."""
+        return detectable(self.differences)
 
     @property
     def verdict(self) -> str:
-        """supported, contradicted or undecided. If no direction is claimed: whether a difference was found."""
+        """One of the verdicts above. If no direction is claimed: whether a difference was found."""
+        if self.not_comparable:
+            return NOT_COMPARABLE
         if self.runs:
             finished, diverged, wanted, _ = self.runs
             return CONTRADICTED if diverged else SUPPORTED if finished == wanted else UNDECIDED
-        if self.p_holm is None or (self.gains and mean(self.gains) <= 0):
+        gained = interval_of(self.gains)
+        if self.p_holm is None or (self.gains and (gained is None or gained[0] <= 0)):
             return UNDECIDED
         decided = self.p_holm < LEVEL
+        if not decided and self.p_same_holm is not None and self.p_same_holm < LEVEL:
+            return SAME
         if self.threshold is None:
             return "no direction claimed, " + ("a difference found" if decided else "none found")
         if not decided:
@@ -137,14 +150,23 @@ def _in_percent(study: Study) -> list[str]:
     return [*own, *([f"train_{study.primary.name}"] if study.primary.unit == "%" else []), "ratio_kl/large"]
 
 
-def judge(study: Study, rows: Sequence[Row]) -> list[Comparison]:
-    """Return every comparison of a study, with Holm's correction over them."""
-    known = claims_of(study)
-    found = [
-        _compare(study, rows, wanted, known[str(wanted["id"])].expect) for wanted in study.values.get("claims", ())
+def judge(study: Study, rows: Sequence[Row], family: Sequence[Comparison] = ()) -> list[Comparison]:
+    """Return every comparison of a study, with Holm's correction over them and over those of its family."""
+    own = compared(study, rows)
+    counted = [item for item in (*own, *family) if not item.runs and not item.not_comparable]
+    corrected = holm([item.p for item in counted])
+    same = holm([item.p_same for item in counted])
+    found = {id(item): pair for item, *pair in zip(counted, corrected, same, strict=True)}
+    return [
+        replace(item, p_holm=found[id(item)][0], p_same_holm=found[id(item)][1]) if id(item) in found else item
+        for item in own
     ]
-    corrected = iter(holm([comparison.p for comparison in found if not comparison.runs]))
-    return [item if item.runs else replace(item, p_holm=next(corrected)) for item in found]
+
+
+def compared(study: Study, rows: Sequence[Row]) -> list[Comparison]:
+    """Return every comparison of a study, without the correction."""
+    known = claims_of(study)
+    return [_compare(study, rows, wanted, known[str(wanted["id"])].expect) for wanted in study.values.get("claims", ())]
 
 
 def overall(comparisons: Sequence[Comparison]) -> str:
@@ -152,6 +174,8 @@ def overall(comparisons: Sequence[Comparison]) -> str:
     verdicts = [comparison.verdict for comparison in comparisons]
     if CONTRADICTED in verdicts:
         return CONTRADICTED
+    if set(verdicts) == {SUPPORTED, SAME}:
+        return IN_PART
     return verdicts[0] if len(set(verdicts)) == 1 else UNDECIDED
 
 
@@ -166,31 +190,6 @@ def is_weak(comparisons: Sequence[Comparison]) -> bool:
     return any(comparison.n < ENOUGH_SEEDS for comparison in comparisons)
 
 
-def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Return corrected p-values: for the i-th smallest of m, the largest (m - j + 1) p_j for j up to i, at most 1.
-
-    A comparison without a p-value yet counts in m, so that its later p-value does not take a verdict back.
-    """
-    order = sorted((value, index) for index, value in enumerate(values) if value is not None)
-    corrected: list[float | None] = [None] * len(values)
-    largest = 0.0
-    for rank, (value, index) in enumerate(order):
-        largest = max(largest, (len(values) - rank) * value)
-        corrected[index] = min(1.0, largest)
-    return corrected
-
-
-def p_value(differences: Sequence[float], threshold: float) -> float | None:
-    """Return the two-sided p-value of a t-test of the mean against a threshold. None for < 2 values or equal values."""
-    if len(differences) < 2 or max(differences) - min(differences) < NO_SPREAD:
-        return None
-    from scipy.stats import t
-
-    error = stdev(differences) / math.sqrt(len(differences))
-    distance = abs(mean(differences) - threshold)
-    return float(2 * t.sf(distance / error, len(differences) - 1))
-
-
 def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expect: str) -> Comparison:
     if expect == "always":
         return _count(study, rows, wanted)
@@ -201,8 +200,8 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
     factor = _factor(expect)
     left, right = _terms(study, wanted["left"]), _terms(study, wanted["right"])
     differences = tuple(_differences([*left, *((-factor * weight, cells) for weight, cells in right)], values))
-    threshold = _threshold(expect)
-    if threshold and metric not in _in_percent(study):
+    threshold, points = _threshold(expect), metric in _in_percent(study)
+    if threshold and not points:
         raise UserError(
             f"study {study.id}: claim {wanted['id']}: 'left >= right' allows {MARGIN} points, and {metric} is not in "
             f"%. Write expect: left > right, or use a metric in %: {', '.join(_in_percent(study))}"
@@ -214,7 +213,9 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
         threshold=threshold,
         differences=differences,
         p=p_value(differences, threshold or 0.0),
+        p_same=p_equivalent(differences, MARGIN) if points and not threshold and factor == 1 else None,
         gains=tuple(_differences(right, values)) if factor != 1 else (),
+        not_comparable=str(wanted.get("not_comparable", "")),
     )
 
 
