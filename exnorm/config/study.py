@@ -147,6 +147,7 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
         if isinstance(texts, list)
     }
     cells = []
+    others: dict[str, Study] = {}  # each is read once
     for chosen in itertools.product(*(options.items() for options in axes.values())):
         key = tuple((axis, value) for axis, (value, _) in zip(axes, chosen, strict=True))
         if any(_meets(left_out, dict(key)) for left_out in own.get("leave_out", ())):
@@ -154,7 +155,9 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
         given = layers.resolve([text for _, texts in chosen for text in texts], dict(key))
         for source, wanted in values.get("sources", {}).items():
             if isinstance(wanted, Mapping):
-                begins = _cell_elsewhere(file.stem, wanted, dict(key), scale)
+                if wanted["study"] not in others:
+                    others[wanted["study"]] = load_study(wanted["study"], scale)
+                begins = _cell_elsewhere(file.stem, wanted, dict(key), others[wanted["study"]])
                 renamed = {option: _renamed(text, source, begins.name) for option, text in given.items()}
                 if renamed != given:
                     sources[begins.name], given = begins.train, renamed
@@ -194,13 +197,12 @@ class _Elsewhere(NamedTuple):
     train: tuple[str, ...]
 
 
-def _cell_elsewhere(study_id: str, wanted: Mapping[str, Any], key: Mapping[str, str], scale: str) -> _Elsewhere:
+def _cell_elsewhere(study_id: str, wanted: Mapping[str, Any], key: Mapping[str, str], other: Study) -> _Elsewhere:
     """Return the cell of another study that a source names; `{axis}` is the value of the cell that begins with it."""
     try:
         values = {axis: str(value).format(**key) for axis, value in wanted["cell"].items()}
     except KeyError as problem:
         raise UserError(f"study {study_id}: sources: there is no axis {problem}; axes: {', '.join(key)}") from None
-    other = load_study(wanted["study"], scale)
     cell = other.cell(values)
     return _Elsewhere(f"{other.id}/{cell.name}", cell.train)
 
