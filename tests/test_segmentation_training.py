@@ -198,6 +198,7 @@ def test_runs_that_cannot_be_compared_are_named(finished: Path, cli_here: CliRun
         (): "give the folders of one or more runs of task=segmentation",
         (str(classifier),): "is a run of task=classification, which has no masks to compare",
         (str(finished), str(streets)): f"{streets} has other classes than {finished}",
+        (str(finished), "data=digits"): "task=segmentation needs masks, and data=digits has labels",
     }
     for runs, line in mistakes.items():
         result = cli_here("compare", *runs, "test.flip=false")

@@ -14,6 +14,7 @@ from exnorm.data.validation import matched
 from exnorm.diagnostics.doctor_lines import evenly_spaced
 from exnorm.diagnostics.mask_sheet import draw_sheet
 from exnorm.diagnostics.predict import Predictor
+from exnorm.engine.check_task import check_targets
 from exnorm.runs.folder import RunFolder
 
 
@@ -25,7 +26,8 @@ def compare(run_paths: Sequence[Path], count: int, overrides: Sequence[str]) -> 
         overrides: settings of `exnorm eval`, such as data.split=test.
 
     Raises:
-        UserError: no run is given, a run is of another task or has other classes, or an image is broken.
+        UserError: no run is given, a run is of another task or has other classes, the data have no masks, or an image
+            is broken.
     """
     if not run_paths:
         raise UserError("give the folders of one or more runs of task=segmentation")
@@ -36,6 +38,7 @@ def compare(run_paths: Sequence[Path], count: int, overrides: Sequence[str]) -> 
             raise UserError(f"{path} is a run of task={predictor.config.task.name}, which has no masks to compare")
         if list(predictor.task.classes) != list(first.task.classes):
             raise UserError(f"{path} has other classes than {run_paths[0]}. Compare runs on the same data")
+    check_targets(first.data, first.config.task)
     splits = matched(load(first.data, train=False), first.task.classes, name=first.data.name)
     images = next(iter(validation_sets(first.data, splits).values()))
     assert isinstance(images, MaskedImages)
