@@ -12,7 +12,7 @@ from study_cases import own_study, put, row
 
 from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
-from exnorm.report.claims_table import families_at, judged_studies, labelled
+from exnorm.report.claims_table import judged_studies, labelled
 from exnorm.report.results import write_results
 from exnorm.report.study_table import FORMATS, table_of
 from exnorm.report.tests_of_difference import detectable, holm, p_equivalent, p_value
@@ -250,7 +250,7 @@ def test_all_comparisons_of_a_paper_at_a_scale_are_one_family(tmp_path: Path) ->
     assert len(counted) > len(own)
     assert found.p == alone.p and alone.p_holm == pytest.approx((len(own) - 1) * alone.p)
     assert found.p_holm == pytest.approx((len(counted) - 1) * found.p)  # the comparison with GN has a smaller one
-    assert set(families_at("mini", tmp_path)) == {"sn2019", "en2020"}
+    assert {study.values["paper"] for study in studies} == {"sn2019", "en2020"}
 
 
 def test_what_is_not_comparable_is_neither_supported_nor_contradicted(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """The verdicts of studies as tables: for the terminal, for a page, and as plain numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
@@ -13,8 +13,8 @@ from exnorm.config.groups import group_options
 from exnorm.config.study import Study, load_study
 from exnorm.report.grids import Entry, Grid
 from exnorm.report.published import Claim, claims, claims_of
-from exnorm.report.verdicts import ENOUGH_SEEDS, NOT_COMPARABLE, Comparison, compared, is_weak, judge, overall
-from exnorm.runs.records import Row, read_records
+from exnorm.report.verdicts import ENOUGH_SEEDS, NOT_COMPARABLE, Comparison, compared, corrected, is_weak, overall
+from exnorm.runs.records import read_records
 from exnorm.runs.sinks import csv_text
 from exnorm.runs.table import print_table
 
@@ -39,37 +39,41 @@ def judged_studies(names: Sequence[str], scale: str, results: Path) -> list[Judg
     """
     if not results.is_dir():
         raise UserError(f"there is no folder {results}. Type exnorm reproduce STUDY first, or --results FOLDER")
-    studies = [load_study(name, scale) for name in names or group_options("study")]
-    records = [(study, read_records(results, study.id)) for study in studies]
-    measured = [(study, rows) for study, rows in records if any(row["scale"] == scale for row in rows)]
-    families = families_at(scale, results) if measured else {}
-    return [judged_study(study, rows, families) for study, rows in measured]
+    known = {name: _compare(load_study(name, scale), results) for name in group_options("study")}
+    chosen = [known.get(name) or _compare(load_study(name, scale), results) for name in names or known]
+    return [_judge(item, known.values()) for item in chosen if item.is_measured]
 
 
-Families = Mapping[str, Mapping[str, Sequence[Comparison]]]  # by paper and study
+def judged_study(study: Study, results: Path) -> Judged:
+    """Return a study with its comparisons, measured or not."""
+    others = [name for name in group_options("study") if name != study.id]
+    return _judge(_compare(study, results), [_compare(load_study(name, study.scale), results) for name in others])
 
 
-def families_at(scale: str, results: Path) -> Families:
-    """Return the comparisons of all studies at a scale, measured or not: those of one paper are corrected together."""
-    found: dict[str, dict[str, Sequence[Comparison]]] = {}
-    for name in group_options("study"):
-        study = load_study(name, scale)
-        found.setdefault(_paper(study), {})[study.id] = compared(study, read_records(results, study.id))
-    return found
+class _Compared(NamedTuple):
+    """A study, whether it was measured at its scale, and its comparisons before they are corrected."""
+
+    study: Study
+    is_measured: bool
+    comparisons: Sequence[Comparison]
+
+    @property
+    def paper(self) -> str:
+        return str(self.study.values.get("paper", self.study.id))
 
 
-def _paper(study: Study) -> str:
-    return str(study.values.get("paper", study.id))
+def _compare(study: Study, results: Path) -> _Compared:
+    rows = read_records(results, study.id)
+    return _Compared(study, any(row["scale"] == study.scale for row in rows), compared(study, rows))
 
 
-def judged_study(study: Study, rows: Sequence[Row], families: Families) -> Judged:
-    """Return a study with its comparisons, judged by the rows of its record."""
-    relatives = families.get(_paper(study), {})
-    family = [item for name, comparisons in relatives.items() if name != study.id for item in comparisons]
+def _judge(own: _Compared, everyone: Iterable[_Compared]) -> Judged:
+    """Correct the comparisons of a study together with those of all other studies of its paper, measured or not."""
+    others = [other for other in everyone if other.study.id != own.study.id and other.paper == own.paper]
     by_claim: dict[str, list[Comparison]] = {}
-    for comparison in judge(study, rows, family):
+    for comparison in corrected(own.comparisons, [item for other in others for item in other.comparisons]):
         by_claim.setdefault(comparison.claim, []).append(comparison)
-    return Judged(study, by_claim)
+    return Judged(own.study, by_claim)
 
 
 def grid_of(judged: Judged) -> Grid:

@@ -20,7 +20,7 @@ from exnorm.config.groups import group_options
 from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import Cell, Study, load_study
 from exnorm.config.study_file import is_file_name
-from exnorm.report.claims_table import Judged, families_at, grid_of, judged_study
+from exnorm.report.claims_table import Judged, grid_of, judged_study
 from exnorm.report.grids import Entry, Grid, to_html
 from exnorm.report.measured import measured
 from exnorm.report.published import claims_of
@@ -75,7 +75,7 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
         "<label>Show cells with <input id='filter' type='search' placeholder='sn 8x2'></label>",
         _wide(_cells_table(table)),
         "<ul class='notes'>" + "".join(f"<li>{_text(line)}</li>" for line in table.footnotes()) + "</ul>",
-        *_verdicts(judged_study(study, table.rows, families_at(study.scale, results))),
+        *_verdicts(judged_study(study, results)),
         *_figures([(figure.name, partial(figure.draw, figure.data)) for figure in figures_of(study, results)]),
         "<h2>The runs</h2><div id='runs'>",
         *(_runs_of(study, cell, table.rows, by_cell.get(cell.name, {}), runs) for cell in study.cells),

@@ -98,7 +98,7 @@ class StudyTable:
             heads.append(column.heading)
             beside = column.is_percentage and "published" in self.study.values
             if beside:
-                heads += ["published", *self._difference()]
+                heads += ["published", *(["difference"] if self.has_papers_data else [])]
             for line, cell in zip(columns, self.study.cells, strict=True):
                 line.append(self._entry(cell, values.get(cell.name), metric, cell.name in best))
                 if beside:
@@ -198,14 +198,15 @@ class StudyTable:
                 found |= {cell.name for cell in group if values[cell.name] is first}
         return found
 
-    def _difference(self) -> list[str]:
-        """Return the heading of the differences from the published numbers; at other scales the data differ, too."""
-        return ["difference"] if self.study.scale == "full" else []
+    @property
+    def has_papers_data(self) -> bool:
+        """Whether a difference from a published number is one of results; at other scales the data differ, too."""
+        return self.study.scale == "full"
 
     def _beside(self, cell: Cell, ours: Measured | None, metric: str) -> list[Entry]:
         paper = published(self.study, cell, metric)
         entries = [Entry(NOT_AVAILABLE if paper is None else paper.text)]
-        if not self._difference():
+        if not self.has_papers_data:
             return entries
         if ours is None or paper is None or paper.value is None:
             return [*entries, NOTHING]
@@ -270,8 +271,7 @@ def as_csv(table: StudyTable) -> str:
             ours, printed = values.get(cell.name), published(table.study, cell, metric)
             paper = printed.value if printed else None
             numbers = [ours.mean if ours else None, ours.std if ours else None, paper]
-            full = table.study.scale == "full"
-            numbers.append(ours.mean - paper if full and ours and paper is not None else None)
+            numbers.append(ours.mean - paper if table.has_papers_data and ours and paper is not None else None)
             texts = ["" if number is None else f"{number:.6g}" for number in numbers]
             lines.append([*(value for _, value in cell.key), metric, ours.n if ours else 0, *texts])
     return csv_text(lines)

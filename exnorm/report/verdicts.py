@@ -90,6 +90,11 @@ class Comparison:
         return self.runs.seeds if self.runs else len(self.differences)
 
     @property
+    def is_tested(self) -> bool:
+        """Whether p-values decide it."""
+        return not (self.runs or self.not_comparable)
+
+    @property
     def mean(self) -> float | None:
         """The mean difference."""
         return mean(self.differences) if self.differences else None
@@ -150,17 +155,17 @@ def _in_percent(study: Study) -> list[str]:
     return [*own, *([f"train_{study.primary.name}"] if study.primary.unit == "%" else []), "ratio_kl/large"]
 
 
-def judge(study: Study, rows: Sequence[Row], family: Sequence[Comparison] = ()) -> list[Comparison]:
-    """Return every comparison of a study, with Holm's correction over them and over those of its family."""
-    own = compared(study, rows)
-    counted = [item for item in (*own, *family) if not item.runs and not item.not_comparable]
-    corrected = holm([item.p for item in counted])
-    same = holm([item.p_same for item in counted])
-    found = {id(item): pair for item, *pair in zip(counted, corrected, same, strict=True)}
-    return [
-        replace(item, p_holm=found[id(item)][0], p_same_holm=found[id(item)][1]) if id(item) in found else item
-        for item in own
-    ]
+def judge(study: Study, rows: Sequence[Row]) -> list[Comparison]:
+    """Return every comparison of a study, with Holm's correction over them alone."""
+    return corrected(compared(study, rows))
+
+
+def corrected(own: Sequence[Comparison], others: Sequence[Comparison] = ()) -> list[Comparison]:
+    """Return comparisons with Holm's correction over them and over others of their family."""
+    tested = [item for item in (*own, *others) if item.is_tested]
+    different = iter(holm([item.p for item in tested]))
+    same = iter(holm([item.p_same for item in tested]))
+    return [replace(item, p_holm=next(different), p_same_holm=next(same)) if item.is_tested else item for item in own]
 
 
 def compared(study: Study, rows: Sequence[Row]) -> list[Comparison]:

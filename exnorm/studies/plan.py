@@ -65,7 +65,7 @@ class Job:
     @property
     def primary(self) -> Metric:
         """The primary metric of its task."""
-        return metrics_of(_values(self._own()))[0]
+        return _primary(self._own())
 
     @property
     def run_key(self) -> "RunKey":
@@ -243,6 +243,11 @@ def _config(settings: tuple[str, ...]) -> Any:
 
 def _values(settings: tuple[str, ...]) -> Any:
     return OmegaConf.to_container(_config(settings), resolve=True)
+
+
+@functools.cache
+def _primary(settings: tuple[str, ...]) -> Metric:
+    return metrics_of(_values(settings))[0]
 
 
 def _composed(settings: tuple[str, ...], train_images: Mapping[str, int]) -> Facts:
