@@ -172,9 +172,9 @@ def test_the_list_of_a_run_may_be_excluded_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "in" / "train.txt").write_text(
         (tmp_path / "in" / "train.txt").read_text().replace(f"{WNIDS[0]}_4.JPEG", names[1])
     )
-    dataset = train_images(config, tmp_path / "bad.csv")
     for name in names:
         truncated(folder / name)
+    dataset = train_images(config, tmp_path / "bad.csv")
     dataset[0, 1], dataset[0, 4]
     (tmp_path / "paths.txt").write_text("".join(f"train/{WNIDS[0]}/{name}\n" for name in names))
     saved = (tmp_path / "bad.csv").read_text().replace("\n", "\r\n")

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from exnorm import data
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
-from exnorm.data import rendered
+from exnorm.data import pixel_file, rendered
 from exnorm.data.drawing import Plan, Style, draw
 from exnorm.data.sets import glyphs, glyphs_web
 
@@ -28,7 +28,7 @@ SMALL = ("data.num_train=24", "data.num_val=12", "data.image_size=16")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rendered._pixels.cache_clear()
+    pixel_file._mapped.cache_clear()
     return tmp_path / "exnorm"
 
 
@@ -119,10 +119,10 @@ def test_a_damaged_cache_is_drawn_again(cache: Path, capsys: pytest.CaptureFixtu
     whole = file.read_bytes()
     for damaged in (whole[:-1], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], b"", b"x" * len(whole)):
         file.write_bytes(damaged)
-        rendered._pixels.cache_clear()
+        pixel_file._mapped.cache_clear()
         assert rendered.images(plan_of(), 4).open_image(3).tobytes() == want
         assert file.read_bytes() == whole
-        assert f"{file} is damaged; its images are drawn again" in capsys.readouterr().err
+        assert f"{file} is damaged; it is made again" in capsys.readouterr().err
     rendered.images(plan_of(), 4)
     assert capsys.readouterr().err == ""
 

@@ -20,6 +20,7 @@ from exnorm.data.splits import Images, Splits
 CLASSES = 8
 COUNT = 8000
 LABELS = [index % CLASSES for index in range(COUNT)]
+DRAWN = [kind for kind in noise.KINDS if kind not in ("none", noise.FILE)]
 
 
 def splits(mistaken_for: list[int] | None = None) -> Splits:
@@ -30,12 +31,17 @@ def splits(mistaken_for: list[int] | None = None) -> Splits:
 
 def config(kind: str, rate: float, seed: int = 0) -> Any:
     """The configuration of noise."""
-    return SimpleNamespace(kind=kind, rate=rate, seed=seed)
+    return SimpleNamespace(kind=kind, rate=rate, seed=seed, file=None)
+
+
+def noisy_splits(kind: str, rate: float, mistaken_for: list[int] | None = None, seed: int = 0) -> Splits:
+    """The sets with noise in the training labels."""
+    return noise.with_noise(splits(mistaken_for), SimpleNamespace(noise=config(kind, rate, seed)))
 
 
 def changed(kind: str, rate: float, mistaken_for: list[int] | None = None, seed: int = 0) -> list[tuple[int, int, int]]:
     """(index, clean, noisy) of the labels that noise changed."""
-    return noise.wrong_labels(noise.with_noise(splits(mistaken_for), config(kind, rate, seed)).train)
+    return noise.wrong_labels(noisy_splits(kind, rate, mistaken_for, seed).train)
 
 
 def test_symmetric_noise_draws_from_all_classes() -> None:
@@ -61,11 +67,11 @@ def test_asymmetric_noise_takes_the_class_that_is_named_or_the_next() -> None:
     assert {(before, after) for _, before, after in wrong} == {(0, 3), (2, 0), (3, 2), (7, 6)}
 
 
-@pytest.mark.parametrize("kind", noise.KINDS[1:])
+@pytest.mark.parametrize("kind", DRAWN)
 def test_labels_depend_on_the_seed_alone(kind: str) -> None:
     """Twice the same, and others for another seed; the clean labels stay, validation stays clean."""
     assert changed(kind, 0.2) == changed(kind, 0.2) != changed(kind, 0.2, seed=1)
-    noisy = noise.with_noise(splits(), config(kind, 0.2))
+    noisy = noisy_splits(kind, 0.2)
     assert noisy.train.clean_labels is not None and list(noisy.train.clean_labels) == LABELS
     assert noisy.val.labels == LABELS and noisy.val.clean_labels is None
     assert noise.facts(config(kind, 0.2), noisy.train)["wrong_labels"] == len(changed(kind, 0.2))
@@ -73,10 +79,7 @@ def test_labels_depend_on_the_seed_alone(kind: str) -> None:
 
 def test_the_labels_are_the_same_on_every_machine() -> None:
     """Hashes as they are written into records."""
-    hashes = {
-        kind: noise.facts(config(kind, 0.2), noise.with_noise(splits(), config(kind, 0.2)).train)["sha256"][:16]
-        for kind in noise.KINDS[1:]
-    }
+    hashes = {kind: noise.facts(config(kind, 0.2), noisy_splits(kind, 0.2).train)["sha256"][:16] for kind in DRAWN}
     assert hashes == {
         "symmetric": "83f73e5bdff71de8",
         "symmetric_exclusive": "a16213981d97170e",
@@ -89,6 +92,7 @@ def test_the_labels_are_the_same_on_every_machine() -> None:
     [
         ("symetric", 0.2, "data.noise.kind=symetric: did you mean 'symmetric'"),
         ("symmetric", 1.5, "data.noise.rate=1.5: a share of the labels, from 0 to 1"),
+        ("file", 0.0, "data.noise.kind=file with data.noise.file=null: give both"),
         ("none", 0.2, "data.noise.kind=none with data.noise.rate=0.2 adds no noise; give both"),
         ("symmetric", 0.0, "data.noise.kind=symmetric with data.noise.rate=0.0 adds no noise; give both"),
     ],

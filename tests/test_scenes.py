@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from exnorm import data
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
-from exnorm.data import drawing, rendered, scenes, streets
+from exnorm.data import drawing, pixel_file, rendered, scenes, streets
 from exnorm.data.sets import glyph_scenes, glyph_streets, glyphs
 from exnorm.data.splits import IGNORED, MaskedImages
 
@@ -34,7 +34,7 @@ PLAIN = drawing.Style(
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rendered._pixels.cache_clear()
+    pixel_file._mapped.cache_clear()
     return tmp_path / "exnorm"
 
 
@@ -117,7 +117,7 @@ def test_the_number_of_processes_does_not_matter(name: str, cache: Path, monkeyp
             assert np.array_equal(np.asarray(mask), want[index, ..., 3])
         for file in cache.glob("images-*.bin"):
             file.unlink()
-        rendered._pixels.cache_clear()
+        pixel_file._mapped.cache_clear()
 
 
 @pytest.mark.parametrize(("name", "size"), [("glyph_scenes", (96, 96)), ("glyph_streets", (192, 96))])

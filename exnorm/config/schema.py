@@ -32,9 +32,10 @@ class ModelConfig:
 class NoiseConfig:
     """Label noise in training; see `exnorm.data.noise`."""
 
-    kind: str = "none"  # none | symmetric | symmetric_exclusive | asymmetric
+    kind: str = "none"  # none | symmetric | symmetric_exclusive | asymmetric | file
     rate: float = 0.0  # share of the training labels that noise is applied to
     seed: int = 0
+    file: str | None = None  # of kind=file: a CSV file with the label of each training image
 
 
 @dataclass
@@ -70,6 +71,7 @@ class DataConfig:
     schedule: str = "step"  # step | cosine | poly; default of optim.schedule
     lr_per_256: float = 0.1  # default of optim.lr_per_256
     workers: int = 4  # loader processes per device
+    cache: bool | None = None  # decode the images once, into a file of the cache; null: if they are small and few
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     num_classes: int | None = None  # of a drawn set; for WebVision, use only the first ones
     num_train: int | None = None  # of a drawn set, like the next two

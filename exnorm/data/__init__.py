@@ -12,7 +12,7 @@ from typing import Any
 from exnorm.config.errors import UserError
 from exnorm.config.groups import option_values
 from exnorm.config.options import written
-from exnorm.data import noise, validation
+from exnorm.data import noise, noise_file, validation
 from exnorm.data.splits import Images, MaskedImages, Splits
 
 CROP_EXAMPLE = {"scale": "[0.08,1]", "ratio": "[0.75,1.33]"}
@@ -57,6 +57,8 @@ def fingerprint(config: Any, *, train: bool = True) -> str:
         if config[option] is not None and option not in known:
             raise UserError(f"data.{option}={config[option]}: {config.name} has no such option. Leave it out")
     own = data_set(config.name).fingerprint(config, train=train)
+    if train and config.noise.kind == noise.FILE:
+        own += noise_file.fingerprint(config)
     return own + "".join(_fingerprint_for_validation(config, *item) for item in validation.others(config).items())
 
 
@@ -96,7 +98,7 @@ def _check_options_for_labels(config: Any) -> None:
 
 
 def _check_options_for_masks(config: Any) -> None:
-    if config.noise.rate:
+    if noise.is_on(config.noise):
         raise UserError(f"data.noise changes labels, and {config.name} has masks. Leave data.noise out")
     if config.padding is not None:
         raise UserError(f"data.padding={config.padding}: {config.name} has masks, whose crops need none. Leave it out")
@@ -134,7 +136,7 @@ def _fingerprint_for_validation(config: Any, name: str, other: Any) -> str:
 
 def load(config: Any, *, train: bool = True) -> Splits:
     """Return the images of a data set, with label noise in training if `data.noise` sets it."""
-    return noise.with_noise(data_set(config.name).load(config, train=train), config.noise)
+    return noise.with_noise(data_set(config.name).load(config, train=train), config)
 
 
 def validation_sets(config: Any, splits: Splits) -> dict[str, Images | MaskedImages]:

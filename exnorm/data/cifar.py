@@ -48,7 +48,7 @@ def load(config: Any, name: str, mistaken_for: Sequence[int] | None) -> Splits:
 
 
 def _images(part: Any) -> Images:
-    return Images(list(part.targets), partial(_open, part.data))
+    return Images(list(part.targets), partial(_open, part.data), read_pixels=partial(np.take, part.data, axis=0))
 
 
 def _open(pixels: np.ndarray, index: int) -> Image.Image:

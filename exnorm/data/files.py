@@ -34,7 +34,13 @@ class BadImage(UserError):
 
 def images(entries: SampleIndex, root: Path) -> Images:
     """Return images that are opened one by one; a broken one raises BadImage."""
-    return Images(entries.labels, partial(read_file, entries, root, rgb))
+    return Images(entries.labels, partial(read_file, entries, root, rgb), name_of=partial(_name_in_split, entries))
+
+
+def _name_in_split(entries: SampleIndex, index: int) -> str:
+    """Return the path of a file from the folder of its split, or that of a member in its tar file."""
+    name = entries.names[index]
+    return name if entries.spans is None else name.partition("/")[2]
 
 
 def name_of(entries: SampleIndex, root: Path, index: int) -> str:

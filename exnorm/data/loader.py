@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from exnorm.config.errors import UserError
 from exnorm.data.bad_images import BadImages
 from exnorm.data.files import BadImage
-from exnorm.data.splits import Samples
+from exnorm.data.splits import Images, Samples
 from exnorm.data.transforms import Transform
 from exnorm.runs.loader_room import BATCHES_AHEAD, check_room
 from exnorm.runs.subprocesses import STOP_SIGNALS, stop_signals_blocked
@@ -62,6 +62,28 @@ class SeededImages(Dataset[tuple[Any, ...]]):
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
         return self.transform(*sample)
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, ...]:
+        """Return a batch: the samples that these keys address, stacked.
+
+        Decoded images are cropped together if the transform can do that. The pixels are the same.
+
+        Raises:
+            UserError: an image is broken and may not be replaced.
+        """
+        return self._cropped_together(keys) or default_collate([self[key] for key in keys])
+
+    def _cropped_together(self, keys: Sequence[Key]) -> tuple[Tensor, ...] | None:
+        images = self.images
+        if not isinstance(images, Images) or images.read_pixels is None or self.transform.crop_batch is None:
+            return None
+        indices = [index for _, index in keys]
+        seeds = [mixed_seed(self.seed, epoch, index) for epoch, index in keys]
+        pixels = self.transform.crop_batch(images.read_pixels(np.array(indices)), seeds)
+        if pixels is None:
+            return None
+        labels, clean_labels = zip(*map(images.labels_of, indices), strict=True)
+        return torch.from_numpy(pixels), torch.tensor(labels), torch.tensor(clean_labels)
 
     def _open(self, index: int) -> tuple[Any, ...]:
         if self.bad_images is not None:
@@ -153,6 +175,7 @@ class Loader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_obey_trainer_alone,
+            collate_fn=_as_it_is,
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
@@ -162,6 +185,10 @@ class Loader:
             pixels, *targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             images = self.dataset.transform.normalize(pixels)
             yield images if self.channels_last else images.contiguous(), *targets
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch  # `SeededImages.__getitems__` has stacked it
 
 
 def _obey_trainer_alone(worker: int) -> None:

@@ -5,6 +5,8 @@
     symmetric_exclusive   the same from all other classes: all of them are wrong
     asymmetric            int(rate * N) labels become the class that theirs is mistaken for: the pairs that a data set
                           names (those of CIFAR-10: Patrini et al. 2017), else the next class
+    file                  all labels are those of `data.noise.file`, such as labels that people gave (CIFAR-10N, Wei et
+                          al. 2022). `exnorm.data.noise_file` says what it holds
 
 A class that no other is made of, as CIFAR-10's frog, keeps its labels.
 """
@@ -18,19 +20,31 @@ from typing import Any
 import numpy as np
 
 from exnorm.config.errors import UserError, suggest
+from exnorm.config.options import written
+from exnorm.data import noise_file
 from exnorm.data.splits import Images, Splits
 
-KINDS = ("none", "symmetric", "symmetric_exclusive", "asymmetric")
+FILE = "file"
+KINDS = ("none", "symmetric", "symmetric_exclusive", "asymmetric", FILE)
 
 
 def check(config: Any) -> None:
-    """Refuse a kind or rate that cannot be.
+    """Refuse a kind, rate or file that cannot be.
 
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
     if config.kind not in KINDS:
         raise UserError(f"data.noise.kind={config.kind}: {suggest(config.kind, KINDS)}")
+    if (config.kind == FILE) != (config.file is not None):
+        raise UserError(
+            f"data.noise.kind={config.kind} with data.noise.file={written(config.file)}: give both, as in "
+            "data.noise.kind=file data.noise.file=labels.csv, or neither"
+        )
+    if config.kind == FILE and config.rate == 0:
+        return
+    if config.kind == FILE:
+        raise UserError(f"data.noise.rate={config.rate}: the file says which labels are wrong. Leave the rate out")
     if not 0 <= config.rate <= 1:
         raise UserError(f"data.noise.rate={config.rate}: a share of the labels, from 0 to 1")
     if (config.kind == "none") != (config.rate == 0):
@@ -40,11 +54,19 @@ def check(config: Any) -> None:
         )
 
 
-def with_noise(splits: Splits, config: Any) -> Splits:
+def is_on(config: Any) -> bool:
+    """Return whether labels are changed."""
+    return config.kind != "none"
+
+
+def with_noise(splits: Splits, data_config: Any) -> Splits:
     """The same sets with noise in the labels of the training images; validation stays clean."""
-    if config.kind == "none":
+    config = data_config.noise
+    if not is_on(config) or not len(splits.train):
         return splits
     assert isinstance(splits.train, Images)  # `exnorm.data.fingerprint` refuses noise for masks
+    if config.kind == FILE:
+        return replace(splits, train=noise_file.labelled(splits.train, splits.classes, data_config))
     clean, classes = np.asarray(splits.train.labels).tolist(), len(splits.classes)
     mistaken_for = splits.mistaken_for or [(label + 1) % classes for label in range(classes)]
     rng = random.Random(config.seed)
@@ -87,8 +109,7 @@ def facts(config: Any, images: Images) -> dict[str, Any]:
     wrong = wrong_labels(images)
     return {
         "kind": config.kind,
-        "rate": config.rate,
-        "seed": config.seed,
+        **({} if config.kind == FILE else {"rate": config.rate, "seed": config.seed}),
         "wrong_labels": len(wrong),
         "images": len(images),
         "sha256": hashlib.sha256(as_csv(wrong).encode()).hexdigest(),

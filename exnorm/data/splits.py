@@ -17,6 +17,10 @@ class Images:
 
     Attributes:
         open_image: returns image i as RGB; raises `files.BadImage` where its file is broken.
+        read_pixels: returns the images with these indices as (images, height, width, 3) in uint8. None if they are not
+            decoded yet, or have different sizes.
+        name_of: returns the path of image i from the folder of its split, without the name of a tar file; None for
+            images without files.
         clean_labels: the labels before noise was added to them; None without noise.
         excluded: the number of images that the user left out.
         of_other_classes: the number of images left out because the run does not have their class.
@@ -24,6 +28,8 @@ class Images:
 
     labels: Labels
     open_image: Callable[[int], Image.Image]
+    read_pixels: Callable[[np.ndarray], np.ndarray] | None = None
+    name_of: Callable[[int], str] | None = None
     clean_labels: Labels | None = None
     excluded: int = 0
     of_other_classes: int = 0
@@ -37,9 +43,12 @@ class Images:
         Raises:
             BadImage: its file is broken.
         """
-        image = self.open_image(index)
+        return self.open_image(index), *self.labels_of(index)
+
+    def labels_of(self, index: int) -> tuple[int, int]:
+        """Return the label of image i, and its label before noise was added."""
         clean = self.labels if self.clean_labels is None else self.clean_labels
-        return image, int(self.labels[index]), int(clean[index])
+        return int(self.labels[index]), int(clean[index])
 
     def replacements(self, index: int) -> np.ndarray:
         """Return the images that may replace a broken one: those of its label, the next ones first."""

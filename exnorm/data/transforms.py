@@ -7,10 +7,12 @@ halves the work of a loader.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
@@ -25,12 +27,16 @@ class Transform:
     Attributes:
         crop: turns an image into (3, size, size) in uint8.
         mean, std: of the channels, where white is 1.
+        crop_batch: turns decoded images, (images, height, width, 3) in uint8, and the seed of each into what `crop`
+            makes of each image under its seed, (images, size, size, 3). None if it cannot. It is for small images,
+            whose crops one by one take longer than a training step.
     """
 
     crop: Callable[..., Any]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: int
+    crop_batch: Callable[[np.ndarray, Sequence[int]], np.ndarray | None] | None = None
 
     def __call__(self, image: Image.Image, *targets: Any) -> tuple[Any, ...]:
         """Return the crop of an image, (size, size, 3) in uint8, and its targets, which are labels."""
@@ -58,32 +64,61 @@ def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def train_transform(config: Any) -> Transform:
     """Return the transform: random resized crop, or random crop of the padded image; flip, normalization."""
-    crop = (
-        _padded_crop(config)
-        if config.padding is not None
-        else create_transform(
-            input_size=config.image_size,
-            is_training=True,
-            use_prefetcher=True,
-            scale=tuple(config.scale),
-            ratio=tuple(config.ratio),
-            hflip=config.hflip,
-            color_jitter=None,  # pyright: ignore[reportArgumentType]
-            interpolation="bilinear",
+    if config.padding is not None:
+        padded = PaddedCrop(config.image_size, config.padding, config.hflip)
+        return _transform(config, padded, padded.of_batch)
+    crop = create_transform(
+        input_size=config.image_size,
+        is_training=True,
+        use_prefetcher=True,
+        scale=tuple(config.scale),
+        ratio=tuple(config.ratio),
+        hflip=config.hflip,
+        color_jitter=None,  # pyright: ignore[reportArgumentType]
+        interpolation="bilinear",
+    )
+    return _transform(config, crop, None)
+
+
+def _transform(config: Any, crop: Any, crop_batch: Any) -> Transform:
+    return Transform(crop, tuple(config.mean), tuple(config.std), config.image_size, crop_batch)
+
+
+class PaddedCrop:
+    """CIFAR's crop: the shorter side resized to `size`, black padding, a random crop, a random horizontal flip."""
+
+    def __init__(self, size: int, padding: int, hflip: float) -> None:
+        self.size, self.padding, self.hflip = size, padding, hflip
+        self.crop = transforms.Compose(
+            [
+                transforms.Resize(size),
+                transforms.RandomCrop(size, padding),
+                transforms.RandomHorizontalFlip(hflip),
+                transforms.PILToTensor(),
+            ]
         )
-    )
-    return Transform(crop, tuple(config.mean), tuple(config.std), config.image_size)  # type: ignore[arg-type]
 
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the crop of an image, (3, size, size) in uint8."""
+        pixels: Any = self.crop(image)
+        return pixels
 
-def _padded_crop(config: Any) -> Callable[[Image.Image], Tensor]:
-    return transforms.Compose(
-        [
-            transforms.Resize(config.image_size),
-            transforms.RandomCrop(config.image_size, config.padding),
-            transforms.RandomHorizontalFlip(config.hflip),
-            transforms.PILToTensor(),
-        ]
-    )
+    def of_batch(self, pixels: np.ndarray, seeds: Sequence[int]) -> np.ndarray | None:
+        """Return the crops of images of `size` pixels, each with the random numbers that its seed gives; else None."""
+        images, size, pad = len(pixels), self.size, self.padding
+        if pixels.shape[1:3] != (size, size):
+            return None
+        padded = np.zeros((images, size + 2 * pad, size + 2 * pad, 3), np.uint8)
+        padded[:, pad : pad + size, pad : pad + size] = pixels
+        cropped = np.empty_like(pixels)
+        top = left = 0
+        for place, seed in enumerate(seeds):
+            torch.default_generator.manual_seed(seed)
+            if pad:  # torchvision draws nothing without padding
+                top, left = (int(torch.randint(2 * pad + 1, (1,))) for _ in range(2))
+            crop = padded[place, top : top + size, left : left + size]
+            cropped[place] = crop[:, ::-1] if torch.rand(1) < self.hflip else crop
+        return cropped
 
 
 def eval_transform(config: Any) -> Transform:
@@ -95,4 +130,9 @@ def eval_transform(config: Any) -> Transform:
         interpolation="bilinear",
         crop_pct=config.image_size / (config.resize + 0.5),  # timm rounds image_size / crop_pct down
     )
-    return Transform(crop, tuple(config.mean), tuple(config.std), config.image_size)  # type: ignore[arg-type]
+    return _transform(config, crop, partial(_uncropped, size=config.image_size, resize=config.resize))
+
+
+def _uncropped(pixels: np.ndarray, seeds: Sequence[int], *, size: int, resize: int) -> np.ndarray | None:
+    """Return images from which validation crops nothing; None if it resizes or crops them."""
+    return pixels if pixels.shape[1:3] == (size, size) == (resize, resize) else None

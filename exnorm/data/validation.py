@@ -3,7 +3,7 @@
 Classes are matched by name: for ImageNet and WebVision, by WordNet id.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -81,6 +81,8 @@ def _relabelled(images: Images | MaskedImages, new_labels: Sequence[int | None])
         images,
         labels=new[kept],
         open_image=partial(_open, images, kept),
+        read_pixels=None if images.read_pixels is None else partial(_read, images.read_pixels, kept),
+        name_of=None,
         clean_labels=None,
         of_other_classes=len(new) - len(kept),
     )
@@ -99,3 +101,7 @@ def _open_mask(images: MaskedImages, table: np.ndarray, index: int) -> Image.Ima
 
 def _open(images: Images, kept: np.ndarray, index: int) -> Image.Image:
     return images.open_image(int(kept[index]))
+
+
+def _read(read_pixels: Callable[[np.ndarray], np.ndarray], kept: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    return read_pixels(kept[indices])

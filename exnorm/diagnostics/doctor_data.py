@@ -127,7 +127,7 @@ def _counts(split: str, images: Images, classes: Sequence[str]) -> str:
 
 def _labels(config: Any, train: Images) -> Iterator[str]:
     """Yield lines on label noise, and on WebVision's labels against its queries."""
-    if config.noise.rate:
+    if noise.is_on(config.noise):
         wrong = noise.wrong_labels(train)
         yield f"label noise: {config.noise.kind}, {len(wrong)} of {len(train)} training labels are wrong"
     if config.origin is not None:

@@ -103,7 +103,7 @@ def bad_images_of(folder: RunFolder, data_config: Any, splits: Splits) -> BadIma
 
 def keep_noise(folder: RunFolder, config: Any, splits: Splits, progress: Progress) -> dict[str, Any]:
     """Write the wrong labels to a file and print their number; return the record's entry about them."""
-    if not config.rate:
+    if not noise.is_on(config):
         return {}
     train = labelled(splits.train, what="data.noise")
     facts = noise.facts(config, train)

@@ -15,9 +15,11 @@ EXCLUDED = frozenset(
     {
         "data.root",
         "data.roots",
-        "data.exclude",  # the content of this file and the next two is in the fingerprint of the data
+        "data.exclude",  # the content of this file and the next three is in the fingerprint of the data
+        "data.noise.file",
         "data.train_list",
         "data.val_list",
+        "data.cache",
         "data.max_bad_fraction",
         "data.epochs",  # trainer.epochs, optim.schedule and optim.lr_per_256 have the values that were used
         "data.schedule",

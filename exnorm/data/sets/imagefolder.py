@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from exnorm.config.errors import UserError
-from exnorm.data import files, index
+from exnorm.data import decoded, files, index
 from exnorm.data.paths import excluded_lines, excluded_mask, file_of, paths_of, root_of
 from exnorm.data.sample_index import SampleIndex
 from exnorm.data.splits import NO_IMAGES, Images, Splits
@@ -148,7 +148,8 @@ def images(config: Any, root: Path, part: SampleIndex) -> Images:
     """Return the images of a split without those that the user excludes."""
     excluded = excluded_mask(part, config, root)
     kept = part.where(~excluded) if excluded.any() else part
-    return replace(files.images(kept, root), excluded=int(excluded.sum()))
+    found = replace(files.images(kept, root), excluded=int(excluded.sum()))
+    return decoded.cached(found, kept, config.cache)
 
 
 def fingerprint_of(config: Any, root: Path, both: Found) -> str:

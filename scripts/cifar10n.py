@@ -1,0 +1,53 @@
+"""Write the human labels of CIFAR-10N as files for `data.noise.kind=file data.noise.file=FILE` and `data=cifar10`.
+
+    python scripts/cifar10n.py CIFAR-10_human.pt FOLDER
+
+`CIFAR-10_human.pt` is published in github.com/UCSC-REAL/cifar-10-100n (J. Wei et al., "Learning with Noisy Labels
+Revisited: A Study Using Real-World Human Annotations", ICLR 2022). FOLDER gets aggregate.csv, random1.csv, random2.csv,
+random3.csv and worst.csv, with the columns index and label. The images are in torchvision's order.
+"""
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+CLEAN = "clean_label"
+NAMES = {  # in the published file: of the file that is written
+    "aggre_label": "aggregate",
+    "random_label1": "random1",
+    "random_label2": "random2",
+    "random_label3": "random3",
+    "worse_label": "worst",
+}
+ARRAYS = [np.ndarray, np.dtype, type(np.dtype(np.int64)), type(np.dtype(np.int32)), np._core.multiarray._reconstruct]
+
+
+def main() -> int:
+    """Read the arguments, write the files, print the share of wrong labels in each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("published", type=Path, metavar="CIFAR-10_human.pt")
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    given = parser.parse_args()
+    try:
+        with torch.serialization.safe_globals(ARRAYS):  # nothing else of the pickle is loaded
+            found = torch.load(given.published, weights_only=True)
+        labels = {name: np.asarray(found[name]).astype(int) for name in (CLEAN, *NAMES)}
+    except (OSError, pickle.UnpicklingError, KeyError, TypeError, ValueError, RuntimeError) as problem:
+        reason = str(problem).partition("\n")[0]
+        print(f"error: {given.published} is not the file of CIFAR-10N ({reason})", file=sys.stderr)
+        return 1
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for name, written in NAMES.items():
+        rows = "".join(f"{index},{label}\n" for index, label in enumerate(labels[name]))
+        (given.folder / f"{written}.csv").write_text(f"index,label\n{rows}")
+        wrong = 100 * np.mean(labels[name] != labels[CLEAN])
+        print(f"{written}.csv: {wrong:.1f} % of {len(labels[name])} labels are wrong")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
