@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 from study_cases import own_study, put, row
 
+from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
-from exnorm.report.claims_table import judged_studies, labelled
+from exnorm.report.claims_table import grid_of, judged_studies, labelled
 from exnorm.report.results import write_results
 from exnorm.report.study_table import FORMATS, table_of
 from exnorm.report.tests_of_difference import detectable, holm, p_equivalent, p_value
@@ -264,3 +265,43 @@ def test_what_is_not_comparable_is_neither_supported_nor_contradicted(tmp_path: 
         study = own_study(tmp_path, f"axes: {{norm: [bn, sn]}}\nclaims: [{{{claim}{more}}}]")
         found = judge(load_study(study, "mini"), rows)
         assert labelled(found) == expected and found[0].mean == pytest.approx(-9.8)
+
+
+FRESH = """
+axes: {norm: [bn, sn, gn]}
+seeds: 2
+claims:
+  - {id: mine, claim: SN is better, expect: left > right, left: {norm: sn}, right: {norm: bn}, seeds: {mini: 10-13}}
+  - {id: other, claim: SN is better, expect: left > right, left: {norm: sn}, right: {norm: gn}}
+"""
+
+
+def test_a_comparison_with_seeds_of_its_own_is_decided_by_them_alone(tmp_path: Path) -> None:
+    """The first seeds, which suggested it, say the opposite. The other scale and the other comparison do not change."""
+    study = load_study(own_study(tmp_path, FRESH), "mini")
+    rows = [row(f"norm={norm}", seed, 60 + seed % 3) for norm in ("bn", "gn") for seed in (0, 1, *range(10, 14))]
+    rows += [row("norm=sn", seed, 90 + seed) for seed in (0, 1)]
+    rows += [row("norm=sn", seed, 58 + seed % 3 + seed % 2 / 10) for seed in range(10, 14)]
+    mine, other = judge(study, rows)
+    assert (mine.n, mine.fresh, mine.verdict) == (4, "10-13", CONTRADICTED)
+    assert (other.n, other.fresh) == (6, "")
+    put(tmp_path, "mine", rows)
+    (judged,) = judged_studies([study.named], "mini", tmp_path)
+    assert "4 (10-13)" in [entry.text for entry in grid_of(judged).rows[0]]
+    assert judge(load_study(own_study(tmp_path, FRESH), "full"), rows)[0].n == 6
+
+
+def test_the_cells_of_a_comparison_have_its_seeds(tmp_path: Path) -> None:
+    """Only those cells, only at that scale, and not if the number of seeds is given."""
+    file = own_study(tmp_path, FRESH)
+    seeds = {cell.name: cell.seeds for cell in load_study(file, "mini").cells}
+    own = (0, 1, 10, 11, 12, 13)
+    assert seeds == {"norm=bn": own, "norm=sn": own, "norm=gn": (0, 1)}
+    assert {cell.seeds for cell in load_study(file, "full").cells} == {(0, 1)}
+    assert {cell.seeds for cell in load_study(file, "mini", seeds=3).cells} == {(0, 1, 2)}
+
+
+@pytest.mark.parametrize("given", ["10-29", "{mini: 5}", "{mini: 29-10}", "{large: 10-29}", "{}"])
+def test_seeds_of_another_form_get_one_line(tmp_path: Path, given: str) -> None:
+    with pytest.raises(UserError, match=r"seeds: .* is not a range of seeds for each scale, such as \{mini: 10-29\}"):
+        load_study(own_study(tmp_path, FRESH.replace("{mini: 10-13}", given)), "mini")

@@ -7,7 +7,7 @@ belongs to `exnorm eval`, run after the training.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import first_comment
 from exnorm.config.metrics import Metric, metrics_of_task
 from exnorm.config.options import USUAL_TASK
-from exnorm.config.study_file import read_scale, read_study
+from exnorm.config.study_file import read_scale, read_study, seed_range
 
 EVAL = "eval:"
 TASK = "task="
@@ -187,7 +187,23 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     )
     _check_rules(study, own)
     _check_names(study)
-    return study
+    return study if seeds is not None else replace(study, cells=tuple(_with_fresh_seeds(study)))
+
+
+def _with_fresh_seeds(study: Study) -> Iterator[Cell]:
+    """Yield the cells, with the seeds of their own that comparisons have."""
+    fresh: dict[Cell, set[int]] = {}
+    for claim in study.values.get("claims", ()):
+        for wanted in (cell for side in ("left", "right") for cell in compared_cells(claim.get(side))):
+            for cell in study.cells_with(wanted):
+                fresh.setdefault(cell, set()).update(fresh_seeds(claim, study.scale))
+    for cell in study.cells:
+        yield replace(cell, seeds=tuple(sorted({*cell.seeds, *fresh.get(cell, ())})))
+
+
+def fresh_seeds(claim: Mapping[str, Any], scale: str) -> tuple[int, ...]:
+    """The seeds that alone decide a comparison at a scale; none if all seeds of its cells do."""
+    return seed_range(str(claim.get("seeds", {}).get(scale, "")))
 
 
 class _Elsewhere(NamedTuple):

@@ -62,6 +62,21 @@ def _is_expected(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"left >=? (\d+ \* )?right|unknown|always", value) is not None
 
 
+def _is_seeds(value: Any) -> bool:
+    """Return whether a value has a range of seeds for each scale that it names."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(scale in SCALES and isinstance(text, str) and seed_range(text) for scale, text in value.items())
+    )
+
+
+def seed_range(text: str) -> tuple[int, ...]:
+    """Return the seeds `first-last`; none for a text of another form."""
+    found = re.fullmatch(r"(\d+)-(\d+)", text)
+    return tuple(range(int(found[1]), int(found[2]) + 1)) if found else ()
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
@@ -116,6 +131,7 @@ EXPECT = (_is_expected, "left > right, left >= right, left >= N * right, unknown
 CLAIM_KEYS = {
     **{"id": WORD, "metric": WORD, "left": SIDE, "right": SIDE, "claim": WORD, "expect": EXPECT},
     "not_comparable": WORD,  # why a comparison is not the paper's
+    "seeds": (_is_seeds, "a range of seeds for each scale, such as {mini: 10-29}"),  # that alone decide the comparison
 }
 PAIR_KEYS = {"left": MAPPING, "right": MAPPING}
 SOURCE_KEYS = {"study": WORD, "cell": MAPPING}

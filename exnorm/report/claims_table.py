@@ -131,7 +131,7 @@ def _texts(comparison: Comparison) -> list[str]:
         comparison.metric,
         "–" if middle is None else f"{middle:+.2f}",
         "–" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
-        str(comparison.n),
+        f"{comparison.n} ({comparison.fresh})" if comparison.fresh else str(comparison.n),
         "–" if comparison.detectable is None else f"{comparison.detectable:.2f}",
         "–" if p is None else f"{p:.3g}",
     ]

@@ -223,6 +223,8 @@ decide whether there is **no difference larger than {MARGIN} points**, with a co
 decides is undecided.
 - A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted. It is \
 supported in part if some are supported and the others show no difference.
+- Some comparisons name their seeds, in brackets. These seeds alone decide them, and were written down before their \
+first run. So the seeds that suggested a comparison do not count in it.
 - The intervals in the sections are not corrected. So an interval without 0 can belong to an undecided comparison.
 - *Detectable* is the smallest difference that a t-test of one comparison, with as many seeds and the measured \
 deviation, finds in {POWER:.0%} of all repetitions.

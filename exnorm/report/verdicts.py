@@ -3,7 +3,8 @@
 A comparison has a `left` and a `right`, from the study's yaml. Each is a cell, a weighted sum of cells, or a number. A
 cell that leaves an axis open is the mean over that axis. The test uses the differences d_i of left and right for equal
 seeds (equal data order and initialization), in the t-tests of `tests_of_difference`. n is the number of seeds that both
-sides have.
+sides have. If the comparison names seeds, only those count: they were chosen before their first run, so the claim was
+not picked because of them.
 
 The mean is tested against a threshold, which depends on the claim. For "left > right" it is 0. For "left >= right" (no
 worse than) it is -0.5 points, fixed beforehand. For "left >= k * right" it is 0, for left - k right; right is a gain,
@@ -28,7 +29,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from exnorm.config.errors import UserError, suggest
-from exnorm.config.study import Cell, Study, cell_name, compared_cells
+from exnorm.config.study import Cell, Study, cell_name, compared_cells, fresh_seeds
 from exnorm.report.measured import measured
 from exnorm.report.published import claims_of
 from exnorm.report.tests_of_difference import LEVEL, detectable, holm, interval_of, p_equivalent, p_value
@@ -68,6 +69,7 @@ class Comparison:
         p, p_holm: None for fewer than 2 seeds, and for equal differences, which have no spread.
         p_same, p_same_holm: of "the difference is larger than 0.5 points". None, too, for metrics that are not in %.
         runs: numbers of runs, for an "always" claim.
+        fresh: the seeds that alone decide it, such as "10-29"; empty for all seeds.
         not_comparable: why the comparison is not the paper's.
     """
 
@@ -82,6 +84,7 @@ class Comparison:
     p_same_holm: float | None = None
     gains: tuple[float, ...] = ()
     runs: Runs | None = None
+    fresh: str = ""
     not_comparable: str = ""
 
     @property
@@ -201,7 +204,11 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
     if not any(compared_cells(wanted[side]) for side in ("left", "right") if side in wanted) or "right" not in wanted:
         raise UserError(f"study {study.id}: claim {wanted['id']} needs a cell at left, and a cell or a number at right")
     metric = wanted.get("metric", study.metrics[0])
-    values = {cell: value.by_seed for cell, value in measured(study, rows, metric).items()}
+    fresh = fresh_seeds(wanted, study.scale)
+    values = {
+        cell: {seed: number for seed, number in value.by_seed.items() if seed in fresh or not fresh}
+        for cell, value in measured(study, rows, metric).items()
+    }
     factor = _factor(expect)
     left, right = _terms(study, wanted["left"]), _terms(study, wanted["right"])
     differences = tuple(_differences([*left, *((-factor * weight, cells) for weight, cells in right)], values))
@@ -220,6 +227,7 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
         p=p_value(differences, threshold or 0.0),
         p_same=p_equivalent(differences, MARGIN) if points and not threshold and factor == 1 else None,
         gains=tuple(_differences(right, values)) if factor != 1 else (),
+        fresh=str(wanted.get("seeds", {}).get(study.scale, "")),
         not_comparable=str(wanted.get("not_comparable", "")),
     )
 
