@@ -288,7 +288,8 @@ def test_a_comparison_with_seeds_of_its_own_is_decided_by_them_alone(tmp_path: P
     put(tmp_path, "mine", rows)
     (judged,) = judged_studies([study.named], "mini", tmp_path)
     assert "4 (10-13)" in [entry.text for entry in grid_of(judged).rows[0]]
-    assert judge(load_study(own_study(tmp_path, FRESH), "full"), rows)[0].n == 6
+    at_full = [found | {"scale": "full"} for found in rows]
+    assert judge(load_study(own_study(tmp_path, FRESH), "full"), at_full)[0].n == 6
 
 
 def test_the_cells_of_a_comparison_have_its_seeds(tmp_path: Path) -> None:
