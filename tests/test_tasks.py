@@ -1,5 +1,6 @@
 """The seam between a task and the rest: any task trains, and no other code knows its metrics by name."""
 
+import functools
 import hashlib
 import json
 import re
@@ -55,6 +56,7 @@ def settings_hashes() -> dict[str, str]:
     return found
 
 
+@functools.cache  # cells of different studies are often the same runs
 def _counted(words: tuple[str, ...]) -> str:
     """The hash of a run with these settings, on data without a fingerprint."""
     from omegaconf import OmegaConf
