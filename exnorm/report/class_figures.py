@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from exnorm.report.class_variance import draw_variance, variance_data
 from exnorm.report.palette import colour
 from exnorm.report.ratio_figures import finish
 from exnorm.runs.layer_ratios import bottom_middle_top
@@ -158,4 +159,5 @@ OF_ONE = {  # the figures of one model on one data set
     "classes": (dynamics_data, draw_dynamics),
     "spread": (spread_data, draw_spread),
     "similarity": (similarity_data, draw_similarity),
+    "variance": (variance_data, draw_variance),
 }

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from exnorm.config.errors import UserError
 from exnorm.report import class_figures
+from exnorm.report.class_variance import sentence
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.layer_ratios import shares, symmetric_kl
@@ -55,6 +56,8 @@ def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
             print("No figure over training: the run kept no snapshots. Train with trainer.snapshots=[0.1,0.5]")
         spread = class_figures.spread_data(frame)
         print_layers(spread.pivot_table(index="layer", columns="normalizer", values=list(SPREAD), sort=False), 4)
+        if said := sentence(frame):
+            print(said)
     own, *others = frames
     for other in others:
         data = class_figures.difference_data(frames[own], frames[other])

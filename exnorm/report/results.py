@@ -3,7 +3,7 @@
 `--check` writes nothing and prints the files that differ from the records. It compares figures by the numbers in them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exnorm.config.errors import UserError
@@ -13,7 +13,7 @@ from exnorm.config.study_file import SCALES
 from exnorm.report.claims_table import WEAK, Judged, as_csv, grid_of, judged_studies, labelled, not_covered
 from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.published import claims_of
-from exnorm.report.study_figures import StudyFigure, figures_of, save
+from exnorm.report.study_figures import StudyFigure, class_remarks, figures_of, save
 from exnorm.report.study_table import FORMATS, StudyTable, table_of
 from exnorm.report.tests_of_difference import LEVEL, POWER
 from exnorm.report.verdicts import MARGIN, as_claimed
@@ -69,7 +69,8 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
     judged = [item for scale in SCALES for item in judged_studies([], scale, results)]
     texts[results / "claims.csv"] = as_csv(judged)
     sheets = sorted(path.stem for path in (results / SHEETS).glob("*.png"))
-    texts[results / "README.md"] = page(tables, judged, [path.name for path in figures], sheets)
+    said = {(table.study.id, table.study.scale): class_remarks(table.study, results) for table in tables}
+    texts[results / "README.md"] = page(tables, judged, [path.name for path in figures], sheets, said)
     front = _read(results.parent / "README.md")
     shown = next((table for table in tables if table.study.id == FRONT), None)
     if front is not None and shown is not None and BEGIN in front and END in front.partition(BEGIN)[2]:
@@ -94,8 +95,18 @@ def own_records(results: Path) -> list[str]:
     return [name for name in recorded(results) if name not in group_options("study")]
 
 
-def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequence[str], sheets: Sequence[str]) -> str:
-    """Return the text of `results/README.md`, which a reader understands without the code."""
+def page(
+    tables: Sequence[StudyTable],
+    judged: Sequence[Judged],
+    figures: Sequence[str],
+    sheets: Sequence[str],
+    remarks: Mapping[tuple[str, str], Sequence[str]],
+) -> str:
+    """Return the text of `results/README.md`, which a reader understands without the code.
+
+    Args:
+        remarks: lines on the ratios of a study, by its id and scale.
+    """
     by_study = {(item.study.id, item.study.scale): item for item in judged}
     missing = [name for name in group_options("study") if name not in {table.study.id for table in tables}]
     at = {table.study.scale: table.study.scale_notes for table in tables}
@@ -112,11 +123,14 @@ def page(tables: Sequence[StudyTable], judged: Sequence[Judged], figures: Sequen
     tested = f"No study tests: {uncovered}." if uncovered else "Every claim has a study."
     parts.append(tested + unmeasured)
     for table in tables:
-        parts += section(table, by_study[table.study.id, table.study.scale], figures, sheets)
+        key = table.study.id, table.study.scale
+        parts += section(table, by_study[key], figures, sheets, remarks.get(key, ()))
     return "\n\n".join([*parts, ENDING]) + "\n"
 
 
-def section(table: StudyTable, judged: Judged, figures: Sequence[str], sheets: Sequence[str]) -> list[str]:
+def section(
+    table: StudyTable, judged: Judged, figures: Sequence[str], sheets: Sequence[str], remarks: Sequence[str]
+) -> list[str]:
     """Return the section of one study: its first table, accuracy figures, sheets, remarks, verdicts and links."""
     study = table.study
     name = f"{study.id}-{study.scale}"
@@ -126,7 +140,7 @@ def section(table: StudyTable, judged: Judged, figures: Sequence[str], sheets: S
     own = [figure for figure in figures if figure.startswith(f"{name}-")]
     parts += [f"![{study.title}](figures/{figure}.png)" for figure in own if "accuracy" in figure]
     parts += [f"![{study.title}]({SHEETS}/{sheet}.png)" for sheet in sheets if sheet.startswith(f"{name}-")]
-    parts.append(_list(table.remarks()))
+    parts.append(_list([*table.remarks(), *remarks]))
     parts += [to_markdown(grid_of(judged))] if judged.comparisons else []
     others = " · ".join(f"[{figure.removeprefix(f'{name}-')}](figures/{figure}.png)" for figure in own)
     parts.append(f"[All cells and footnotes](tables/{name}.md) · [numbers](tables/{name}.csv) · figures: {others}")

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from exnorm.config.study import Cell, Study
 from exnorm.report import class_figures
+from exnorm.report.class_variance import sentence
 from exnorm.report.measured import measured
 from exnorm.report.palette import COLOURS, colour, shade
 from exnorm.report.published import published
@@ -83,6 +84,15 @@ def class_figures_of(study: Study, results: Path) -> list[StudyFigure]:
         )
     )
     return found
+
+
+def class_remarks(study: Study, results: Path) -> list[str]:
+    """Return where the variance of EN's ratios lies, for each cell that was measured by class on its own data."""
+    lines = []
+    for cell in (cell for cell in study.by_class if not cell.evaluate):
+        if said := sentence(class_data(study, cell, results)):
+            lines.append(f"{called(study, dict(cell.key))}, seed 0: {said[0].lower()}{said[1:]}")
+    return lines
 
 
 def class_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
