@@ -13,7 +13,7 @@ from study_cases import own_study, put, row
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
-from exnorm.report.claims_table import grid_of, judged_studies, labelled
+from exnorm.report.claims_table import grid_of, judged_studies, labelled, readings
 from exnorm.report.results import write_results
 from exnorm.report.study_table import FORMATS, table_of
 from exnorm.report.tests_of_difference import detectable, holm, p_equivalent, p_value
@@ -306,3 +306,21 @@ def test_the_cells_of_a_comparison_have_its_seeds(tmp_path: Path) -> None:
 def test_seeds_of_another_form_get_one_line(tmp_path: Path, given: str) -> None:
     with pytest.raises(UserError, match=r"seeds: .* is not a range of seeds for each scale, such as \{mini: 10-29\}"):
         load_study(own_study(tmp_path, FRESH.replace("{mini: 10-13}", given)), "mini")
+
+
+def test_a_claim_with_several_comparisons_is_read_out(tmp_path: Path) -> None:
+    """The number of each verdict, and the smallest and the largest effect of each metric, with what was compared."""
+    values = {"bn": 60.0, "sn": 62.0, "gn": 63.0}
+    rows = [row(f"norm={n} batch=8x32", seed, v + seed % 2 / 10) for n, v in values.items() for seed in range(10, 30)]
+    rows = [
+        found | {"value": str(float(found["value"]) + (found["cell"][5] == "s") / 50 * (i % 3))}
+        for i, found in enumerate(rows)
+    ]
+    put(tmp_path, "sn-table2", rows)
+    (judged,) = judged_studies(["sn-table2"], "mini", tmp_path)
+    (line,) = [line for line in readings(judged) if line.startswith("`sn-regular-batch`")]
+    assert line.startswith(
+        "`sn-regular-batch`: of 2 comparisons, 1 supported, 1 contradicted. In top1, the effect is from -0.9"
+    )
+    assert "(norm=sn batch=8x32 > norm=gn batch=8x32) to +2.0" in line
+    assert line.endswith("(norm=sn batch=8x32 > norm=bn batch=8x32).")

@@ -1,5 +1,6 @@
 """The verdicts of studies as tables: for the terminal, for a page, and as plain numbers."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,23 @@ def labelled(comparisons: Sequence[Comparison]) -> str:
     """Return the verdict on a claim, marked as weak if a comparison has fewer than 5 seeds."""
     verdict = overall(comparisons)
     return verdict + (" (weak)" if verdict != NOT_COMPARABLE and is_weak(comparisons) else "")
+
+
+def readings(judged: Judged) -> list[str]:
+    """Return a line for each claim with several comparisons: how many have which verdict, and the range of effects."""
+    return [_reading(claim, found) for claim, found in judged.comparisons.items() if len(found) > 1]
+
+
+def _reading(claim: str, comparisons: Sequence[Comparison]) -> str:
+    counts = Counter(comparison.verdict for comparison in comparisons)
+    verdicts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    lines = [f"`{claim}`: of {len(comparisons)} comparisons, {verdicts}."]
+    for metric in dict.fromkeys(comparison.metric for comparison in comparisons):
+        known = {c.mean: c.text for c in comparisons if c.metric == metric and c.mean is not None}
+        if len(known) > 1:
+            low, high = min(known), max(known)
+            lines.append(f"In {metric}, the effect is from {low:+.2f} ({known[low]}) to {high:+.2f} ({known[high]}).")
+    return " ".join(lines)
 
 
 def not_covered() -> list[str]:

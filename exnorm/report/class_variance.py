@@ -38,7 +38,7 @@ def variance_data(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _has_both(of_layer: pd.DataFrame) -> bool:
-    return of_layer["class"].nunique() > 1 and int(of_layer.images.min()) > 1
+    return len(set(of_layer["class"])) > 1 and int(of_layer.images.min()) > 1
 
 
 def _components(of_layer: pd.DataFrame) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
 from exnorm.config.study_file import SCALES
-from exnorm.report.claims_table import WEAK, Judged, as_csv, grid_of, judged_studies, labelled, not_covered
+from exnorm.report.claims_table import WEAK, Judged, as_csv, grid_of, judged_studies, labelled, not_covered, readings
 from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.published import claims_of
 from exnorm.report.study_figures import StudyFigure, class_remarks, figures_of, save
@@ -141,7 +141,7 @@ def section(
     parts += [f"![{study.title}](figures/{figure}.png)" for figure in own if "accuracy" in figure]
     parts += [f"![{study.title}]({SHEETS}/{sheet}.png)" for sheet in sheets if sheet.startswith(f"{name}-")]
     parts.append(_list([*table.remarks(), *remarks]))
-    parts += [to_markdown(grid_of(judged))] if judged.comparisons else []
+    parts += [to_markdown(grid_of(judged)), _list(readings(judged))] if judged.comparisons else []
     others = " · ".join(f"[{figure.removeprefix(f'{name}-')}](figures/{figure}.png)" for figure in own)
     parts.append(f"[All cells and footnotes](tables/{name}.md) · [numbers](tables/{name}.csv) · figures: {others}")
     return [part for part in parts if part]

@@ -207,7 +207,8 @@ def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
         panel.grid(axis="y", alpha=0.3)
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
-    figure.supxlabel("epoch", fontsize=9)
+    in_steps = any(text.startswith("trainer.steps=") for cell in study.cells for text in cell.train)
+    figure.supxlabel("number of the validation" if in_steps else "epoch", fontsize=9)
     panels[0].set_ylabel(f"validation {study.primary.heading}")
     figure.suptitle(f"scale {study.scale}", fontsize=9)
     _legend(figure, panels)
