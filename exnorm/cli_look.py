@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from exnorm.config.errors import UserError
+
 
 def ratios(
     run_dir: Annotated[Path, typer.Argument(help="A run folder.", exists=True, file_okay=False)],
@@ -15,6 +17,10 @@ def ratios(
     by_class: Annotated[
         bool, typer.Option("--by-class", help="Measure EN's ratios for each class of validation images.")
     ] = False,
+    wrong_labels: Annotated[
+        bool,
+        typer.Option("--wrong-labels", help="Measure how well EN's ratios of training images tell wrong labels."),
+    ] = False,
     classes: Annotated[
         list[str] | None,
         typer.Option(
@@ -23,9 +29,16 @@ def ratios(
     ] = None,
 ) -> None:
     """Print what each layer of a run mixes and the authors' advice, and draw figures into the run folder."""
-    from exnorm.report.ratios import run, run_by_class
+    from exnorm.report.ratios import run, run_by_class, run_wrong_labels
 
-    if by_class or overrides or classes:
+    if wrong_labels and (by_class or overrides or classes):
+        raise UserError("--wrong-labels measures the run's own training images. Leave the other options out")
+    if wrong_labels:
+        from exnorm.diagnostics.wrong_labels import measure_wrong_labels
+        from exnorm.runs.folder import RunFolder
+
+        run_wrong_labels(run_dir, measure_wrong_labels(RunFolder(run_dir)))
+    elif by_class or overrides or classes:
         from exnorm.diagnostics.class_ratios import measured_sets
 
         run_by_class(run_dir, measured_sets(run_dir, overrides or [], classes or []))

@@ -25,6 +25,8 @@ set:
   - data.image_size=32
   - data.resize=32
   - data.workers=0
+  - data.noise.kind=symmetric_exclusive
+  - data.noise.rate=0.4
   - batch=1x8
   - ops.backend=eager
   - trainer.epochs=2
@@ -33,6 +35,7 @@ set:
 seeds: 1
 layers_of: [{{norm: sn}}]
 classes_of: [{{norm: en, inference: moving}}]
+labels_of: [{{norm: en, inference: moving}}]
 """
 
 pytestmark = pytest.mark.slow
@@ -87,6 +90,8 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     assert len(cells) == 6
     by_class = records(broken / "results", "classes")
     assert {row["epoch"] for row in by_class} == {"1", "2"} and {row["class"] for row in by_class} == {*CLASSES}
+    by_label = records(broken / "results", "labels")
+    assert {row["cell"] for row in by_label} == {"norm=en inference=moving"} and by_label[-1]["layer"] == "loss"
 
     (log,) = broken.glob("runs/*/*-sn-*/metrics.jsonl")
     whole_log = log.read_text(encoding="utf-8")

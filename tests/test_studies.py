@@ -24,7 +24,7 @@ from exnorm.report.verdicts import judge, known_metrics
 from exnorm.runs.records import change_records, read_records
 from exnorm.studies import submit
 from exnorm.studies.collect import collect
-from exnorm.studies.plan import jobs_of, trainings_of
+from exnorm.studies.plan import CLASSES, jobs_of, trainings_of
 from exnorm.studies.reproduce import print_plan, reproduce
 
 STUDIES = group_options("study")
@@ -356,7 +356,7 @@ def test_a_choice_of_seeds_leaves_cells_what_they_are(tmp_path: Path) -> None:
     """A job of a cluster asks for one seed; layers and classes of the first one are recorded all the same."""
     study = load_study("en-transfer", "mini", seeds=5)
     first, last = (jobs_of(study, chosen_cells(study, [f"seed={seed}"]), tmp_path) for seed in (0, 4))
-    assert sum(job.by_class for job in first) == len(study.by_class) == 4 and not any(job.by_class for job in last)
+    assert sum(CLASSES in job.looks for job in first) == len(study.by_class) == 4 and not any(job.looks for job in last)
     table = load_study("sn-table2", "mini")
     assert set(table.followed) < set(chosen_cells(table, ["seed=0"]))
     for job in (*first, *last):

@@ -90,6 +90,11 @@ class Study:
         """The cells, of a norm with ratios per image, whose ratios are recorded class by class."""
         return self._cells_of("classes_of")
 
+    @property
+    def by_label(self) -> tuple[Cell, ...]:
+        """The cells, of a norm with ratios per image, of which it is recorded how well ratios tell wrong labels."""
+        return self._cells_of("labels_of")
+
     def cell(self, values: Mapping[str, Any]) -> Cell:
         """The cell with these values.
 
@@ -294,7 +299,7 @@ def _check_names(study: Study) -> None:
     for name in (name for text in patterns for _, name, _, _ in Formatter().parse(str(text)) if name is not None):
         if name not in study.axes:
             raise UserError(f"study {study.id}: published: no axis '{name}': {suggest(name, study.axes)}")
-    for cell in (*study.followed, *study.by_class):
+    for cell in (*study.followed, *study.by_class, *study.by_label):
         other = [text for text in cell.evaluate if not text.startswith(("data=", "data."))]
         if cell in study.by_class and other:
             raise UserError(f"study {study.id}: classes_of: {cell.name} evaluates {other[0]}; it takes data= alone")

@@ -115,6 +115,7 @@ STUDY_KEYS = {
     "compare": WORD,
     "layers_of": MAPPINGS,
     "classes_of": MAPPINGS,
+    "labels_of": MAPPINGS,
     "ratio_differences": MAPPINGS,
     "metrics": WORDS,
     "sources": (

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from exnorm.config.errors import UserError
-from exnorm.report import class_figures
+from exnorm.report import class_figures, label_auc
 from exnorm.report.class_variance import sentence
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.runs.folder import RunFolder
@@ -64,6 +65,18 @@ def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
         data.insert(0, "pair", f"{own} minus {other}")
         figures[f"difference-{other}"] = class_figures.draw_differences(data, folder.path.name)
     save_figures(folder, figures)
+
+
+def run_wrong_labels(run_path: Path, frame: pd.DataFrame) -> None:
+    """Print how well the ratios of each layer tell wrong labels, and write the figure."""
+    folder = RunFolder(run_path)
+    table = Table("layer", "AUC", "95 % interval", box=None, pad_edge=False)
+    rows: Any = frame.itertuples()
+    for row in rows:
+        table.add_row(str(row.layer), f"{row.auc:.3f}", f"{row.low:.3f} to {row.high:.3f}")
+    print_table(table)
+    print(label_auc.sentence(frame))
+    save_figures(folder, {"wrong_labels": label_auc.draw(frame, folder.path.name)})
 
 
 def save_figures(folder: RunFolder, figures: Mapping[str, Figure]) -> None:

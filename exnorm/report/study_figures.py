@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from exnorm.config.study import Cell, Study
-from exnorm.report import class_figures
+from exnorm.report import class_figures, label_auc
 from exnorm.report.class_variance import sentence
 from exnorm.report.measured import measured
 from exnorm.report.palette import COLOURS, colour, shade
 from exnorm.report.published import published
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.report.study_table import column_of
-from exnorm.runs.layer_ratios import bottom_middle_top
+from exnorm.runs.layer_ratios import LABEL_COLUMNS, bottom_middle_top
 from exnorm.runs.records import PRIMARY, Row, read_records
 
 MARKERS = "osD^vP*Xh<>"
@@ -58,6 +58,10 @@ def figures_of(study: Study, results: Path) -> list[StudyFigure]:
             followed: Any = frame[frame.layer.isin(bottom_middle_top(list(last.layer.unique())))]
             found.append(StudyFigure(_named("dynamics", cell), followed, partial(dynamics, title=title)))
     found += class_figures_of(study, results)
+    for cell in study.by_label:
+        title = f"{titled(study)}: {called(study, dict(cell.key))}, seed 0"
+        frame = label_data(study, cell, results)
+        found.append(StudyFigure(_named("wrong_labels", cell), frame, partial(label_auc.draw, title=title)))
     return [figure for figure in found if not figure.data.empty]
 
 
@@ -87,12 +91,21 @@ def class_figures_of(study: Study, results: Path) -> list[StudyFigure]:
 
 
 def class_remarks(study: Study, results: Path) -> list[str]:
-    """Return where the variance of EN's ratios lies, for each cell that was measured by class on its own data."""
+    """Return what was measured of EN's ratios: where their variance lies, and what they tell of wrong labels."""
     lines = []
     for cell in (cell for cell in study.by_class if not cell.evaluate):
         if said := sentence(class_data(study, cell, results)):
             lines.append(f"{called(study, dict(cell.key))}, seed 0: {said[0].lower()}{said[1:]}")
+    for cell in study.by_label:
+        frame = label_data(study, cell, results)
+        lines += [] if frame.empty else [f"{called(study, dict(cell.key))}, seed 0: {label_auc.sentence(frame)}"]
     return lines
+
+
+def label_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:
+    """Return how well the ratios of a cell's first seed tell wrong labels."""
+    rows = [{name: row[name] for name in LABEL_COLUMNS} for row in _rows_of(study, cell, results, "labels")]
+    return pd.DataFrame(rows, columns=list(LABEL_COLUMNS)).astype(LABEL_COLUMNS)
 
 
 def class_data(study: Study, cell: Cell, results: Path) -> pd.DataFrame:

@@ -77,6 +77,10 @@ class RunFolder:
         """Return the file of the ratios by class on one validation set, up to the checkpoint after a step."""
         return self.path / f"class_ratios-{evaluation_id}-{step}.csv"
 
+    def label_ratios_file(self, step: int) -> Path:
+        """Return the file that says what the ratios at the checkpoint after a step tell of wrong labels."""
+        return self.path / f"label_ratios-{step}.csv"
+
     def create(self, config_yaml: str) -> None:
         """Make the folder and write its `config.yaml`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,8 @@ CLASS_COLUMNS: Any = {  # of the ratios by class, with their types
     "mean": float,
     "std": float,
 }
+LABEL_COLUMNS: Any = {"layer": str, "images": int, "auc": float, "low": float, "high": float}
+LOSS = "loss"  # in the column `layer`: the loss on the given label instead of ratios
 
 
 def bottom_middle_top(layers: Sequence[str]) -> list[str]:
@@ -47,11 +49,20 @@ def bottom_middle_top(layers: Sequence[str]) -> list[str]:
 
 def read_class_ratios(file: Path) -> pd.DataFrame:
     """Return what `exnorm ratios --by-class` measured: data, epoch, layer, class, normalizer, images, mean, std."""
+    return _read(file, CLASS_COLUMNS)
+
+
+def read_label_ratios(file: Path) -> pd.DataFrame:
+    """Return what `exnorm ratios --wrong-labels` measured: layer, images, auc, low, high."""
+    return _read(file, LABEL_COLUMNS)
+
+
+def _read(file: Path, columns: Any) -> pd.DataFrame:
     try:
-        frame = pd.read_csv(file, dtype=CLASS_COLUMNS, keep_default_na=False)
+        frame = pd.read_csv(file, dtype=columns, keep_default_na=False)
     except ValueError as problem:  # pandas' parsing errors are also ValueErrors
         raise UserError(f"{file} is damaged ({problem}). Remove it; it will be measured again") from None
-    if list(frame) != list(CLASS_COLUMNS) or frame.empty:
+    if list(frame) != list(columns) or frame.empty:
         raise UserError(f"{file} is damaged. Remove it; it will be measured again")
     return frame
 

@@ -1,9 +1,10 @@
-"""`results/records/`: the measurements of studies, in up to four files each. They can be rebuilt from run folders.
+"""`results/records/`: the measurements of studies, in up to five files each. They can be rebuilt from run folders.
 
     <study>.csv          a row for each cell, seed and metric, with its provenance
     <study>.epochs.csv   a row for each epoch: the learning curves
     <study>.layers.csv   ratios of layers, some cells, first seed: of all after the last epoch, of three after each
     <study>.classes.csv  ratios by class, first seed: of all layers after the last epoch, of three at the snapshots
+    <study>.labels.csv   how well the ratios of each layer tell wrong labels, first seed
 
 The files of a study are replaced under a lock, each in one step, so that several processes can add to them.
 `<study>.csv` is replaced last. After a kill, the next collection of the runs completes the files.
@@ -44,6 +45,7 @@ COLUMNS = {
     "epochs": (*KEY, "epoch", TRAIN, PRIMARY, "loss"),  # in the file, the name of the metric, such as top1
     "layers": (*KEY, "epoch", "layer", "kind", "normalizer", "mean", "std"),
     "classes": (*KEY, "epoch", "layer", "class", "normalizer", "images", "mean", "std"),
+    "labels": (*KEY, "layer", "images", "auc", "low", "high"),
 }
 
 METRICS = (  # besides the task's; ratio/bn: mean share of a normalizer over layers; ratio_kl/large: % of SN's layers
@@ -58,11 +60,11 @@ METRICS = (  # besides the task's; ratio/bn: mean share of a normalizer over lay
 )
 DIVERGED_AT = "diverged_at"  # the step at which the loss was not finite: the only metric of a run that diverged
 
-NUMBERS = ("value", "hours", "epoch", TRAIN, PRIMARY, "loss", "images", "mean", "std")
+NUMBERS = ("value", "hours", "epoch", TRAIN, PRIMARY, "loss", "images", "mean", "std", "auc", "low", "high")
 MEND = "repair it, or move it away and type exnorm reproduce, which collects it again from the run folders"
 
 Row = dict[str, str]
-Rows = Mapping[str, list[Row]]  # of a study, by the kind of its files: runs, epochs, layers, classes
+Rows = Mapping[str, list[Row]]  # of a study, by the kind of its files: runs, epochs, layers, classes, labels
 
 
 def record_file(results: Path, study: str, kind: str = "runs") -> Path:

@@ -10,7 +10,14 @@ from exnorm.config.groups import group_options
 from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import Study, load_study
 from exnorm.runs.folder import RunFolder, read_json
-from exnorm.runs.layer_ratios import LARGE_KL, bottom_middle_top, read_class_ratios, shares, symmetric_kl
+from exnorm.runs.layer_ratios import (
+    LARGE_KL,
+    bottom_middle_top,
+    read_class_ratios,
+    read_label_ratios,
+    shares,
+    symmetric_kl,
+)
 from exnorm.runs.metrics import MetricsLog, validated
 from exnorm.runs.records import (
     COLUMNS,
@@ -24,7 +31,7 @@ from exnorm.runs.records import (
     record_file,
     recorded,
 )
-from exnorm.studies.plan import Job, jobs_of
+from exnorm.studies.plan import CLASSES, Job, jobs_of
 
 DIGITS = 6  # significant digits of a value
 RATIO_DIGITS = 4
@@ -65,10 +72,11 @@ def rows_of(study: Study, job: Job) -> Rows:
     measured = measured_by(metrics, record, result, log)
     own = not job.cell.evaluate  # the curves of an evaluation's run are those of another cell
     return {
+        **nothing,
         "runs": [{**key, **origin, "metric": name, "value": _number(value)} for name, value in measured.items()],
         "epochs": [{**key, **row} for row in curves_of(log, metrics[0].name)] if own else [],
         "layers": [{**key, **row} for row in layers_of(log)] if job.cell in study.followed and job.seed == 0 else [],
-        "classes": [{**key, **row} for row in classes_of(job.class_ratios_file(), own)] if job.by_class else [],
+        **{look: [{**key, **row} for row in _looked(job, look, own)] for look in job.looks},
     }
 
 
@@ -119,6 +127,21 @@ def layers_of(log: list[dict[str, Any]]) -> list[Row]:
     kept = frame[(frame.epoch == frame.epoch.max()) | followed]
     rows: list[dict[str, Any]] = kept.to_dict("records")
     return [_texts(row) for row in rows]
+
+
+def _looked(job: Job, look: str, own: bool) -> list[Row]:
+    """Return the rows of what `exnorm ratios` measured of a run."""
+    file = job.look_file(look)
+    return classes_of(file, own) if look == CLASSES else labels_of(file)
+
+
+def labels_of(file: Path) -> list[Row]:
+    """Return how well the ratios of each layer tell wrong labels."""
+    rows: list[dict[str, Any]] = read_label_ratios(file).to_dict("records")
+    return [
+        {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in row.items()}
+        for row in rows
+    ]
 
 
 def classes_of(file: Path, own: bool) -> list[Row]:
@@ -274,7 +297,7 @@ def stale_rows(results: Path) -> list[str]:
 def _without_snapshots(jobs: Sequence[Job]) -> list[str]:
     """Return a line for each run that was trained before the study asked for a snapshot of it."""
     notes = []
-    for job in (job for job in jobs if job.by_class or job.cell is None):
+    for job in (job for job in jobs if CLASSES in job.looks or job.cell is None):
         missing, folder = job.missing_snapshots(), job.folder()
         if missing and folder is not None:
             shares = ", ".join(f"{share:g}" for share in missing)

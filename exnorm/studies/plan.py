@@ -29,6 +29,7 @@ from exnorm.runs.metrics import MetricsLog
 
 Facts = tuple[str | None, float | None, str]  # config_hash, images and problem of a job
 RunKey = tuple[str | tuple[str, ...], int]  # the hash (the settings if the data are missing) and the seed
+CLASSES, LABELS = "classes", "labels"  # kinds of records that `exnorm ratios` measures
 SOURCE = re.compile(r"\{([\w-]+(?:/[\w=. -]+)?)(?:@(\d*\.?\d+))?\}")  # a name, or STUDY/CELL
 
 
@@ -43,7 +44,7 @@ class Job:
         images: number of training images times epochs. None if the size of the data set is unknown.
         problem: why there is no hash.
         needs: the job of the source, if the run begins with a checkpoint of it.
-        by_class: whether the ratios of each class are measured.
+        looks: what is measured of the ratios besides: CLASSES, LABELS.
     """
 
     cell: Cell | None
@@ -55,7 +56,7 @@ class Job:
     problem: str
     runs: Path
     needs: "Job | None" = None
-    by_class: bool = False
+    looks: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -112,11 +113,11 @@ class Job:
         return folder is not None and folder.diverged_at() is not None
 
     def finished(self) -> bool:
-        """Return whether the run has finished, with the evaluation and the class ratios that its cell asks for."""
+        """Return whether the run has finished, with the evaluation and the looks that its cell asks for."""
         evaluates = self.cell is not None and self.cell.evaluate
         if not self.trained() or (evaluates and self.evaluation() is None):
             return False
-        return not self.by_class or self.class_ratios_file().is_file()
+        return all(self.look_file(look).is_file() for look in self.looks)
 
     def missing_snapshots(self) -> list[float]:
         """Return the snapshots that the study asks for now and that the finished run did not keep."""
@@ -135,11 +136,13 @@ class Job:
         rows = MetricsLog.read(folder.path / "evaluations.jsonl")
         return next((row for row in reversed(rows) if (row.get("id"), row["step"]) == (wanted, record["steps"])), None)
 
-    def class_ratios_file(self) -> Path:
-        """Return the file in which `exnorm ratios --by-class` keeps the ratios of the finished run."""
+    def look_file(self, look: str) -> Path:
+        """Return the file in which `exnorm ratios` keeps what it measures of the finished run."""
         folder = self.folder()
         record = folder.read_record() if folder is not None else None
         assert folder is not None and record is not None and self.cell is not None
+        if look == LABELS:
+            return folder.label_ratios_file(record["steps"])
         wanted = _evaluation_id(json.dumps(folder.read_config()), self.cell.evaluate)
         return folder.class_ratios_file(wanted, record["steps"])
 
@@ -181,6 +184,7 @@ def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
     chosen = list(cells)
     facts = {cell: _facts(study, cell.train) for cell in chosen}
     sources: dict[tuple[str, int], Job] = {}
+    looked_at = {CLASSES: study.by_class, LABELS: study.by_label}
     jobs: list[Job] = []
     for seed in sorted({seed for cell in chosen for seed in cell.seeds}):
         for cell in (cell for cell in chosen if seed in cell.seeds):
@@ -189,8 +193,8 @@ def jobs_of(study: Study, cells: Iterable[Cell], runs: Path) -> list[Job]:
                 settings = study.sources[source]
                 sources[source, seed] = Job(None, f"source {source}", seed, settings, *_facts(study, settings), runs)
             needs = None if source is None else sources[source, seed]
-            by_class = seed == 0 and cell in study.by_class
-            jobs.append(Job(cell, cell.name, seed, cell.train, *facts[cell], runs, needs, by_class))
+            looks = tuple(look for look, cells in looked_at.items() if seed == 0 and cell in cells)
+            jobs.append(Job(cell, cell.name, seed, cell.train, *facts[cell], runs, needs, looks))
     return [*sources.values(), *jobs]
 
 

@@ -32,7 +32,7 @@ from exnorm.runs.subprocesses import (
 )
 from exnorm.studies.collect import add_to_record, collect
 from exnorm.studies.estimate import estimate_of
-from exnorm.studies.plan import Job, RunKey, by_run, trainings_of
+from exnorm.studies.plan import LABELS, Job, RunKey, by_run, trainings_of
 
 LOCK_PAUSE_S = 0.5
 ERROR = "exnorm: error: "
@@ -150,10 +150,12 @@ class Runner:
             self._exnorm(["eval", str(folder.path), *job.cell.evaluate], job)
             if job.evaluation() is None:
                 raise Failed(_without_result("eval", folder))
-        if job.cell is not None and job.by_class and not job.class_ratios_file().is_file():
-            self._exnorm(["ratios", str(folder.path), "--by-class", *job.cell.evaluate], job)
-            if not job.class_ratios_file().is_file():
-                raise Failed(_without_result("ratios", folder))
+        for look in job.looks:
+            file = job.look_file(look)
+            if not file.is_file():
+                self._exnorm(["ratios", str(folder.path), *_looking(job, look)], job)
+                if not file.is_file():
+                    raise Failed(_without_result("ratios", folder))
         if job.cell is not None:
             add_to_record(self.study, job, self.results)
         with self._changing:
@@ -244,6 +246,12 @@ def _without_result(verb: str, folder: RunFolder) -> str:
         f"exnorm {verb} ended without an error, but {folder.path} has no result: the data or the initial weights have "
         "changed since this command began. Type the same command again; it then reads the new ones"
     )
+
+
+def _looking(job: Job, look: str) -> list[str]:
+    """Return the options of `exnorm ratios` that measure what a job asks for."""
+    assert job.cell is not None
+    return ["--wrong-labels"] if look == LABELS else ["--by-class", *job.cell.evaluate]
 
 
 def _result(job: Job) -> str:
