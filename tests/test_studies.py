@@ -88,11 +88,14 @@ def test_a_plan_for_imagenet_needs_no_imagenet(cli_here: CliRunner) -> None:
 
 
 def test_a_study_decides_over_its_scale(tmp_path: Path) -> None:
-    """At scale mini 8x32 has a rule for the epochs; a study that says how many has so many."""
-    axes = "axes: {batch: [8x32, 1x8], more: {no: [], yes: [trainer.epochs=2]}}\nset: [data=digits"
-    for own, expected in (("", ["13", "2", "3", "2"]), (", trainer.epochs=1", ["1", "2", "1", "2"])):
+    """At scale mini, SN at 8x32 has a rule for the snapshots; a study that says which has those."""
+    axes = "axes: {norm: [sn, bn], more: {no: [], yes: ['trainer.snapshots=[0.1]']}}\nset: [data=digits, batch=8x32"
+    for own, expected in (
+        ("", ["[0.3,0.6,0.9]", "[0.1]", "[0.1]"]),
+        (", 'trainer.snapshots=[0.5]'", ["[0.5]", "[0.1]", "[0.5]", "[0.1]"]),
+    ):
         study = load_study(own_study(tmp_path, f"{axes}{own}]"), "mini")
-        given = [text.partition("=")[2] for cell in study.cells for text in cell.train if "epochs" in text]
+        given = [text.partition("=")[2] for cell in study.cells for text in cell.train if "snapshots" in text]
         assert given == expected
 
 
