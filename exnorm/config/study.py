@@ -17,6 +17,7 @@ from exnorm.config.groups import first_comment
 from exnorm.config.metrics import Metric, metrics_of_task
 from exnorm.config.options import USUAL_TASK
 from exnorm.config.study_file import read_scale, read_study, seed_range
+from exnorm.config.study_settings import SettingLayers, answers_of, as_list, as_text, meets, option_of
 
 EVAL = "eval:"
 TASK = "task="
@@ -145,7 +146,7 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     file, values = read_study(name)
     shared, own = read_scale(scale), values.get("scales", {}).get(scale, {})
     axes = {axis: _axis_values(axis, given) for axis, given in values["axes"].items()}
-    layers = _SettingLayers(shared, values, own)
+    layers = SettingLayers(shared, values, own)
     sources = {
         source: tuple(layers.resolve(texts, {}).values())
         for source, texts in values.get("sources", {}).items()
@@ -155,7 +156,7 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
     others: dict[str, Study] = {}  # each is read once
     for chosen in itertools.product(*(options.items() for options in axes.values())):
         key = tuple((axis, value) for axis, (value, _) in zip(axes, chosen, strict=True))
-        if any(_meets(left_out, dict(key)) for left_out in own.get("leave_out", ())):
+        if any(meets(left_out, dict(key)) for left_out in own.get("leave_out", ())):
             continue
         given = layers.resolve([text for _, texts in chosen for text in texts], dict(key))
         for source, wanted in values.get("sources", {}).items():
@@ -268,7 +269,7 @@ def compared_cells(side: Any) -> list[Mapping[Any, Any]]:
 
 def _check_rules(study: Study, own: Mapping[str, Any]) -> None:
     """Refuse a rule, of the study or of the study at its scale, that no cell can meet."""
-    keys = {_option_of(text) for cell in study.cells for text in (*cell.train, *cell.evaluate)}
+    keys = {option_of(text) for cell in study.cells for text in (*cell.train, *cell.evaluate)}
     where = f"study {study.id}: "
     conditions = [(where + "when", rule["if"], keys) for rule in study.values.get("when", ())]
     conditions += [(where + "more_seeds", rule["if"], keys) for rule in study.values.get("more_seeds", ())]
@@ -280,7 +281,7 @@ def _check_rules(study: Study, own: Mapping[str, Any]) -> None:
             if name not in known:
                 what = "axis or setting" if settings else "axis"
                 raise UserError(f"{place}: no {what} '{name}': {suggest(str(name), known)}")
-            for value in map(_text, as_list(wanted)):
+            for value in map(as_text, as_list(wanted)):
                 if name in study.axes and value not in study.axes[name]:
                     raise UserError(f"{place}: no {name} '{value}': {suggest(value, study.axes[name])}")
 
@@ -309,11 +310,6 @@ def _check_names(study: Study) -> None:
                 raise UserError(f"study {study.id}: ratio_differences: {pair} is not among classes_of")
 
 
-def as_list(given: Any) -> list[Any]:
-    """A list as it is, of anything else a list of one."""
-    return given if isinstance(given, list) else [given]
-
-
 def _axis_values(axis: str, given: Any) -> dict[str, tuple[str, ...]]:
     """Each value of an axis with its settings: `axis=value` for a list, what a mapping says otherwise."""
     if isinstance(given, Mapping):
@@ -321,55 +317,7 @@ def _axis_values(axis: str, given: Any) -> dict[str, tuple[str, ...]]:
     return {str(value): (f"{axis}={value}",) for value in given}
 
 
-class _SettingLayers(NamedTuple):
-    """The yaml values that the settings of a cell come from; a later one wins over an earlier one."""
-
-    scale: Mapping[str, Any]
-    study: Mapping[str, Any]
-    study_at_scale: Mapping[str, Any]
-
-    def resolve(self, texts: Iterable[str], key: Mapping[str, str]) -> dict[str, str]:
-        """The settings of a cell or a source, by option: `texts` are its own, `key` its values on the axes."""
-        scale = _by_option(self.scale.get("set", ()))
-        own = _by_option([*self.study.get("set", ()), *self.study_at_scale.get("set", ()), *texts])
-        scale_rules = self.scale.get("when", ())
-        own_rules = [*self.study.get("when", ()), *self.study_at_scale.get("when", ())]
-        # What a study sets wins over the scale's rules, and the study's rules win over all.
-        return _with_rules(_with_rules(scale | own, scale_rules, key) | own, own_rules, key)
-
-
-def _with_rules(given: dict[str, str], rules: Iterable[Any], key: Mapping[str, str]) -> dict[str, str]:
-    """Settings with those of the rules that they and the cell's values meet, one rule after the other."""
-    for rule in rules:
-        if _meets(rule["if"], _answers(given, key)):
-            given = given | _by_option(rule["set"])
-    return given
-
-
-def _by_option(texts: Iterable[str]) -> dict[str, str]:
-    return {_option_of(text): text for text in texts}
-
-
-def _option_of(text: str) -> str:
-    return text.partition("=")[0].lstrip("+")
-
-
-def _answers(given: Mapping[str, str], key: Mapping[str, str]) -> dict[str, str]:
-    """What a condition can ask about: the value of each setting, and of each axis."""
-    return {**{name: text.partition("=")[2] for name, text in given.items()}, **key}
-
-
-def _meets(condition: Mapping[str, Any], answers: Mapping[str, str]) -> bool:
-    """Whether each setting or axis that a condition names has the value, or one of the values, that it asks for."""
-    return all(answers.get(name) in [_text(value) for value in as_list(wanted)] for name, wanted in condition.items())
-
-
-def _text(value: Any) -> str:
-    """A value of a condition as settings write it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _seeds(values: Mapping[str, Any], key: Mapping[str, str], given: Mapping[str, str]) -> int:
-    answers = _answers(given, key)
-    more = [rule["seeds"] for rule in values.get("more_seeds", ()) if _meets(rule["if"], answers)]
+    answers = answers_of(given, key)
+    more = [rule["seeds"] for rule in values.get("more_seeds", ()) if meets(rule["if"], answers)]
     return max([values.get("seeds", 3), *more])

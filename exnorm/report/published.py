@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from exnorm.config.errors import UserError
-from exnorm.config.study import Cell, Study, as_list
+from exnorm.config.study import Cell, Study
+from exnorm.config.study_settings import as_list
 
 FILES = ("sn2019", "en2020", "other")
 
