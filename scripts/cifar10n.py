@@ -1,10 +1,12 @@
-"""Write the human labels of CIFAR-10N as files for `data.noise.kind=file data.noise.file=FILE` and `data=cifar10`.
+"""Write the human labels of CIFAR-10N as files for `data.noise.kind=file data.noise.file=FILE`.
 
-    python scripts/cifar10n.py CIFAR-10_human.pt FOLDER
+    python scripts/cifar10n.py CIFAR-10_human.pt FOLDER            for data=cifar10
+    python scripts/cifar10n.py CIFAR-10_human.pt FOLDER --jpeg     for data=cifar10_jpeg
 
 `CIFAR-10_human.pt` is published in github.com/UCSC-REAL/cifar-10-100n (J. Wei et al., "Learning with Noisy Labels
 Revisited: A Study Using Real-World Human Annotations", ICLR 2022). FOLDER gets aggregate.csv, random1.csv, random2.csv,
-random3.csv and worst.csv, with the columns index and label. The images are in torchvision's order.
+random3.csv and worst.csv. Their columns are index and label, in torchvision's order of the images. With --jpeg they are
+path and label: image 0007.jpg of a class is the eighth image of this class in that order.
 """
 
 import argparse
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from exnorm.data.sets.cifar10_jpeg import CLASSES
 
 CLEAN = "clean_label"
 NAMES = {  # in the published file: of the file that is written
@@ -31,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("published", type=Path, metavar="CIFAR-10_human.pt")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--jpeg", action="store_true", help="Name images by their paths in data=cifar10_jpeg.")
     given = parser.parse_args()
     try:
         with torch.serialization.safe_globals(ARRAYS):  # nothing else of the pickle is loaded
@@ -41,12 +46,23 @@ def main() -> int:
         print(f"error: {given.published} is not the file of CIFAR-10N ({reason})", file=sys.stderr)
         return 1
     given.folder.mkdir(parents=True, exist_ok=True)
+    images = paths(labels[CLEAN]) if given.jpeg else range(len(labels[CLEAN]))
     for name, written in NAMES.items():
-        rows = "".join(f"{index},{label}\n" for index, label in enumerate(labels[name]))
-        (given.folder / f"{written}.csv").write_text(f"index,label\n{rows}")
+        rows = "".join(f"{image},{label}\n" for image, label in zip(images, labels[name], strict=True))
+        (given.folder / f"{written}.csv").write_text(f"{'path' if given.jpeg else 'index'},label\n{rows}")
         wrong = 100 * np.mean(labels[name] != labels[CLEAN])
         print(f"{written}.csv: {wrong:.1f} % of {len(labels[name])} labels are wrong")
     return 0
+
+
+def paths(labels: np.ndarray) -> list[str]:
+    """Return the path of each image, which counts the images of its class."""
+    counts = [0] * len(CLASSES)
+    found = []
+    for label in labels:
+        found.append(f"{CLASSES[label]}/{counts[label]:04}.jpg")
+        counts[label] += 1
+    return found
 
 
 if __name__ == "__main__":

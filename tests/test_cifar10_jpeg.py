@@ -102,6 +102,22 @@ def test_human_labels_of_cifar10n_become_files(tmp_path: Path, monkeypatch: pyte
     assert len(noise.wrong_labels(load(given).train)) == count
 
 
+def test_human_labels_name_the_jpeg_files_by_their_place_in_the_class(tmp_path: Path) -> None:
+    """CIFAR's order is mixed; the files of a class count its images in that order."""
+    clean = np.random.default_rng(0).permutation(np.repeat(np.arange(10), EACH))
+    other = np.arange(len(clean)) % 10
+    published = {"clean_label": clean, "aggre_label": clean, "worse_label": other}
+    torch.save(published | {f"random_label{n}": clean for n in (1, 2, 3)}, tmp_path / "CIFAR-10_human.pt")
+    root = make_jpegs(tmp_path / "images")
+    done = script(tmp_path / "CIFAR-10_human.pt", root / "human_labels", "--jpeg")
+    assert done.returncode == 0, done.stderr
+    for name, labels in (("aggregate", clean), ("worst", other)):
+        given = config(root, "data.noise.kind=file", f"data.noise.file=human_labels/{name}.csv")
+        train = load(given).train
+        places = [int(np.flatnonzero(clean == index // EACH)[index % EACH]) for index in range(len(train))]
+        assert list(train.labels) == [labels[place] for place in places]
+
+
 class Evil:
     """What runs code where a pickle is loaded."""
 
@@ -116,7 +132,7 @@ def test_a_file_with_code_in_it_is_refused(tmp_path: Path) -> None:
     assert "CIFAR-10_human.pt is not the file of CIFAR-10N" in done.stderr and "Traceback" not in done.stderr
 
 
-def script(*arguments: Path) -> subprocess.CompletedProcess[str]:
+def script(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
     """Run `scripts/cifar10n.py`."""
     command = [sys.executable, str(ROOT / "scripts" / "cifar10n.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
