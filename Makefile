@@ -24,7 +24,7 @@ quickstart: setup ## Set up, then train ResNet-50 with EN on the UCI digits (not
 	@echo "$$(cat $(VENV)/.installed), once; not part of the training time"
 	$(BIN)/exnorm train model=resnet50 norm=en data=digits
 
-reproduce-table-%: setup ## Run a study and write its table, such as make reproduce-table-sn-table2 SEEDS=1; SCALE=full DATA=DIR: the paper's
+reproduce-table-%: setup ## Run a study and write its table, such as make reproduce-table-sn-table2 SEEDS=1; SCALE=small or full, DATA=DIR: real images
 	$(if $(DATA),EXNORM_DATA="$(DATA)") $(BIN)/exnorm reproduce $* --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS))
 	$(BIN)/exnorm table $* --scale $(SCALE)
 

@@ -16,6 +16,7 @@ from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.engine.checkpoint import read_weights
 from exnorm.models import build_network, classifier, load_weights
+from exnorm.models.backbones import features
 from exnorm.norms import ExemplarNorm, Norm
 from exnorm.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from exnorm.surgery import convert
@@ -261,3 +262,25 @@ def test_measured_ratios_of_every_layer_sum_to_one_and_leave_no_trace(norm: str)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     keys = as_metrics(rows)
     assert ("ratio/conv1.1/in" in keys) if norm == "en" else ("ratio/conv1.1/mean/in" in keys)
+
+
+def test_resnet_small_keeps_16_pixels_and_serves_both_tasks() -> None:
+    """Its blocks have 16, 8, 4 and 2 positions a side; segmentation dilates it; there are no weights to download."""
+    config = compose_train(["model=resnet_small", "data=digits", "model.options.channels=[8,16,24,32]"]).model
+    model: Any = classifier(config, num_classes=7)
+    sides: dict[int, Any] = {}
+    for place, stage in enumerate(model.stages):
+        stage.register_forward_hook(lambda module, args, output, place=place: sides.update({place: output.shape[1:]}))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert {place: tuple(shape) for place, shape in sides.items()} == {
+        0: (8, 16, 16),
+        1: (16, 8, 8),
+        2: (24, 4, 4),
+        3: (32, 2, 2),
+    }
+    dilated = features(config, output_stride=8, count=2)
+    assert [tuple(of.shape[1:]) for of in dilated(torch.zeros(1, 3, 32, 32))] == [(24, 4, 4), (32, 4, 4)]
+    assert {key.replace("stages_", "stages.") for key in dilated.state_dict()} <= set(model.state_dict())
+    config.pretrained = True
+    with pytest.raises(UserError, match="No pretrained weights exist for exnorm_resnet_small"):
+        classifier(config, num_classes=7)

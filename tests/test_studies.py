@@ -12,7 +12,8 @@ from study_cases import own_study, put, row
 
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
-from exnorm.config.study import chosen_cells, load_study
+from exnorm.config.study import Study, chosen_cells, load_study
+from exnorm.config.study_file import SCALES, has_scale
 from exnorm.report.claims_table import as_csv, judged_studies
 from exnorm.report.html_report import study_page
 from exnorm.report.palette import colour
@@ -28,11 +29,10 @@ from exnorm.studies.plan import CLASSES, jobs_of, trainings_of
 from exnorm.studies.reproduce import print_plan, reproduce
 
 STUDIES = group_options("study")
-SCALES = ("mini", "full")
+AT_SCALES = [(name, scale) for name in STUDIES for scale in SCALES if has_scale(name, scale)]
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(("name", "scale"), AT_SCALES)
 def test_every_study_is_whole(name: str, scale: str) -> None:
     """Its rules are met by a cell, what it names exists, and each paper's number stands at one cell at most."""
     study = load_study(name, scale)
@@ -45,10 +45,16 @@ def test_every_study_is_whole(name: str, scale: str) -> None:
     judge(study, [])
     for pair in values.get("ratio_differences", ()):
         assert {study.cell(pair["left"]), study.cell(pair["right"])} <= set(study.by_class)
-    own = values.get("scales", {}).get(scale, {})
-    used = {text for cell in study.cells for text in (*cell.train, *(f"eval:{text}" for text in cell.evaluate))}
-    for rule in [*values.get("when", ()), *own.get("when", ())]:
-        assert set(rule["set"]) <= used, rule
+    for rule in values.get("scales", {}).get(scale, {}).get("when", ()):
+        assert set(rule["set"]) <= used_by(study), rule
+    everywhere = set().union(*(used_by(load_study(name, at)) for of, at in AT_SCALES if of == name))
+    for rule in values.get("when", ()):
+        assert set(rule["set"]) <= everywhere, rule
+
+
+def used_by(study: Study) -> set[str]:
+    """The settings of all cells."""
+    return {text for cell in study.cells for text in (*cell.train, *(f"eval:{text}" for text in cell.evaluate))}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -597,3 +603,55 @@ def test_results_are_what_the_records_say_or_are_named(tmp_path: Path) -> None:
 
 def test_the_committed_results_are_what_the_records_say() -> None:
     assert differences(ROOT / "results") == []
+
+
+AT_SMALL = """
+axes: {norm: [bn, sn]}
+seeds: 2
+claims: [{id: mine, claim: SN is better, expect: left > right, left: {norm: sn}, right: {norm: bn}}]
+scales:
+  small:
+    seeds: 4
+    more_seeds: [{if: {norm: sn}, seeds: 6}]
+    leave_out: []
+    claims: []
+"""
+
+
+def test_a_scale_can_have_seeds_and_claims_of_its_own(tmp_path: Path) -> None:
+    study = own_study(tmp_path, AT_SMALL)
+    small, mini = load_study(study, "small"), load_study(study, "mini")
+    assert [len(cell.seeds) for cell in small.cells] == [4, 6] and small.values["claims"] == []
+    assert [len(cell.seeds) for cell in mini.cells] == [2, 2] and len(mini.values["claims"]) == 1
+    assert "data=cifar10_jpeg" in small.cells[0].train and "data=glyphs" in mini.cells[0].train
+
+
+def test_scale_small_is_only_for_studies_that_have_it(tmp_path: Path) -> None:
+    study = own_study(tmp_path, AT_SMALL.partition("scales:")[0])
+    with pytest.raises(UserError, match="study mine has no scale small. Its scales are mini, full"):
+        load_study(study, "small")
+    at_small = {name for name in group_options("study") if has_scale(name, "small")}
+    assert at_small == {"sn-table2", "en-imagenet", "en-noise", "sn-norms"}
+
+
+def test_a_claim_of_a_scale_is_checked_too(tmp_path: Path) -> None:
+    study = own_study(tmp_path, AT_SMALL.replace("claims: []", "claims: [{id: mine, lft: {norm: sn}}]"))
+    with pytest.raises(UserError, match="scales.small, claims: unknown key 'lft': did you mean 'left'"):
+        load_study(study, "small")
+
+
+def test_a_cell_that_is_left_out_leaves_its_place_empty(tmp_path: Path) -> None:
+    """The others stay under their own heads; a column without cells is not there."""
+    text = """
+axes: {norm: [bn, sn], batch: [8x32, 8x8, 1x8]}
+columns: batch
+scales: {mini: {leave_out: [{batch: 8x8}, {norm: bn, batch: 8x32}]}}
+"""
+    study = load_study(own_study(tmp_path, text), "mini")
+    put(tmp_path, "mine", [row("norm=bn batch=1x8", 0, 70.0), row("norm=sn batch=8x32", 0, 80.0)])
+    grid = table_of(study, tmp_path).across()
+    assert grid.heads == ["norm", "8x32", "1x8"]
+    assert [[entry.text for entry in line] for line in grid.rows] == [
+        ["bn", "", "70.00 (1)"],
+        ["sn", "80.00 (1)", "–"],
+    ]

@@ -16,7 +16,7 @@ from exnorm.config.compose import compose_train, default_values
 from exnorm.config.groups import group_options
 from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import load_study
-from exnorm.config.study_file import SCALES
+from exnorm.config.study_file import SCALES, has_scale
 from exnorm.engine.launch import identity
 from exnorm.runs.listing import list_runs
 from exnorm.studies.plan import SOURCE
@@ -45,7 +45,7 @@ def settings_hashes() -> dict[str, str]:
     """A hash of the settings of each cell and source, at each scale, without the data, which may be missing."""
     found = {}
     for name in group_options("study"):
-        for scale in SCALES:
+        for scale in (scale for scale in SCALES if has_scale(name, scale)):
             study = load_study(name, scale)
             cells = {cell.name: (cell.train, cell.evaluate) for cell in study.cells}
             cells |= {f"source {source}": (settings, ()) for source, settings in study.sources.items()}

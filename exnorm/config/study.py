@@ -16,7 +16,7 @@ from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import first_comment
 from exnorm.config.metrics import Metric, metrics_of_task
 from exnorm.config.options import USUAL_TASK
-from exnorm.config.study_file import read_scale, read_study, seed_range
+from exnorm.config.study_file import REPLACED, SCALES, has_scale, read_scale, read_study, seed_range
 from exnorm.config.study_settings import SettingLayers, answers_of, as_list, as_text, meets, option_of
 
 EVAL = "eval:"
@@ -144,7 +144,11 @@ def load_study(name: str, scale: str, *, seeds: int | None = None) -> Study:
         UserError: no such study or scale, an unknown key, a value of another form, a cell or an axis that is not there.
     """
     file, values = read_study(name)
+    if not has_scale(name, scale):
+        offered = ", ".join(one for one in SCALES if has_scale(name, one))
+        raise UserError(f"study {file.stem} has no scale {scale}. Its scales are {offered}")
     shared, own = read_scale(scale), values.get("scales", {}).get(scale, {})
+    values = values | {key: own[key] for key in REPLACED if key in own}
     axes = {axis: _axis_values(axis, given) for axis, given in values["axes"].items()}
     layers = SettingLayers(shared, values, own)
     sources = {

@@ -9,7 +9,8 @@ from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import file_values, group_options, option_file, option_values
 
 YAML = (".yaml", ".yml")
-SCALES = ("mini", "full")
+SCALES = ("mini", "small", "full")
+NAMED = ("small",)  # a study has these scales only if its yaml names them
 
 Form = Callable[[Any], bool]
 
@@ -99,23 +100,27 @@ SCALE_KEYS = {
     "train_images": MAPPING,
     "notes": WORDS,
 }
-OWN_SCALE_KEYS = {**SCALE_KEYS, "leave_out": MAPPINGS}  # of a study: cells left out at this scale
+REPLACED = {  # keys of a study that can have another value at a scale
+    "seeds": COUNT,
+    "more_seeds": MAPPINGS,
+    "layers_of": MAPPINGS,
+    "classes_of": MAPPINGS,
+    "labels_of": MAPPINGS,
+    "claims": MAPPINGS,
+}
+OWN_SCALE_KEYS = {**SCALE_KEYS, **REPLACED, "leave_out": MAPPINGS}  # of a study; leave_out: cells it lacks at a scale
 STUDY_KEYS = {
+    **REPLACED,
     "paper": WORD,
     "table": WORD,
     "axes": (_is_axes, "axes with values, such as {norm: [bn, sn]} or {size: {large: [batch=8x32]}}, none called seed"),
     "set": SETTINGS,
     "when": MAPPINGS,
     "scales": MAPPING,
-    "seeds": COUNT,
-    "more_seeds": MAPPINGS,
     "columns": WORD,
     "published": MAPPING,
     "as_published": MAPPING,
     "compare": WORD,
-    "layers_of": MAPPINGS,
-    "classes_of": MAPPINGS,
-    "labels_of": MAPPINGS,
     "ratio_differences": MAPPINGS,
     "metrics": WORDS,
     "sources": (
@@ -123,7 +128,6 @@ STUDY_KEYS = {
         "names, each with a list of settings or with a cell of another study, such as {study: sn-table2, cell: "
         "{norm: sn, batch: 8x2}}",
     ),
-    "claims": MAPPINGS,
     "notes": WORDS,
 }
 RULE_KEYS = {"if": MAPPING, "set": SETTINGS}
@@ -156,6 +160,16 @@ def read_study(name: str) -> tuple[Path, dict[str, Any]]:
         if scale not in SCALES:
             raise UserError(f"{file}, scales: unknown scale '{scale}': {suggest(str(scale), SCALES)}")
         check_scale(own, OWN_SCALE_KEYS, f"{file}, scales.{scale}")
+        _check_items(own, f"{file}, scales.{scale}")
+    _check_items(values, str(file))
+    for name, source in values.get("sources", {}).items():
+        if _is_mapping(source):
+            check(source, SOURCE_KEYS, f"{file}, sources.{name}", needed=SOURCE_KEYS)
+    return file, values
+
+
+def _check_items(values: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a rule, a claim or a pair has an unknown key, a wrong value, or lacks a key."""
     for key, keys, needed in (
         ("when", RULE_KEYS, RULE_KEYS),
         ("more_seeds", SEEDS_KEYS, SEEDS_KEYS),
@@ -163,11 +177,12 @@ def read_study(name: str) -> tuple[Path, dict[str, Any]]:
         ("ratio_differences", PAIR_KEYS, PAIR_KEYS),
     ):
         for item in values.get(key, ()):
-            check(item, keys, f"{file}, {key}", needed=needed)
-    for name, source in values.get("sources", {}).items():
-        if _is_mapping(source):
-            check(source, SOURCE_KEYS, f"{file}, sources.{name}", needed=SOURCE_KEYS)
-    return file, values
+            check(item, keys, f"{where}, {key}", needed=needed)
+
+
+def has_scale(name: str, scale: str) -> bool:
+    """Return whether a study can be run at a scale."""
+    return scale not in NAMED or scale in read_study(name)[1].get("scales", {})
 
 
 def read_scale(name: str) -> dict[str, Any]:
@@ -182,8 +197,7 @@ def check_scale(values: Any, keys: Mapping[str, tuple[Form, str]], where: str) -
     if not isinstance(values, Mapping):
         raise UserError(f"{where} has no keys. Allowed keys: {', '.join(keys)}")
     check(values, keys, where)
-    for rule in values.get("when", ()):
-        check(rule, RULE_KEYS, f"{where}, when", needed=RULE_KEYS)
+    _check_items(values, where)
 
 
 def check(

@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from exnorm.config.errors import UserError, first_line, suggest
+from exnorm.models import resnet_small as _registered  # noqa: F401  # with timm
 
 TORCHVISION_PREFIX = "shufflenet_v2_"  # timm has none
 ADVICE = "use a ResNet, such as model=resnet50"

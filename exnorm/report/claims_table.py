@@ -12,6 +12,7 @@ from rich.table import Table
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import Study, load_study
+from exnorm.config.study_file import has_scale
 from exnorm.report.grids import Entry, Grid
 from exnorm.report.published import Claim, claims, claims_of
 from exnorm.report.verdicts import ENOUGH_SEEDS, NOT_COMPARABLE, Comparison, compared, corrected, is_weak, overall
@@ -40,14 +41,18 @@ def judged_studies(names: Sequence[str], scale: str, results: Path) -> list[Judg
     """
     if not results.is_dir():
         raise UserError(f"there is no folder {results}. Type exnorm reproduce STUDY first, or --results FOLDER")
-    known = {name: _compare(load_study(name, scale), results) for name in group_options("study")}
+    known = {name: _compare(load_study(name, scale), results) for name in _studies_at(scale)}
     chosen = [known.get(name) or _compare(load_study(name, scale), results) for name in names or known]
     return [_judge(item, known.values()) for item in chosen if item.is_measured]
 
 
+def _studies_at(scale: str) -> list[str]:
+    return [name for name in group_options("study") if has_scale(name, scale)]
+
+
 def judged_study(study: Study, results: Path) -> Judged:
     """Return a study with its comparisons, measured or not."""
-    others = [name for name in group_options("study") if name != study.id]
+    others = [name for name in _studies_at(study.scale) if name != study.id]
     return _judge(_compare(study, results), [_compare(load_study(name, study.scale), results) for name in others])
 
 
@@ -98,7 +103,8 @@ def labelled(comparisons: Sequence[Comparison]) -> str:
 
 def readings(judged: Judged) -> list[str]:
     """Return a line for each claim with several comparisons: how many have which verdict, and the range of effects."""
-    return [_reading(claim, found) for claim, found in judged.comparisons.items() if len(found) > 1]
+    several = {claim: found for claim, found in judged.comparisons.items() if len(found) > 1}
+    return [_reading(claim, found) for claim, found in several.items() if any(comparison.n for comparison in found)]
 
 
 def _reading(claim: str, comparisons: Sequence[Comparison]) -> str:

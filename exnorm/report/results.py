@@ -72,7 +72,8 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
     said = {(table.study.id, table.study.scale): class_remarks(table.study, results) for table in tables}
     texts[results / "README.md"] = page(tables, judged, [path.name for path in figures], sheets, said)
     front = _read(results.parent / "README.md")
-    shown = next((table for table in tables if table.study.id == FRONT), None)
+    fronts = {table.study.scale: table for table in tables if table.study.id == FRONT}
+    shown = fronts.get("small") or next(iter(fronts.values()), None)
     if front is not None and shown is not None and BEGIN in front and END in front.partition(BEGIN)[2]:
         before, rest = front.partition(BEGIN)[::2]
         after = rest.partition(END)[2]
@@ -151,7 +152,10 @@ def first_screen(table: StudyTable, folder: str) -> str:
     """Return what the project's README shows of the results: one figure."""
     study = table.study
     name = f"{study.id}-{study.scale}"
-    on = " on characters that exnorm draws, with a small ResNet" if study.scale == "mini" else ""
+    on = {
+        "mini": " on characters that exnorm draws, with a small ResNet",
+        "small": " on CIFAR-10, with a small ResNet",
+    }.get(study.scale, "")
     return (
         f"\n\n![{study.title}](./{folder}/figures/{name}-accuracy.png)\n\n"
         f"{study.title}. The figure shows top-1 accuracy in %{on}. {duration(table)} "
@@ -218,6 +222,10 @@ masks. The streets that validate are of other cities than those that train.
 The batch settings are the papers' (replicas x samples, as virtual replicas on one core). The other settings were \
 chosen with BN alone, and with a seed that is in no record; `conf/scale/mini.yaml` says how. **A mini result is not \
 an ImageNet result.** It shows whether an effect appears at all at this size.
+
+**Scale small** has real images: CIFAR-10 as JPEG files replaces ImageNet, and `resnet_small`, a ResNet of four \
+blocks, replaces ResNet-50. Its settings were chosen in the same way (`conf/scale/small.yaml`). Human labels are those \
+of CIFAR-10N.
 
 **Scale full** is the papers' protocol, from the same files in `conf/study/`.
 

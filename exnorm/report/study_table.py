@@ -78,13 +78,17 @@ class StudyTable:
         others = [name for name in self.study.axes if name != axis]
         values = measured(self.study, self.rows, metric)
         best = self._best(metric)
-        lines: dict[tuple[str, ...], list[Entry]] = {}
+        lines: dict[tuple[str, ...], dict[str, Entry]] = {}  # by the labels of a row, and the value of the column
         for cell in self.study.cells:
             key = dict(cell.key)
-            entries = lines.setdefault(tuple(self.study.label(key[name]) for name in others), [])
-            entries.append(self._entry(cell, values.get(cell.name), metric, cell.name in best))
-        heads = [*others, *(self.study.label(value) for value in self.study.axes[axis])]
-        return Grid(heads, [[*map(Entry, labels), *entries] for labels, entries in lines.items()])
+            entries = lines.setdefault(tuple(self.study.label(key[name]) for name in others), {})
+            entries[key[axis]] = self._entry(cell, values.get(cell.name), metric, cell.name in best)
+        columns = [value for value in self.study.axes[axis] if any(value in entries for entries in lines.values())]
+        rows = [
+            [*map(Entry, labels), *(entries.get(value, Entry("")) for value in columns)]
+            for labels, entries in lines.items()
+        ]
+        return Grid([*others, *map(self.study.label, columns)], rows)
 
     def by_cell(self) -> Grid:
         """Return a row for each cell: every metric, and beside an accuracy the published number and the difference."""
