@@ -17,7 +17,7 @@ from PIL import Image
 from exnorm.config.cache import cache_folder
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
-from exnorm.data import load
+from exnorm.data import fingerprint, load
 from exnorm.data.loader import Loader, SeededImages, TrainBatches, fixed_batches
 from exnorm.data.transforms import eval_transform, train_transform
 from exnorm.engine.launch import identity
@@ -208,3 +208,15 @@ def test_the_cache_is_not_in_the_hash_of_a_run(tmp_path: Path) -> None:
         composed = compose_train(tiny(root, word)[1:])
         hashes.add(identity(composed, OmegaConf.to_container(composed, resolve=True)))
     assert len(hashes) == 1
+
+
+def test_a_cache_that_is_asked_for_where_there_is_none_is_refused(tmp_path: Path) -> None:
+    for words, line in (
+        (["data=glyph_scenes"], "data.cache=true: glyph_scenes has masks"),
+        (
+            ["data=imagenet", "data.source=hfds/some/set"],
+            "data.cache=true: data.source=hfds/some/set has its own files",
+        ),
+    ):
+        with pytest.raises(UserError, match=line):
+            fingerprint(compose_train([*words, "data.cache=true"]).data)

@@ -100,6 +100,8 @@ def _check_options_for_labels(config: Any) -> None:
 def _check_options_for_masks(config: Any) -> None:
     if noise.is_on(config.noise):
         raise UserError(f"data.noise changes labels, and {config.name} has masks. Leave data.noise out")
+    if config.cache:
+        raise UserError(f"data.cache=true: {config.name} has masks, and only images with labels are kept. Leave it out")
     if config.padding is not None:
         raise UserError(f"data.padding={config.padding}: {config.name} has masks, whose crops need none. Leave it out")
     zoom, sides = config.zoom, config.short_sides

@@ -39,6 +39,8 @@ def fingerprint(config: Any) -> str:
     for option in ("train_list", "val_list"):
         if config[option] is not None:
             raise UserError(f"data.{option}: data.source={config.source} has its own lists. Leave data.{option} out")
+    if config.cache:
+        raise UserError(f"data.cache=true: data.source={config.source} has its own files. Leave data.cache out")
     excluded = sorted(excluded_lines(config, Path()))
     return hashlib.sha256(f"{config.source} {excluded}".encode()).hexdigest()
 

@@ -19,7 +19,7 @@ from exnorm.config.schema import DataConfig
 from exnorm.data.splits import IGNORED, Images, MaskedImages, Splits
 
 SHOWN = 3  # of the classes that differ
-TAKEN = (*CROPS, "workers", "roots", "exclude")  # copied from the run's own set
+TAKEN = (*CROPS, "workers", "roots", "exclude", "cache")  # copied from the run's own set
 DRAWN = ("num_classes", "num_val", "seed")
 
 
