@@ -40,12 +40,21 @@ def main() -> int:
     try:
         with torch.serialization.safe_globals(ARRAYS):  # nothing else of the pickle is loaded
             found = torch.load(given.published, weights_only=True)
+        if not isinstance(found, dict):
+            raise TypeError("it has no columns")
         labels = {name: np.asarray(found[name]).astype(int) for name in (CLEAN, *NAMES)}
-    except (OSError, pickle.UnpicklingError, KeyError, TypeError, ValueError, RuntimeError) as problem:
-        reason = str(problem).partition("\n")[0]
+        of_all = np.stack(list(labels.values()))
+        if of_all.ndim != 2 or of_all.min() < 0 or of_all.max() >= len(CLASSES):
+            raise ValueError("it does not have a label from 0 to 9 for each image in each column")
+    except (OSError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError, RuntimeError) as problem:
+        reason = str(problem).partition("\n")[0].partition(". ")[0]
         print(f"error: {given.published} is not the file of CIFAR-10N ({reason})", file=sys.stderr)
         return 1
-    given.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        given.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        print(f"error: {given.folder} cannot be made: {problem.strerror}", file=sys.stderr)
+        return 1
     images = paths(labels[CLEAN]) if given.jpeg else range(len(labels[CLEAN]))
     for name, written in NAMES.items():
         rows = "".join(f"{image},{label}\n" for image, label in zip(images, labels[name], strict=True))

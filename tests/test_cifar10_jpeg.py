@@ -118,6 +118,23 @@ def test_human_labels_name_the_jpeg_files_by_their_place_in_the_class(tmp_path: 
         assert list(train.labels) == [labels[place] for place in places]
 
 
+@pytest.mark.parametrize("damage", ["empty", "tensor", "short", "eleven"])
+def test_another_file_than_that_of_cifar10n_gets_one_line(tmp_path: Path, damage: str) -> None:
+    names = ("clean_label", "aggre_label", "worse_label", "random_label1", "random_label2", "random_label3")
+    columns = {name: np.arange(20) % 10 for name in names}
+    if damage == "short":
+        columns["worse_label"] = columns["worse_label"][:5]
+    if damage == "eleven":
+        columns["worse_label"] = columns["worse_label"] + 1
+    file = tmp_path / "CIFAR-10_human.pt"
+    torch.save(torch.zeros(3) if damage == "tensor" else columns, file)
+    if damage == "empty":
+        file.write_bytes(b"")
+    done = script(file, tmp_path / "labels", "--jpeg")
+    assert done.returncode == 1 and "CIFAR-10_human.pt is not the file of CIFAR-10N" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "labels").exists()
+
+
 class Evil:
     """What runs code where a pickle is loaded."""
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -143,11 +144,12 @@ def test_images_are_decoded_once(tmp_path: Path) -> None:
     assert_equal(epoch_of(config(root), training=True), before)
 
 
-def test_a_file_that_is_written_again_is_decoded_again(tmp_path: Path) -> None:
-    """Also one of the same size."""
-    root = make_square(tmp_path / "images")
+@pytest.mark.parametrize("number", [1, 101, 295])
+def test_a_file_that_is_written_again_is_decoded_again(tmp_path: Path, number: int) -> None:
+    """Each of many, also one of the same size."""
+    root = make_square(tmp_path / "images", train=300)
     load(config(root))
-    file = root / "train" / "cat" / "1.bmp"
+    file = root / "train" / "cat" / f"{number}.bmp"
     changed = noise_image(random.Random(5))
     size = file.stat().st_size
     changed.save(file)
@@ -174,10 +176,18 @@ def test_large_images_and_images_of_different_sizes_are_not_kept_unasked(tmp_pat
     assert len(kept()) == 2
 
 
-def test_a_broken_image_is_refused_or_replaced_as_without_the_cache(tmp_path: Path) -> None:
+def test_a_broken_image_is_refused_or_replaced_as_without_the_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This is found once."""
     root = make_square(tmp_path / "images")
     (root / "train" / "cat" / "2.jpg").write_bytes(b"no image")
     assert load(config(root)).train.read_pixels is None
+    assert "the images are opened one by one, because train/cat/2.jpg" in capsys.readouterr().err
+    decode = mock.Mock(side_effect=AssertionError("decoded again"))
+    with mock.patch("exnorm.data.decoded._decode_all", decode):
+        assert load(config(root)).train.read_pixels is None
+    assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=r"data.cache=true: train.cat.2.jpg is not a readable image .*data.exclude"):
         load(config(root, cache=True))
     assert len(kept()) == 1  # validation
@@ -213,6 +223,7 @@ def test_the_cache_is_not_in_the_hash_of_a_run(tmp_path: Path) -> None:
 def test_a_cache_that_is_asked_for_where_there_is_none_is_refused(tmp_path: Path) -> None:
     for words, line in (
         (["data=glyph_scenes"], "data.cache=true: glyph_scenes has masks"),
+        (["data=digits"], "data.cache=true: digits has no files to decode"),
         (
             ["data=imagenet", "data.source=hfds/some/set"],
             "data.cache=true: data.source=hfds/some/set has its",

@@ -1,6 +1,7 @@
 """Labels from a file: which file is taken, what it may hold, and what is said of one that does not fit."""
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,51 @@ def rows_of(root: Path) -> list[tuple[Any, Any]]:
 
 
 def test_labels_are_those_of_the_file_and_the_own_ones_stay_as_clean_labels(root: Path, tmp_path: Path) -> None:
-    """By paths or indices, and names or numbers of classes, in any order of the rows."""
+    """By names or numbers of classes, in any order of the rows."""
     named = rows_of(root)
-    numbered = [(place, CLASSES.index(label)) for place, (_, label) in enumerate(named)]
-    for rows, head in ((named[::-1], "path,label"), (numbered[::-1], "index,label")):
-        splits = load(config(root, written(tmp_path / "labels.csv", rows, head)))
+    numbered = [(name, CLASSES.index(label)) for name, label in named]
+    for rows in (named[::-1], numbered[::-1]):
+        splits = load(config(root, written(tmp_path / "labels.csv", rows)))
         assert list(splits.train.labels) == [label for _, label in numbered]
         assert list(splits.train.clean_labels) == [CLASSES.index(name.split("/")[0]) for name, _ in named]
         assert noise.wrong_labels(splits.train) == [(0, 0, 1)]
         assert splits.val.clean_labels is None
+
+
+def test_images_without_files_have_indices(tmp_path: Path) -> None:
+    own = load(compose_train(["data=digits"]).data).train
+    rows = [(place, (int(label) + (place == 5)) % 10) for place, label in enumerate(own.labels)]
+    file = written(tmp_path / "labels.csv", rows[::-1], "index,label")
+    words = ["data=digits", "data.noise.kind=file", f"data.noise.file={file}"]
+    assert [place for place, *_ in noise.wrong_labels(load(compose_train(words).data).train)] == [5]
+
+
+def test_members_of_one_name_in_two_tar_files_are_refused(root: Path, tmp_path: Path) -> None:
+    """A row would label an image of each class."""
+    (tmp_path / "tars" / "train").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / "tars" / split).mkdir(exist_ok=True)
+        for folder in (root / split).iterdir():
+            with tarfile.open(tmp_path / "tars" / split / f"{folder.name}.tar", "w") as tar:
+                for image in sorted(folder.iterdir()):
+                    tar.add(image, image.name)
+    file = written(tmp_path / "labels.csv", [(f"{n}.{'png' if n % 2 else 'jpg'}", "cat") for n in range(EACH)])
+    with pytest.raises(UserError, match="8 training images have the name of another one in another tar file"):
+        load(config(tmp_path / "tars", file, source="tar"))
+
+
+def test_a_wrong_name_does_not_turn_names_of_classes_into_numbers(tmp_path: Path) -> None:
+    """The classes are called 1, 2 and 3."""
+    root = make_image_folder(tmp_path / "images", train=EACH, val=1)
+    for split in ("train", "val"):
+        for number, name in enumerate(CLASSES, 1):
+            (root / split / name).rename(root / split / str(number))
+    names = paths(root)
+    right = load(config(root, written(tmp_path / "labels.csv", [(name, name[0]) for name in names])))
+    assert not noise.wrong_labels(right.train)
+    wrong = [(name, name[0] if name[0] != "3" else "0") for name in names]
+    with pytest.raises(UserError, match="no class is called '0'"):
+        load(config(root, written(tmp_path / "labels.csv", wrong)))
 
 
 def test_a_path_in_a_tar_file_begins_inside_of_it(root: Path, tmp_path: Path) -> None:
@@ -119,7 +156,10 @@ Change = Callable[[list[tuple[Any, Any]]], list[tuple[Any, Any]]]
         (lambda rows: [(name, 3) for name, _ in rows], "path,label", "label 3. There are 3 classes, from 0 to 2"),
         (lambda rows: [(name, "") for name, _ in rows], "path,label", "line 2: expected a path and a label"),
         (lambda rows: rows, "file,class", "begins with 'file,class'; expected a header such as path,label"),
-        (lambda rows: rows, "index,label", "no training image has the index"),
+        (lambda rows: rows, "index,label", "has indices, and the order of the images of imagefolder depends on its"),
+        (lambda rows: [(rows[0][0], "9" * 5000), *rows[1:]], "path,label", "no class is called '99"),
+        (lambda rows: [(rows[0][0], "x" * 200_000), *rows[1:]], "path,label", "line 1: field larger than field limit"),
+        (lambda rows: rows, "path,label,label", "begins with 'path,label,label'; expected a header"),
     ],
 )
 def test_a_file_that_does_not_fit_gets_one_line(
@@ -133,7 +173,7 @@ def test_a_file_that_does_not_fit_gets_one_line(
 def test_what_cannot_be_is_refused_before_the_images_are_read(root: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "labels.csv", rows_of(root))
     for wanted, line in (
-        (config(root, tmp_path / "none.csv"), "none.csv: there is no such file in the current folder or in"),
+        (config(root, tmp_path / "none.csv"), "none.csv: there is no such file in the current folder or in that of"),
         (config(root, file, noise={"rate": 0.2}), "the file says which labels are wrong"),
         (config(root, file, noise={"kind": "symmetric", "rate": 0.2}), "give both, as in data.noise.kind=file"),
     ):

@@ -655,3 +655,11 @@ scales: {mini: {leave_out: [{batch: 8x8}, {norm: bn, batch: 8x32}]}}
         ["bn", "", "70.00 (1)"],
         ["sn", "80.00 (1)", "–"],
     ]
+
+
+def test_labels_of_a_run_without_wrong_labels_are_refused_before_it_trains(tmp_path: Path) -> None:
+    text = "axes: {norm: [en]}\nset: [data=digits]\nlabels_of: [{norm: en}]"
+    study = load_study(own_study(tmp_path, text), "mini")
+    (first, *_) = jobs_of(study, study.cells, tmp_path)
+    with pytest.raises(UserError, match="norm=en: labels_of is for runs with wrong labels; give it data.noise"):
+        first.check()

@@ -91,6 +91,15 @@ def test_the_command_measures_once_and_refuses_in_one_line(tmp_path: Path, cli_h
         wrong.append(label != clean)
     assert auc_of(np.array(losses), np.array(wrong))[0] == pytest.approx(frame.auc.iloc[-1], abs=1e-3)
 
+    record = run / "record.json"
+    before = record.read_text()
+    record.write_text(before.replace('"sha256": "', '"sha256": "0'))
+    kept = file.rename(tmp_path / "kept.csv")
+    with pytest.raises(UserError, match="the labels of the data set are not those that the run was trained with"):
+        measure_wrong_labels(RunFolder(run))
+    record.write_text(before)
+    kept.rename(file)
+
     file.write_text("layer,auc\n")
     done = cli_here("ratios", run, "--wrong-labels")
     assert done.returncode == 2 and f"{file} is damaged. Remove it" in done.stderr

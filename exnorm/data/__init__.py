@@ -56,6 +56,8 @@ def fingerprint(config: Any, *, train: bool = True) -> str:
     for option in PARTICULAR:
         if config[option] is not None and option not in known:
             raise UserError(f"data.{option}={config[option]}: {config.name} has no such option. Leave it out")
+    if config.cache and "exclude" not in known:
+        raise UserError(f"data.cache=true: {config.name} has no files to decode. Leave it out")
     own = data_set(config.name).fingerprint(config, train=train)
     if train and config.noise.kind == noise.FILE:
         own += noise_file.fingerprint(config)

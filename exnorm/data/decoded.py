@@ -2,9 +2,11 @@
 
 Opening and decoding a JPEG of 32 pixels from a tar file takes 0.25 ms, as long as a small network needs to train on it.
 All images of a split must have one size. Images are kept by themselves, without `data.cache=true`, if their sides have
-at most 64 pixels and all of them together take at most 2 GiB.
+at most 64 pixels and all of them together take at most 2 GiB. If one is broken or has another size, a small file in the
+cache says so, and they are opened one by one from then on.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -18,13 +20,16 @@ from PIL import Image
 
 from exnorm.config.errors import UserError
 from exnorm.data.files import BadImage
-from exnorm.data.index import SAMPLE
+from exnorm.data.index import stamp_of
 from exnorm.data.pixel_file import HEADER, PixelFile, made_once
 from exnorm.data.sample_index import SampleIndex
 from exnorm.data.splits import Images
+from exnorm.runs.cache import cache_folder
 
+VERSION = 1  # another number for other pixels of the same files
 LARGEST_SIDE = 64  # pixels
 LARGEST = 2 << 30  # bytes
+ADVICE = "Leave data.cache out, or list the file in data.exclude"
 MANY = 10_000  # images whose decoding takes seconds, which is worth a line
 
 
@@ -46,33 +51,53 @@ def cached(images: Images, entries: SampleIndex, wanted: bool | None) -> Images:
         return images
     try:
         width, height = images.open_image(0).size
-        small = max(width, height) <= LARGEST_SIDE and len(images) * width * height * 3 <= LARGEST
-        if not (wanted or small):
-            return images
-        shape = (height, width, 3)
-        name = f"decoded-{_key(entries)[:24]}.bin"
-        file = made_once(name, shape, len(images), partial(_decode_all, images.open_image, len(images), shape))
+    except BadImage as problem:
+        if wanted:
+            raise UserError(f"data.cache=true: {problem}. {ADVICE}") from None
+        return images
+    small = max(width, height) <= LARGEST_SIDE and len(images) * width * height * 3 <= LARGEST
+    if not (wanted or small):
+        return images
+    try:
+        file = _made(images, entries, (height, width, 3), wanted)
     except (BadImage, _Unlike, OSError) as problem:
         if wanted:
-            advice = "Leave data.cache out, or list the file in data.exclude"
-            raise UserError(f"data.cache=true: {problem}. {advice}") from None
+            raise UserError(f"data.cache=true: {problem}. {ADVICE}") from None
+        print(f"exnorm: the images are opened one by one, because {problem}", file=sys.stderr, flush=True)
+        return images
+    if file is None:
         return images
     return replace(images, open_image=partial(_open, file), read_pixels=partial(_read, file))
 
 
+def _made(images: Images, entries: SampleIndex, shape: tuple[int, ...], wanted: bool | None) -> PixelFile | None:
+    """Return the file of decoded images. None if it was found before that there cannot be one."""
+    name = f"decoded-{_key(entries)[:24]}"
+    refused = cache_folder() / f"{name}.txt"
+    if refused.exists() and not wanted:
+        return None
+    try:
+        return made_once(f"{name}.bin", shape, len(images), partial(_decode_all, images.open_image, len(images), shape))
+    except (BadImage, _Unlike) as problem:
+        with contextlib.suppress(OSError):
+            refused.write_text(f"{problem}\n", encoding="utf-8", errors="surrogateescape")
+        raise
+
+
 def _key(entries: SampleIndex) -> str:
-    """Return a hash of the files' names, sizes and folder, and of the times of change of a sample of them.
+    """Return a hash of the files' names and folder, and of the size and the time of change of each of them.
 
     A run's hash has no times and no folder. They are here because two folders may have files of the same names and
-    sizes, and because a file may be written again.
+    sizes, and because a file may be written again. The kept index compares only a sample of the files.
     """
+    digest = hashlib.sha256(repr((VERSION, entries.fingerprint(), os.path.abspath(entries.base))).encode())
+    base = os.fsencode(entries.base)
+    paths = map(os.fsencode, entries.tars)
     if entries.spans is None:
-        places = np.linspace(0, len(entries) - 1, min(SAMPLE, len(entries))).astype(int).tolist()
-        paths = [os.path.join(entries.base, entries.names[place]) for place in places]
-    else:
-        paths = list(entries.tars)
-    times = [os.stat(path).st_mtime_ns for path in paths]
-    return hashlib.sha256(repr((entries.fingerprint(), os.path.abspath(entries.base), times)).encode()).hexdigest()
+        paths = (os.path.join(base, entries.names.raw(place)) for place in range(len(entries)))
+    for path in paths:
+        digest.update(repr(stamp_of(path)).encode())
+    return digest.hexdigest()
 
 
 def _decode_all(open_image: Callable[[int], Image.Image], count: int, shape: tuple[int, ...], path: Path) -> None:

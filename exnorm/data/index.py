@@ -139,10 +139,16 @@ def _same_sizes(entries: SampleIndex) -> bool:
 
 def size_of(path: bytes) -> int:
     """Return the bytes of a file; -1 for a dangling link."""
+    return stamp_of(path)[0]
+
+
+def stamp_of(path: bytes) -> tuple[int, int]:
+    """Return the bytes of a file and its time of change in ns; -1 for a dangling link."""
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
     except OSError:
-        return -1
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _write(file: Path, entries: SampleIndex, stamps: list[Stamp]) -> None:

@@ -20,6 +20,7 @@ from exnorm.data.paths import file_of, root_of
 from exnorm.data.splits import Images
 
 KEY = "data.noise.file"
+MOST_DIGITS = 10  # of a class's number
 PATH, INDEX, LABEL = "path", "index", "label"
 
 
@@ -40,7 +41,12 @@ def _file(config: Any) -> Path:
         return here
     if config.root is None and not config.roots:
         raise UserError(f"{KEY}={name}: there is no such file in the current folder")
-    return file_of(name, root_of(config, layout=""), KEY)
+    try:
+        return file_of(name, root_of(config, layout=""), KEY)
+    except UserError:
+        raise UserError(
+            f"{KEY}={name}: there is no such file in the current folder or in that of {config.name}"
+        ) from None
 
 
 def labelled(images: Images, classes: Sequence[str], config: Any) -> Images:
@@ -56,10 +62,18 @@ def labelled(images: Images, classes: Sequence[str], config: Any) -> Images:
     column, rows = _rows(file)
     if column == PATH and images.name_of is None:
         raise UserError(f"{KEY}={file} has paths, but {config.name} has no files. Give indices in a column '{INDEX}'")
-    if column == INDEX and images.excluded:
-        raise UserError(f"{KEY}={file} has indices, which change with data.exclude. Give paths in a column '{PATH}'")
-    name_of = images.name_of if column == PATH and images.name_of is not None else str
-    names = [name_of(place) for place in range(len(images))]
+    if column == INDEX and (images.name_of is not None or images.excluded):
+        raise UserError(
+            f"{KEY}={file} has indices, and the order of the images of {config.name} depends on its files. Give paths "
+            f"in a column '{PATH}'"
+        )
+    names = [(images.name_of or str)(place) for place in range(len(images))]
+    twice = len(names) - len(set(names))
+    if twice:
+        raise UserError(
+            f"{KEY}={file}: {twice} training images have the name of another one in another tar file, so a path says "
+            "too little. Put the images of each class into a folder of its own"
+        )
     unknown = rows.keys() - set(names)
     if len(unknown) > images.excluded:
         raise UserError(f"{file}: no training image has the {column} {min(unknown)} ({len(unknown)} such rows)")
@@ -80,16 +94,19 @@ def _rows(file: Path) -> tuple[str, dict[str, str]]:
         reader = csv.DictReader(lines)
         heads = reader.fieldnames or []
         columns = [name for name in (PATH, INDEX) if name in heads]
-        if len(columns) != 1 or LABEL not in heads:
+        if len(columns) != 1 or heads.count(LABEL) != 1:
             raise UserError(f"{file} begins with '{','.join(heads)}'; expected a header such as {PATH},{LABEL}")
         (column,) = columns
-        for row in reader:
-            name, label = row[column], row[LABEL]
-            if not name or not label:
-                raise UserError(f"{file}, line {reader.line_num}: expected a {column} and a label")
-            if name in found:
-                raise UserError(f"{file}, line {reader.line_num}: {column} {name} has a second row")
-            found[name] = label
+        try:
+            for row in reader:
+                name, label = row[column], row[LABEL]
+                if not name or not label:
+                    raise UserError(f"{file}, line {reader.line_num}: expected a {column} and a label")
+                if name in found:
+                    raise UserError(f"{file}, line {reader.line_num}: {column} {name} has a second row")
+                found[name] = label
+        except csv.Error as problem:
+            raise UserError(f"{file}, line {reader.line_num}: {problem}") from None
     return column, found
 
 
@@ -98,7 +115,8 @@ def _numbers(labels: set[str], classes: Sequence[str], file: Path) -> Mapping[st
     places = {name: place for place, name in enumerate(classes)}
     if labels <= places.keys():
         return places
-    if all(label.isdecimal() for label in labels):
+    numbers = all(label.isdecimal() and len(label) < MOST_DIGITS for label in labels)
+    if numbers and not any(name.isdecimal() for name in classes):  # else a wrong name would turn names into numbers
         largest = max(labels, key=int)
         if int(largest) >= len(classes):
             raise UserError(f"{file}: label {largest}. There are {len(classes)} classes, from 0 to {len(classes) - 1}")

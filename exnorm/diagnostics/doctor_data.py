@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 from exnorm.config.compose import compose_train
@@ -68,8 +69,9 @@ def _examine(overrides: Sequence[str], count: int, sheet: Path | None) -> int:
         print(f"FAIL: {problem}")
         list_broken(config, broken, problem.problems)
         return 1
-    splits = load(config)
-    named = {f"val ({name})": images for name, images in validation_sets(config, splits).items()}
+    from_files = OmegaConf.merge(config, {"cache": False})  # a check reads the files themselves
+    splits = load(from_files)
+    named = {f"val ({name})": images for name, images in validation_sets(from_files, splits).items()}
     if isinstance(splits.train, MaskedImages):
         looks = doctor_masks.examine(config, splits, named, count, path)
     else:
@@ -88,7 +90,7 @@ def _examine_labels(config: Any, splits: Splits, named: dict[str, Any], count: i
     looks = {name: _look(config, name, images, count) for name, images in {"train": train, **named}.items()}
     with tempfile.TemporaryDirectory() as folder:
         replaced = BadImages(Path(folder) / "bad.csv", data=config.name, images=len(train), max_fraction=1)
-        dataset = SeededImages(train, train_transform(config), seed=0, bad_images=replaced)
+        dataset = SeededImages(load(config).train, train_transform(config), seed=0, bad_images=replaced)
         print(_speed(config, dataset, count))
         draw_sheet(dataset, splits.classes).save(path, optimize=True)
     print(f"sheet: {ROWS * COLUMNS} augmented training images with their labels in {path}")

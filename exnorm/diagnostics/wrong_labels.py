@@ -27,6 +27,7 @@ from exnorm.data.loader import Loader, SeededImages, fixed_batches
 from exnorm.data.splits import Images
 from exnorm.data.transforms import eval_transform
 from exnorm.engine import checkpoint
+from exnorm.engine.images import bad_images_of
 from exnorm.engine.worker import device_type
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.layer_ratios import LABEL_COLUMNS, LOSS, read_label_ratios
@@ -44,7 +45,8 @@ def measure_wrong_labels(folder: RunFolder) -> pd.DataFrame:
         A table of layer, images, auc, low, high.
 
     Raises:
-        UserError: the norm has no ratios of each image, the labels are not noisy, or there is no checkpoint.
+        UserError: the norm has no ratios of each image, the labels are not noisy or have changed since the training,
+            or there is no checkpoint.
     """
     config = checkpoint.read_config(folder)
     if not noise.is_on(config.data.noise):
@@ -53,11 +55,15 @@ def measure_wrong_labels(folder: RunFolder) -> pd.DataFrame:
     file = folder.label_ratios_file(last["step"])
     if file.is_file():
         return read_label_ratios(file)
-    images = load(config.data).train
+    splits = load(config.data)
+    images, record = splits.train, folder.read_record() or {}
     assert isinstance(images, Images)
+    if noise.facts(config.data.noise, images)["sha256"] != record.get("noise", {}).get("sha256"):
+        raise UserError(f"{folder.path}: the labels of the data set are not those that the run was trained with")
     indices = chosen_images(images)
     device = torch.device(device_type(config.trainer.device))
-    dataset = SeededImages(images, eval_transform(config.data), seed=config.seed)
+    bad_images = bad_images_of(folder, config.data, splits)
+    dataset = SeededImages(images, eval_transform(config.data), seed=config.seed, bad_images=bad_images)
     loader = Loader(dataset, fixed_batches(indices.tolist(), BATCH), workers=config.data.workers, device=device)
     ratios, losses, wrong = _measured(checkpoint.build_trained(config, last).to(device), loader)
     if not ratios:

@@ -78,15 +78,15 @@ class StudyTable:
         others = [name for name in self.study.axes if name != axis]
         values = measured(self.study, self.rows, metric)
         best = self._best(metric)
-        lines: dict[tuple[str, ...], dict[str, Entry]] = {}  # by the labels of a row, and the value of the column
+        lines: dict[tuple[str, ...], dict[str, Entry]] = {}  # by the other values of a row, and that of the column
         for cell in self.study.cells:
             key = dict(cell.key)
-            entries = lines.setdefault(tuple(self.study.label(key[name]) for name in others), {})
+            entries = lines.setdefault(tuple(key[name] for name in others), {})
             entries[key[axis]] = self._entry(cell, values.get(cell.name), metric, cell.name in best)
         columns = [value for value in self.study.axes[axis] if any(value in entries for entries in lines.values())]
         rows = [
-            [*map(Entry, labels), *(entries.get(value, Entry("")) for value in columns)]
-            for labels, entries in lines.items()
+            [*(Entry(self.study.label(other)) for other in of), *(entries.get(v, Entry("")) for v in columns)]
+            for of, entries in lines.items()
         ]
         return Grid([*others, *map(self.study.label, columns)], rows)
 

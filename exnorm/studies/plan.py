@@ -21,6 +21,7 @@ from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import Cell, Study
+from exnorm.data import noise
 from exnorm.engine.batch import parse_batch
 from exnorm.engine.launch import check, evaluation_id, identity, resolve_eval_config
 from exnorm.runs.folder import RunFolder
@@ -156,6 +157,8 @@ class Job:
             check(_config(self._own()))
             if self.cell is not None and self.cell.evaluate:
                 resolve_eval_config(_values(self._own()), list(self.cell.evaluate))
+            if LABELS in self.looks and not noise.is_on(_config(self._own()).data.noise):
+                raise UserError("labels_of is for runs with wrong labels; give it data.noise, or leave it out")
         except UserError as problem:
             raise UserError(f"{self.name}: {problem}") from None
 

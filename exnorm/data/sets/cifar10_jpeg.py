@@ -52,7 +52,8 @@ def found(root: Path, *, train: bool) -> imagefolder.Found:
 
 def _split(root: Path, split: str) -> index.SampleIndex:
     for folder in (root / name for name in FOLDERS[split]):
-        if tars := sorted(folder.glob("*.tar")):
+        tars = sorted(folder.glob("*.tar"))
+        if tars and not any((folder / name).is_dir() for name in CLASSES):
             return index.of_tars(tars, folder)
         if folder.is_dir():
             return index.of_folders(folder)
