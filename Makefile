@@ -55,13 +55,12 @@ browser: ## Install Chromium with apt-get where it is missing and that is possib
 slow: setup browser ## The slow tests: whole trainings, kills, several processes, the wheel
 	$(BIN)/pytest -m slow -n $(WORKERS) --dist worksteal
 
-# Rebuilt only when one of the two files changed; torch on Linux brings the CUDA libraries, hence the size. Without
-# --no-compile, pip spends more than a minute on 14,000 files, most of which nothing imports.
+# Rebuilt only when one of the two files changed; torch on Linux brings the CUDA libraries, hence the size.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
 		echo "exnorm needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is $$("$(PYTHON)" -V 2>/dev/null || echo missing): type make PYTHON=/path/to/python3.12 setup" >&2; exit 1; }
 	@echo "Installing into $(VENV): 4 to 5 minutes and 6 GB the first time ..."
 	@start=$$SECONDS; \
 	"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"; \
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'; \
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
 	echo "installation: $$((SECONDS - start)) s, $$(du -sh "$(VENV)" | cut -f1)" | tee $@
