@@ -18,7 +18,7 @@ from PIL import Image
 from exnorm.config.cache import cache_folder
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
-from exnorm.data import fingerprint, load
+from exnorm.data import decoded, fingerprint, load
 from exnorm.data.loader import Loader, SeededImages, TrainBatches, fixed_batches
 from exnorm.data.transforms import eval_transform, train_transform
 from exnorm.engine.launch import identity
@@ -177,9 +177,10 @@ def test_large_images_and_images_of_different_sizes_are_not_kept_unasked(tmp_pat
 
 
 def test_a_broken_image_is_refused_or_replaced_as_without_the_cache(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This is found once."""
+    """This is found once, and said of many images."""
+    monkeypatch.setattr(decoded, "MANY", 20)
     root = make_square(tmp_path / "images")
     (root / "train" / "cat" / "2.jpg").write_bytes(b"no image")
     assert load(config(root)).train.read_pixels is None

@@ -63,7 +63,8 @@ def cached(images: Images, entries: SampleIndex, wanted: bool | None) -> Images:
     except (BadImage, _Unlike, OSError) as problem:
         if wanted:
             raise UserError(f"data.cache=true: {problem}. {ADVICE}") from None
-        print(f"exnorm: the images are opened one by one, because {problem}", file=sys.stderr, flush=True)
+        if len(images) >= MANY:
+            print(f"exnorm: the images are opened one by one, because {problem}", file=sys.stderr, flush=True)
         return images
     if file is None:
         return images
