@@ -160,7 +160,6 @@ def read_study(name: str) -> tuple[Path, dict[str, Any]]:
         if scale not in SCALES:
             raise UserError(f"{file}, scales: unknown scale '{scale}': {suggest(str(scale), SCALES)}")
         check_scale(own, OWN_SCALE_KEYS, f"{file}, scales.{scale}")
-        _check_items(own, f"{file}, scales.{scale}")
     _check_items(values, str(file))
     for name, source in values.get("sources", {}).items():
         if _is_mapping(source):

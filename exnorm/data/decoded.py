@@ -68,7 +68,7 @@ def cached(images: Images, entries: SampleIndex, wanted: bool | None) -> Images:
         return images
     if file is None:
         return images
-    return replace(images, open_image=partial(_open, file), read_pixels=partial(_read, file))
+    return replace(images, open_image=file.open_image, read_pixels=file.read_pixels)
 
 
 def _made(images: Images, entries: SampleIndex, shape: tuple[int, ...], wanted: bool | None) -> PixelFile | None:
@@ -112,11 +112,3 @@ def _decode_all(open_image: Callable[[int], Image.Image], count: int, shape: tup
                 sizes = " and ".join(f"{wide} x {high}" for high, wide, _ in (pixels.shape, shape))
                 raise _Unlike(f"images {index} and 0 have {sizes} pixels, and the cache needs one size")
             file.write(pixels.tobytes())
-
-
-def _open(file: PixelFile, index: int) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(file.images[index]))
-
-
-def _read(file: PixelFile, indices: np.ndarray) -> np.ndarray:
-    return file.images[indices]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from exnorm.runs.cache import cache_folder
 from exnorm.runs.folder import flock
@@ -31,6 +32,14 @@ class PixelFile(NamedTuple):
     def images(self) -> np.ndarray:
         """All images, (images, *shape) in uint8, mapped into memory."""
         return _mapped(self.path, self.shape)
+
+    def read_pixels(self, indices: np.ndarray) -> np.ndarray:
+        """Return the images with these indices, (images, *shape) in uint8."""
+        return self.images[indices]
+
+    def open_image(self, index: int) -> Image.Image:
+        """Return image i in RGB, which are its first three channels."""
+        return Image.fromarray(np.ascontiguousarray(self.images[index, ..., :3]))
 
 
 def made_once(name: str, shape: tuple[int, ...], count: int, fill: Callable[[Path], None]) -> PixelFile:

@@ -28,13 +28,13 @@ def images(plan: Plan, count: int) -> Images:
     """Return the images of a plan; draw them if they are not in the cache."""
     labels = [index % len(plan.texts) for index in range(count)]
     file = _drawn(plan, count)
-    return Images(labels, partial(_open, file), read_pixels=partial(_read, file))
+    return Images(labels, file.open_image, read_pixels=file.read_pixels)
 
 
 def masked_images(plan: Any, count: int) -> MaskedImages:
     """Return the images and masks of a plan; draw them if they are not in the cache."""
     file = _drawn(plan, count)
-    return MaskedImages(count, partial(_open, file), partial(_open_mask, file), same_size=True)
+    return MaskedImages(count, file.open_image, partial(_open_mask, file), same_size=True)
 
 
 def _drawn(plan: Any, count: int) -> PixelFile:
@@ -71,13 +71,5 @@ def _draw_all(plan: Any, count: int, file: Path) -> None:
             raise RuntimeError(f"drawing {count} images failed. The messages of its processes are above")
 
 
-def _open(file: PixelFile, index: int) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(file.images[index, ..., :3]))
-
-
 def _open_mask(file: PixelFile, index: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(file.images[index, ..., 3]))
-
-
-def _read(file: PixelFile, indices: np.ndarray) -> np.ndarray:
-    return file.images[indices]
