@@ -36,11 +36,12 @@ PARTS = {
     "tests": 180,
     "speed stock": 60,
     **{f"speed {norm}": 60 for norm in NORMS},
+    "profile en": 40,
+    "host en": 30,
+    "train": 120,
     "whole stock": 90,
     "whole en": 90,
-    "train": 90,
     "layers": 60,
-    "profile en": 30,
     "profile stock": 30,
 }
 COLUMNS = [
@@ -240,9 +241,11 @@ class Visit:
         self.measure(norm, self.batches()[0], whole=True)
 
     def train(self) -> None:
-        """Run `exnorm train` on this device in bf16, in fp16, in a CUDA graph, and deterministically."""
+        """Run `exnorm train` here in bf16, in a CUDA graph, in fp16, deterministically, and on segmentation."""
         graph = ["trainer.cuda_graph=true", "trainer.precision=bf16", "trainer.epochs=2"]
-        for extra in (["trainer.precision=bf16"], graph, ["trainer.precision=fp16"], ["trainer.deterministic=true"]):
+        scenes = ["task=segmentation", "data=glyph_scenes", "model=resnet_mini", "trainer.precision=bf16"]
+        cases = (["trainer.precision=bf16"], graph, ["trainer.precision=fp16"], ["trainer.deterministic=true"], scenes)
+        for extra in cases:
             runs = f"runs={tempfile.mkdtemp()}"
             command = ["train", "model=resnet18", "norm=en", "debug=fast", "logger=off", runs, *extra]
             start = time.monotonic()
@@ -279,27 +282,50 @@ class Visit:
                     self.row(layer=name, shape=f"{batch}x{c}x{px}x{px}", ms=round(milliseconds, 3), gb_per_s=speed)
 
     def profile(self, norm: str) -> None:
-        """Count and time the kernels of a step at the largest batch, and list the longest ones."""
+        """Count and time the kernels of a step at the largest and the smallest batch, and list the longest ones."""
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
-        step = self.training(norm, self.batches()[0])
-        for _ in range(3):
-            step()
-        self.sync()
-        if not self.cuda:
-            return
-        with profile(activities=[ProfilerActivity.CUDA]) as record:
-            step()
+        for batch in (self.batches()[0], self.batches()[-1]):
+            step = self.training(norm, batch)
+            for _ in range(3):
+                step()
             self.sync()
-        times: dict[str, float] = {}
-        events = [event for event in record.events() or [] if event.device_type == DeviceType.CUDA]
-        for event in events:
-            times[event.name[:60]] = times.get(event.name[:60], 0) + event.device_time
-        longest = sorted(((round(value), name) for name, value in times.items()), reverse=True)[:25]
-        busy_ms = round(sum(times.values()) / 1e3, 2)
-        print(*longest, sep="\n")
-        self.row(norm=norm, batch=self.batches()[0], kernels=len(events), busy_ms=busy_ms, said=longest[:3])
+            if not self.cuda:
+                continue
+            with profile(activities=[ProfilerActivity.CUDA]) as record:
+                step()
+                self.sync()
+            times: dict[str, list[float]] = {}
+            events = [event for event in record.events() or [] if event.device_type == DeviceType.CUDA]
+            for event in events:
+                times.setdefault(event.name[:70], []).append(event.device_time)
+            longest = sorted(((round(sum(each)), len(each), name) for name, each in times.items()), reverse=True)[:30]
+            busy_ms = round(sum(map(sum, times.values())) / 1e3, 2)
+            print("microseconds, launches, kernel", *longest, sep="\n")
+            self.row(norm=norm, batch=batch, kernels=len(events), busy_ms=busy_ms, said=longest[:3])
+
+    def host(self, norm: str) -> None:
+        """List the Python functions on which the host spends its time, at the smallest batch."""
+        import cProfile
+        import pstats
+
+        import torch
+
+        step = self.training(norm, self.batches()[-1])
+        with torch.autograd.set_multithreading_enabled(False):  # the profiler sees this thread alone
+            for _ in range(3):
+                step()
+            self.sync()
+            profiler = cProfile.Profile()
+            profiler.enable()
+            for _ in range(10):
+                step()
+            profiler.disable()
+            self.sync()
+        statistics = pstats.Stats(profiler)
+        statistics.sort_stats("tottime").print_stats(45)
+        statistics.sort_stats("cumtime").print_stats(45)
 
     # Measurement
 
