@@ -1,8 +1,10 @@
 """On a GPU: every normalizer and back end against float64 on the CPU, and the training loop. `scripts/gpu_visit.py`."""
 
+import contextlib
 import copy
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +31,10 @@ def backend_as_before() -> Iterator[None]:
     ops.set_backend(before)
 
 
-def error(value: Tensor, exact: Tensor) -> float:
-    """The relative error in the 2-norm."""
+def error(value: Tensor, exact: Tensor, least: float = 1e-6) -> float:
+    """The relative error in the 2-norm, of a norm that counts as `least` where it is smaller."""
     exact = exact.detach().double().cpu()
-    return float((value.detach().double().cpu() - exact).norm() / exact.norm().clamp(min=1e-6))
+    return float((value.detach().double().cpu() - exact).norm() / exact.norm().clamp(min=least))
 
 
 def results(layer: nn.Module, x: Tensor, residual: Tensor | None, grad: Tensor) -> dict[str, Tensor]:
@@ -59,6 +61,18 @@ CASES = [
 ]
 
 
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Raise where the host waits for the device."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "a prototype"
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -75,19 +89,21 @@ def test_a_layer_is_what_float64_says(norm: str, backend: str, training: bool) -
             if last:
                 values = [t.contiguous(memory_format=torch.channels_last) for t in values]
             exact_layer = copy.deepcopy(layer).double()
-            configure_scope(exact_layer, replicas=replicas)
+            eager_layer, on_gpu = copy.deepcopy(layer), copy.deepcopy(layer).cuda()
+            for each in (exact_layer, eager_layer, on_gpu):
+                configure_scope(each, replicas=replicas)
             ops.set_backend("eager")
-            exact = [t.double().cpu() for t in values]
+            exact, single = [t.double().cpu() for t in values], [t.cpu() for t in values]
             expected = results(exact_layer, exact[0], exact[1] if add else None, exact[2])
-            on_gpu = copy.deepcopy(layer).cuda()
-            configure_scope(on_gpu, replicas=replicas)
+            eager = results(eager_layer, single[0], single[1] if add else None, single[2])
             assert ops.set_backend(backend) == backend
             found = results(on_gpu, values[0], values[1] if add else None, values[2])
-            errors = {name: error(found[name], value) for name, value in expected.items()}
-            large = {name: value for name, value in errors.items() if value > tolerance}
-            # a gradient that is a difference of large terms has lost its digits before it gets here
-            large = {n: v for n, v in large.items() if float(expected[n].norm()) > 1e-3 * float(expected["dx"].norm())}
-            assert not large, (shape, last, add, act, replicas, dtype, large)
+            # Where rounding decides, as in a difference of large terms, eager layers on the CPU show how far it goes.
+            least = 1e-5 * float(expected["dx"].norm())  # the gradient of EN's ratios is 0 if all statistics are equal
+            allowed = {n: max(tolerance, 4 * error(eager[n], value, least)) for n, value in expected.items()}
+            errors = {n: error(found[n], value, least) for n, value in expected.items()}
+            large = {name: (value, allowed[name]) for name, value in errors.items() if not value <= allowed[name]}
+            assert not large, (norm, shape, last, add, act, replicas, dtype, large)
             assert found["y"].stride() == values[0].stride()
 
 
@@ -137,20 +153,21 @@ def test_no_step_waits_for_the_device(norm: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     x = torch.randn(8, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
     labels = torch.arange(8, device="cuda")
-    for index in range(22):
-        if index == 2:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = nn.functional.cross_entropy(model(x).float(), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            commit_running_stats(model)
-        finally:
-            if index == 21:
-                torch.cuda.set_sync_debug_mode("default")
-    assert bool(loss.isfinite())
+
+    def step() -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        commit_running_stats(model)
+        return loss
+
+    step()
+    step()
+    with waiting_is_an_error():
+        losses = [step() for _ in range(20)]
+    assert bool(torch.stack(losses).isfinite().all())
 
 
 @pytest.mark.parametrize("norm", ["en", "sn", "bn", "gn"])
@@ -175,7 +192,10 @@ def test_the_whole_model_compiled_learns_alike() -> None:
     model = small_model("en")
     expected = steps(model, model, 4)
     model = small_model("en")
-    assert steps(model, torch.compile(model, fullgraph=True), 4) == pytest.approx(expected, rel=3e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch's compiler warns of
+        found = steps(model, torch.compile(model, fullgraph=True), 4)
+    assert found == pytest.approx(expected, rel=3e-2)
 
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:

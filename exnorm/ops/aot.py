@@ -4,15 +4,14 @@ For such graphs, the overhead of torch.compile exceeds the arithmetic. Each call
 in Python; each start imports the compiler and traces. A library is called directly and loaded in a millisecond.
 """
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from exnorm.ops.guardless import without_warnings
 from exnorm.runs.cache import building_in
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -39,29 +38,21 @@ def build(graph: fx.GraphModule, library: Path) -> None:
 
     The library does not check its inputs. The caller must give contiguous ones, with sizes that fit the graph.
     """
-    import torch._inductor
+    with building_in(library) as part, without_warnings():
+        import torch._inductor
 
-    with building_in(library) as part, _quiet():
         options = {**OPTIONS, "aot_inductor.output_path": str(part)}
         torch._inductor.aot_compile(graph, tuple(_inputs(graph)), options=options)
 
 
 def compile_here(graph: fx.GraphModule) -> Run:
     """Compile a graph, traced with symbolic sizes, for this process only, and return its function."""
-    from torch._inductor.compile_fx import compile_fx
+    with without_warnings():
+        from torch._inductor.compile_fx import compile_fx
 
-    with _quiet():
         function: Any = compile_fx(graph, _inputs(graph), config_patches=OPTIONS)
     return lambda tensors: function(*tensors)
 
 
 def _inputs(graph: fx.GraphModule) -> list[Any]:
     return [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide torch's own deprecation warnings, which do not concern the user."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

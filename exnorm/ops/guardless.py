@@ -61,9 +61,10 @@ class GuardlessFunction:
     def _backend(self, graph: Any, inputs: Any) -> Any:
         if not _sizes_are_independent:
             raise RuntimeError("compiled outside of a first call")
-        from torch._inductor.compile_fx import compile_fx
+        with without_warnings():
+            from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs)
+            return compile_fx(graph, inputs)
 
 
 def _facts(arg: Any) -> Hashable:
@@ -73,6 +74,17 @@ def _facts(arg: Any) -> Hashable:
         sizes = tuple([size == 1 for size in shape]) if 1 in shape else len(shape)
         return arg.dtype, arg.device, sizes, arg.is_contiguous() or arg.stride(), arg.numel() > _LARGEST_INDEX
     return arg
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Hide what torch's compiler warns of when it is imported and when it compiles, such as its own deprecations.
+
+    It does not concern the user, and where warnings are errors (pytest) it would end the compilation.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager
