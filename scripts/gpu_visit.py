@@ -38,9 +38,10 @@ PARTS = {
     **{f"speed {norm}": 60 for norm in NORMS},
     "profile en": 40,
     "host en": 30,
+    "host stock": 30,
     "train": 120,
     "whole stock": 90,
-    "whole en": 90,
+    "whole en": 240,
     "layers": 60,
     "profile stock": 30,
 }
@@ -222,11 +223,22 @@ class Visit:
 
     def tests(self) -> None:
         """Run the tests that need a GPU, several at a time: most of their time is compilation."""
-        arguments = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:benchmark", "tests/test_gpu.py"]
+        arguments = [
+            "-q",
+            "--tb=short",
+            "--show-capture=no",
+            "-m",
+            "gpu",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:benchmark",
+            "tests/test_gpu.py",
+        ]
         if importlib.util.find_spec("xdist") is not None:
             arguments += ["-n", str(min(12, os.cpu_count() or 1))]
         done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout[-20000:], done.stderr[-3000:])
+        print(done.stdout, done.stderr[-3000:])
         self.row(passed=done.returncode == 0, said=done.stdout.strip().splitlines()[-1:])
 
     def speed(self, norm: str) -> None:
@@ -306,26 +318,28 @@ class Visit:
             self.row(norm=norm, batch=batch, kernels=len(events), busy_ms=busy_ms, said=longest[:3])
 
     def host(self, norm: str) -> None:
-        """List the Python functions on which the host spends its time, at the smallest batch."""
+        """Measure the host at the smallest batch: with and without a thread for the backward pass, and by function."""
         import cProfile
         import pstats
 
         import torch
 
-        step = self.training(norm, self.batches()[-1])
-        with torch.autograd.set_multithreading_enabled(False):  # the profiler sees this thread alone
-            for _ in range(3):
-                step()
-            self.sync()
-            profiler = cProfile.Profile()
+        batch = self.batches()[-1]
+        step = self.training(norm, batch)
+        for threads in (True, False, True, False):
+            with torch.autograd.set_multithreading_enabled(threads):
+                milliseconds = self.ms(step, 20)
+            layer = f"backward in {'a' if threads else 'no'} thread of its own"
+            self.row(norm=norm, batch=batch, layer=layer, ms=round(milliseconds, 2))
+        profiler = cProfile.Profile()  # it sees this thread alone
+        with torch.autograd.set_multithreading_enabled(False):
             profiler.enable()
             for _ in range(10):
                 step()
             profiler.disable()
-            self.sync()
-        statistics = pstats.Stats(profiler)
-        statistics.sort_stats("tottime").print_stats(45)
-        statistics.sort_stats("cumtime").print_stats(45)
+        self.sync()
+        for order in ("tottime", "cumtime"):
+            pstats.Stats(profiler).sort_stats(order).print_stats(45)
 
     # Measurement
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,3 +46,25 @@ def test_kernels_compile_without_spills_to_wide_loads(capability: int) -> None:
     assert not [row for row in rows if row["spilled_bytes"]]
     assert not [row for row in rows if row["narrow_loads"]]
     assert not [row for row in rows if row["instructions_per_element"] > row["allowed"]]  # type: ignore[operator]
+
+
+def test_a_launch_calls_a_compiled_kernel_as_triton_does() -> None:
+    """All but Triton's hooks: `CompiledKernel.run` is not documented, so a change in Triton is to be noticed here."""
+    from triton.compiler.compiler import CompiledKernel
+
+    from exnorm.ops.triton.launch import bound
+
+    calls: list[tuple[object, ...]] = []
+    kernel = SimpleNamespace(
+        run=lambda *args: calls.append(args),
+        function="function",
+        packed_metadata="packed",
+        launch_metadata=lambda *args: None,
+        _init_handles=lambda: None,
+    )
+    grid, arguments, hooks = (3, 1, 1), (4096, 0.5, 7), slice(7, 9)
+    CompiledKernel.__getitem__(kernel, grid)(*arguments, stream=11)
+    bound(kernel, grid, 2, {2: 11}.__getitem__)(*arguments)
+    theirs, ours = map(list, calls)
+    theirs[hooks] = [None, None]
+    assert ours == theirs

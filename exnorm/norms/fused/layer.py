@@ -40,13 +40,17 @@ def serves(norm: Any, x: Tensor) -> bool:
     if kernels is None or not passes.serves(x) or not kernels.serves(norm):
         return False
     # Tensors among the attributes are weights that each forward makes anew (pruning, replicas of DataParallel).
-    if any(isinstance(value, Tensor) for value in vars(norm).values()):
+    for value in vars(norm).values():
+        if isinstance(value, Tensor):
+            return False
+    parameters, device = norm._parameters, x.device  # faster than the attributes of nn.Module
+    if (parameters.get("weight") is None) != (parameters.get("bias") is None):
         return False
-    if (norm.weight is None) != (norm.bias is None):
-        return False
-    device = x.device
-    tensors = [*norm._parameters.values(), norm._buffers.get("running_mean")]
-    return all(t is None or (t.dtype is torch.float32 and t.is_contiguous() and t.device == device) for t in tensors)
+    # A loop takes half the time of `all` over a generator, and each layer asks in each forward.
+    for t in (*parameters.values(), norm._buffers.get("running_mean")):
+        if t is not None and not (t.dtype is torch.float32 and t.is_contiguous() and t.device == device):
+            return False
+    return True
 
 
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
