@@ -25,7 +25,7 @@ from exnorm.ops.triton import sums as sums_kernels
 from exnorm.ops.triton.affine import affine
 from exnorm.ops.triton.gradient import gradient
 from exnorm.ops.triton.moments import merge, moments
-from exnorm.ops.triton.tiles import Tile, reduction_tile, streaming_tile
+from exnorm.ops.triton.tiles import Tile, merge_tile, reduction_tile, streaming_tile
 
 CUOBJDUMP = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
 BIG = ("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "gated_ptr", "dx_ptr")
@@ -60,8 +60,11 @@ def coefficients() -> list[tuple[Any, dict[str, Any], int]]:
     branch = {"TANH": True, "BR": 16, "BH": 256}
     small, large = {**branch, "BZ": 4, "BC": 64}, {**branch, "BZ": 128, "BC": 2048}
     return [
-        (merge, {"BC": 128}, 1),
-        (sums_kernels.merge, {"BC": 128}, 1),
+        *(
+            (kernel, {"BP": tile.positions, "BC": tile.channels}, tile.warps)
+            for kernel in (merge, sums_kernels.merge)
+            for tile in map(merge_tile, (2, 132))
+        ),
         *((scope.batch_statistics, {"MODE": mode, **SCOPE}, 4) for mode in (0, 1, 2)),
         *((batch_norm.forward_kernel, {"MODE": mode, **affine_options, **SCOPE}, 4) for mode in (1, 2)),
         (batch_norm.backward_kernel, {**affine_options, **SCOPE}, 4),
@@ -73,8 +76,7 @@ def coefficients() -> list[tuple[Any, dict[str, Any], int]]:
         (switch_norm.channels_kernel, {**affine_options, "BATCH": True, **SCOPE}, 4),
         *((kernel, small, 4) for kernel in (exemplar_norm.forward_kernel, exemplar_norm.samples_kernel)),
         *((kernel, large, 8) for kernel in (exemplar_norm.forward_kernel, exemplar_norm.samples_kernel)),
-        (exemplar_norm.channels_kernel, {"BATCH": True, **SCOPE}, 4),
-        (exemplar_norm.layers_kernel, SCOPE, 4),
+        (exemplar_norm.gradients_kernel, {"BATCH": True, **SCOPE}, 4),
     ]
 
 

@@ -1,4 +1,4 @@
-"""EN's coefficients on a GPU: two launches forward, three backward. See `exnorm.norms.exemplar_norm`.
+"""EN's coefficients on a GPU: two launches forward, two backward. See `exnorm.norms.exemplar_norm`.
 
     scale = sum_k lam_k weight_k r_k,   shift = sum_k lam_k (bias_k + weight_k h_k),   h_k = (m - mu_k) r_k  (IN: 0)
     z_k = conv(h_k),   lam = softmax(fc2 act(fc1 vec(z z^T)))
@@ -7,9 +7,9 @@ Forward: first BN's statistics (`scope.batch_statistics`). Then one program per 
 computes LN's statistics, the ratio branch and the coefficients.
 
 Backward: `samples_kernel` has one program per sample. It goes back through the ratio branch, and writes dz and what the
-gradients of the fully connected layers need. `channels_kernel` has one program per block of channels. It goes back
-through the statistics, and writes all gradients that have channels. `layers_kernel` sums the gradients of the two
-layers over the samples.
+gradients of the fully connected layers need. `gradients_kernel` has one program per block of channels, which goes back
+through the statistics and writes all gradients that have channels, and one per block of hidden units, which sums the
+gradients of the two layers over the samples. Both take 6 microseconds with 8 samples on an H200, so they run at once.
 
 Legend: N batch, C channels, R replicas of N / R samples, Z = C / r outputs of the convolution of r channels each,
 H hidden units. Order of the normalizers: in, ln, bn. z z^T has six different entries: ii il ib ll lb bb.
@@ -249,17 +249,17 @@ def samples_kernel(
 
 
 @triton.jit
-def channels_kernel(
-    dscale_ptr, dshift_ptr, mean_ptr, var_ptr, mean_RC_ptr, var_RC_ptr, sample_ptr, dz_ptr, small_ptr,
+def of_channels(
+    block, dscale_ptr, dshift_ptr, mean_ptr, var_ptr, mean_RC_ptr, var_RC_ptr, sample_ptr, dz_ptr, small_ptr,
     weight_ptr, conv_weight_ptr, slope_ptr, offset_ptr, dweight_ptr, dbias_ptr, dconv_weight_ptr, dconv_bias_ptr,
     eps, length, samples, replicas, channels, outputs, width, step,
     BATCH: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """slope = 2 dv / L, offset = dm / L, (N, C), and the gradients of weight, bias and convolution. Grid: blocks of C.
+    """slope = 2 dv / L, offset = dm / L, (N, C), and the gradients of weight, bias and convolution, of BC channels.
 
     BATCH: BN's statistics are the batch's, so gradients flow through them.
     """
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c = block * BC + tl.arange(0, BC)
     inside = c < channels
     weight_in = tl.load(weight_ptr + c, mask=inside, other=0.0)[None, :]
     weight_ln = tl.load(weight_ptr + step + c, mask=inside, other=0.0)[None, :]
@@ -344,12 +344,12 @@ def channels_kernel(
 
 
 @triton.jit
-def layers_kernel(
-    units_ptr, small_ptr, dfc1_weight_ptr, dfc1_bias_ptr, dfc2_weight_ptr, dfc2_bias_ptr, samples, hidden,
+def of_layers(
+    block, units_ptr, small_ptr, dfc1_weight_ptr, dfc1_bias_ptr, dfc2_weight_ptr, dfc2_bias_ptr, samples, hidden,
     BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the two fully connected layers. Grid: blocks of BC hidden units."""
-    h = tl.program_id(0) * BC + tl.arange(0, BC)
+    """The gradients of the two fully connected layers, of BC hidden units."""
+    h = block * BC + tl.arange(0, BC)
     inside = h < hidden
     known_j = tl.arange(0, 16)
     # which of the six products each entry of vec(z z^T) is: 0 1 2, 1 3 4, 2 4 5
@@ -381,7 +381,7 @@ def layers_kernel(
     tl.store(dfc2_weight_ptr + h, tl.sum(a, 0), mask=inside)
     tl.store(dfc2_weight_ptr + hidden + h, tl.sum(b, 0), mask=inside)
     tl.store(dfc2_weight_ptr + 2 * hidden + h, tl.sum(e, 0), mask=inside)
-    if tl.program_id(0) == 0:
+    if block == 0:
         tl.store(dfc2_bias_ptr, tl.sum(sums, 0))
         tl.store(dfc2_bias_ptr + 1, tl.sum(sums_b, 0))
         tl.store(dfc2_bias_ptr + 2, tl.sum(sums_e, 0))
@@ -395,6 +395,32 @@ def layers_kernel(
             dt = tl.load(units_ptr + (n[:, None] * 2 + 1) * hidden + h[None, :], mask=valid, other=0.0)
             total += dt * tl.load(small_ptr + n * 11 + product, mask=known, other=0.0)[:, None]
         tl.store(dfc1_weight_ptr + h * 9 + j, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit
+def gradients_kernel(
+    dscale_ptr, dshift_ptr, mean_ptr, var_ptr, mean_RC_ptr, var_RC_ptr, sample_ptr, dz_ptr, units_ptr, small_ptr,
+    weight_ptr, conv_weight_ptr, slope_ptr, offset_ptr, dweight_ptr, dbias_ptr, dconv_weight_ptr, dconv_bias_ptr,
+    dfc1_weight_ptr, dfc1_bias_ptr, dfc2_weight_ptr, dfc2_bias_ptr,
+    eps, length, samples, replicas, channels, outputs, width, hidden, step, blocks_h,
+    BATCH: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradients that sum over the samples, of the channels and of the layers at the same time.
+
+    Grid: `blocks_h` blocks of H, then blocks of C.
+    """
+    block = tl.program_id(0)
+    if block < blocks_h:
+        of_layers(
+            block, units_ptr, small_ptr, dfc1_weight_ptr, dfc1_bias_ptr, dfc2_weight_ptr, dfc2_bias_ptr,
+            samples, hidden, BN, BC,
+        )  # fmt: skip
+    else:
+        of_channels(
+            block - blocks_h, dscale_ptr, dshift_ptr, mean_ptr, var_ptr, mean_RC_ptr, var_RC_ptr, sample_ptr, dz_ptr,
+            small_ptr, weight_ptr, conv_weight_ptr, slope_ptr, offset_ptr, dweight_ptr, dbias_ptr, dconv_weight_ptr,
+            dconv_bias_ptr, eps, length, samples, replicas, channels, outputs, width, step, BATCH, BN, BC,
+        )  # fmt: skip
 
 
 def serves(norm: Any) -> bool:
@@ -439,9 +465,9 @@ class Coefficients:
         sizes = (samples // replicas, channels, outputs, width, hidden, step)
         self.forward_launch = Launch(forward_kernel, samples, sizes, **options)
         self.samples_launch = Launch(samples_kernel, samples, sizes, **options)
-        blocks, sizes = triton.cdiv(channels, BLOCK["BC"]), (length, samples, replicas, channels, outputs, width, step)
-        self.channels_launch = Launch(channels_kernel, blocks, sizes, BATCH=batch, **BLOCK)
-        self.layers_launch = Launch(layers_kernel, triton.cdiv(hidden, BLOCK["BC"]), (samples, hidden), **BLOCK)
+        blocks_h, blocks_c = triton.cdiv(hidden, BLOCK["BC"]), triton.cdiv(channels, BLOCK["BC"])
+        sizes = (length, samples, replicas, channels, outputs, width, hidden, step, blocks_h)
+        self.gradients_launch = Launch(gradients_kernel, blocks_h + blocks_c, sizes, BATCH=batch, **BLOCK)
 
     def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return scale_NC, shift_NC, and the tensors that the backward reads."""
@@ -468,21 +494,10 @@ class Coefficients:
         self.samples_launch(*sums, *moments, *saved, *learned[:7], dz, units, small, floats=(eps,))
         slope_NC, offset_NC = torch.empty_like(mean_NC), torch.empty_like(mean_NC)
         gradients = [torch.empty_like(parameter) for parameter in learned]
-        self.channels_launch(
-            *sums,
-            *moments,
-            *saved,
-            dz,
-            small,
-            learned[0],
-            learned[2],
-            slope_NC,
-            offset_NC,
-            *gradients[:4],
-            floats=(eps,),
-        )
-        self.layers_launch(units, small, *gradients[4:])
-        return slope_NC, offset_NC, *gradients
+        scratch, results = (dz, units, small), (slope_NC, offset_NC, *gradients)
+        read = (*sums, *moments, *saved, *scratch, learned[0], learned[2])
+        self.gradients_launch(*read, *results, floats=(eps,))
+        return results
 
 
 _coefficients = functools.lru_cache(maxsize=1024)(Coefficients)

@@ -20,10 +20,9 @@ from exnorm.ops.triton.gradient import gradient as gradient_kernel
 from exnorm.ops.triton.launch import INTERPRETED, Launch
 from exnorm.ops.triton.moments import merge as merge_kernel
 from exnorm.ops.triton.moments import moments as moments_kernel
-from exnorm.ops.triton.tiles import Tile, positions_per_program, reduction_tile, streaming_tile
+from exnorm.ops.triton.tiles import Tile, merge_tile, positions_per_program, reduction_tile, streaming_tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MERGED = 128  # channels per program that merges partial results
 
 
 def serves(x: Tensor) -> bool:
@@ -72,9 +71,11 @@ def _reduction(kernel: Any, merge: Any, shape: _Shape, **options: Any) -> _Reduc
     )
     if parts == 1:
         return _Reduction(run, 1, None)
-    blocks = triton.cdiv(channels, _MERGED)
+    tile = merge_tile(parts)
+    blocks = triton.cdiv(channels, tile.channels)
     sizes = (length, channels, per, parts, blocks) if kernel is moments_kernel else (channels, parts, blocks)
-    return _Reduction(run, parts, Launch(merge, samples * blocks, sizes, BC=_MERGED, num_warps=1))
+    sizes_of_tile = {"BP": tile.positions, "BC": tile.channels, "num_warps": tile.warps}
+    return _Reduction(run, parts, Launch(merge, samples * blocks, sizes, **sizes_of_tile))
 
 
 def _streaming(kernel: Any, shape: _Shape, **options: Any) -> Launch:

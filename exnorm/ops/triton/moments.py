@@ -1,9 +1,9 @@
 """Pass 1: mean and biased variance of each (sample, channel).
 
 Traffic: reads |x| once, writes 8 bytes for each (sample, channel). Grid: N x blocks of L x blocks of C. If one block
-holds all positions, its result is final. Else `merge` combines the results of the parts by Chan's formula, in a fixed
-order. A part sums the differences from its first value. So a mean far larger than the deviation costs no precision,
-unless the first value is an outlier.
+holds all positions, its result is final. Else `merge` combines the parts, in a fixed order: the variance of the whole
+is the mean of the parts' variances plus the variance of their means. A part sums the differences from its first value.
+So a mean far larger than the deviation costs no precision, unless the first value is an outlier.
 """
 
 import triton
@@ -47,20 +47,31 @@ def moments(
 
 @triton.jit
 def merge(
-    part_mean_ptr, part_square_ptr, mean_ptr, var_ptr, length, channels, per, parts, blocks_c, BC: tl.constexpr
+    part_mean_ptr, part_square_ptr, mean_ptr, var_ptr, length, channels, per, parts, blocks_c,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Combine the moments of the parts into those of all positions. Grid: N x blocks of C."""
+    """Combine the moments of the parts, BP at a time, into those of all positions. Grid: N x blocks of C."""
     n, _, block_c = place(blocks_c, 1)
     c = block_c * BC + tl.arange(0, BC)
     inside = c < channels
-    mean = tl.zeros((BC,), tl.float32)
-    square = tl.zeros((BC,), tl.float32)
-    for part in range(parts):
-        at = (n * parts + part) * channels + c
+    part_mean_ptr += n * parts * channels
+    part_square_ptr += n * parts * channels
+    lead = tl.load(part_mean_ptr + c, mask=inside, other=0.0)[None, :]
+    total = tl.zeros((BP, BC), tl.float32)
+    for start in range(0, parts, BP):
+        part = start + tl.arange(0, BP)[:, None]
+        valid = (part < parts) & inside[None, :]
         count = tl.minimum(length - part * per, per).to(tl.float32)
-        done = (part * per).to(tl.float32)
-        d = tl.load(part_mean_ptr + at, mask=inside, other=0.0) - mean
-        mean += d * (count / (done + count))
-        square += tl.load(part_square_ptr + at, mask=inside, other=0.0) + d * d * (done * count / (done + count))
-    tl.store(mean_ptr + n * channels + c, mean, mask=inside)
-    tl.store(var_ptr + n * channels + c, square / length, mask=inside)
+        d = tl.load(part_mean_ptr + part * channels + c[None, :], mask=valid, other=0.0) - lead
+        total += tl.where(valid, d * count, 0.0)
+    mean = lead + tl.sum(total, 0)[None, :] / length
+    square = tl.zeros((BP, BC), tl.float32)
+    for start in range(0, parts, BP):
+        part = start + tl.arange(0, BP)[:, None]
+        valid = (part < parts) & inside[None, :]
+        count = tl.minimum(length - part * per, per).to(tl.float32)
+        d = tl.load(part_mean_ptr + part * channels + c[None, :], mask=valid, other=0.0) - mean
+        within = tl.load(part_square_ptr + part * channels + c[None, :], mask=valid, other=0.0)
+        square += tl.where(valid, within + d * d * count, 0.0)
+    tl.store(mean_ptr + n * channels + c, tl.sum(mean, 0), mask=inside)
+    tl.store(var_ptr + n * channels + c, tl.sum(square, 0) / length, mask=inside)

@@ -50,16 +50,21 @@ def sums(
 
 
 @triton.jit
-def merge(part_scale_ptr, part_shift_ptr, dscale_ptr, dshift_ptr, channels, parts, blocks_c, BC: tl.constexpr):
-    """Add the sums of the parts: (N, C). Grid: N x blocks of C."""
+def merge(
+    part_scale_ptr, part_shift_ptr, dscale_ptr, dshift_ptr, channels, parts, blocks_c,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of the parts, BP at a time: (N, C). Grid: N x blocks of C."""
     n, _, block_c = place(blocks_c, 1)
     c = block_c * BC + tl.arange(0, BC)
     inside = c < channels
-    dscale = tl.zeros((BC,), tl.float32)
-    dshift = tl.zeros((BC,), tl.float32)
-    for part in range(parts):
-        at = (n * parts + part) * channels + c
-        dscale += tl.load(part_scale_ptr + at, mask=inside, other=0.0)
-        dshift += tl.load(part_shift_ptr + at, mask=inside, other=0.0)
-    tl.store(dscale_ptr + n * channels + c, dscale, mask=inside)
-    tl.store(dshift_ptr + n * channels + c, dshift, mask=inside)
+    dscale = tl.zeros((BP, BC), tl.float32)
+    dshift = tl.zeros((BP, BC), tl.float32)
+    for start in range(0, parts, BP):
+        part = start + tl.arange(0, BP)
+        valid = (part[:, None] < parts) & inside[None, :]
+        at = (n * parts + part[:, None]) * channels + c[None, :]
+        dscale += tl.load(part_scale_ptr + at, mask=valid, other=0.0)
+        dshift += tl.load(part_shift_ptr + at, mask=valid, other=0.0)
+    tl.store(dscale_ptr + n * channels + c, tl.sum(dscale, 0), mask=inside)
+    tl.store(dshift_ptr + n * channels + c, tl.sum(dshift, 0), mask=inside)

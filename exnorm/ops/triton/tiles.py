@@ -46,6 +46,12 @@ def reduction_tile(length: int, channels: int, *, rows: bool) -> Tile:
     return Tile(min(16, triton.next_power_of_2(length)), width, 4)
 
 
+def merge_tile(parts: int) -> Tile:
+    """The tile, of parts by channels, of a launch that merges partial results: few loads that wait for each other."""
+    height = min(triton.next_power_of_2(parts), 32)
+    return Tile(height, 32, 1 if height <= 4 else 4)
+
+
 def positions_per_program(samples: int, length: int, channels: int, tile: Tile) -> int:
     """Return how many positions one program of a reduction sums: L, or fewer if there would be too few programs."""
     programs = samples * triton.cdiv(channels, tile.channels)
