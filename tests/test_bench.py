@@ -94,7 +94,7 @@ def test_the_index_is_measured_in_a_process_of_its_own() -> None:
         (("data", "data=imagenet"), "data=imagenet needs a folder"),
     ],
 )
-def test_a_wrong_argument_is_one_line(run_cli: CliRunner, arguments: tuple[str, ...], problem: str) -> None:
+def test_a_wrong_argument_is_one_line(cli_here: CliRunner, arguments: tuple[str, ...], problem: str) -> None:
     """Exit code 2, and nothing is written."""
-    done = run_cli("bench", *arguments)
+    done = cli_here("bench", *arguments)
     assert done.returncode == 2 and problem in done.stderr and len(done.stderr.splitlines()) == 1

@@ -193,9 +193,9 @@ def test_a_run_records_the_labels_and_the_share_of_wrong_ones_that_it_fits(root:
     assert any("train/noisy_fitted" in row for row in metrics(run))
 
 
-def test_doctor_counts_the_wrong_labels(root: Path, tmp_path: Path, run_cli: CliRunner) -> None:
+def test_doctor_counts_the_wrong_labels(root: Path, tmp_path: Path, cli_here: CliRunner) -> None:
     file = written(tmp_path / "labels.csv", rows_of(root))
-    done = run_cli("doctor", *config_words(root, file))
+    done = cli_here("doctor", *config_words(root, file))
     assert "label noise: file, 1 of 12 training labels are wrong" in done.stdout, done.stderr
 
 

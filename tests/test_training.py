@@ -222,9 +222,9 @@ def test_bad_input_gets_one_line_and_makes_no_run_folder(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
-    images: Path, tmp_path: Path, run_cli: CliRunner
+    images: Path, tmp_path: Path, cli_here: CliRunner
 ) -> None:
-    done = run_cli(*tiny(images, "optim.lr=1e30", "trainer.checkpoint_every_steps=1"))
+    done = cli_here(*tiny(images, "optim.lr=1e30", "trainer.checkpoint_every_steps=1"))
     assert done.returncode == 2
     assert "the loss is not finite at step" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -239,11 +239,11 @@ def test_no_checkpoint_is_promised_where_there_is_none(images: Path, tmp_path: P
     assert "kept" not in done.stderr and not list(tmp_path.rglob("*.pt"))
 
 
-def test_too_many_broken_images_end_a_run_with_one_line_and_are_listed(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_too_many_broken_images_end_a_run_with_one_line_and_are_listed(tmp_path: Path, cli_here: CliRunner) -> None:
     """Found by a loader process; the list outlives the run folder's other files."""
     broken = make_image_folder(tmp_path / "images") / "train" / "dog" / "3.png"
     broken.write_bytes(broken.read_bytes()[:50])
-    done = run_cli(*tiny(tmp_path / "images", "data.workers=1"))
+    done = cli_here(*tiny(tmp_path / "images", "data.workers=1"))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     line = (

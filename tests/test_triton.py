@@ -68,3 +68,12 @@ def test_a_launch_calls_a_compiled_kernel_as_triton_does() -> None:
     theirs, ours = map(list, calls)
     theirs[hooks] = [None, None]
     assert ours == theirs
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_is_one_operator_with_the_same_results() -> None:
+    """Bit-equal to the layer without torch.compile, but for running statistics, which are recorded by their formula."""
+    rows = run_apart(str(TESTS / "triton_operators.py"), "0", "2")
+    assert len(rows) == 12
+    assert not [row for row in rows if row["differ"]]
+    assert not [row for row in rows if row["operators"] != ["exnorm.layer"]]

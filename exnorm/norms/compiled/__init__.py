@@ -17,10 +17,14 @@ from exnorm.ops import plain
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
     """Compute the result of `Norm.formula` with compiled code. Return None if there is no code for this call.
 
-    There is none on the eager and the plain back end, if BN's scope spans several processes, under `torch.compile`, and
-    under transformations such as those of `torch.func`.
+    There is none on the eager and the plain back end, if BN's scope spans several processes, under transformations such
+    as those of `torch.func`, and under `torch.compile`, except for the Triton kernels.
     """
     backend = ops.get_backend()
+    if backend == "triton" and torch.compiler.is_compiling() and norm.scope()[1] is None:
+        from exnorm.norms.fused import operators
+
+        return operators.normalize(norm, x, residual, act)
     if backend not in ("compiled", "triton") or not _is_plain_call(norm, x):
         return None
     if backend == "compiled":

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exnorm.norms.fused.scope import BLOCK, can_record, note_changes, record, recorded, replica_statistics
+from exnorm.norms.fused.scope import BLOCK, NOTHING, can_record, note_changes, record, recorded, replica_statistics
 from exnorm.ops.triton.launch import Launch
 
 PARAMETERS = ("weight", "bias")  # in the order of `learned`
@@ -112,12 +112,14 @@ class Coefficients:
         mode: the statistics that a forward updates: `scope.NOTHING`, `RUNNING` or `PENDING`.
     """
 
-    def __init__(self, samples: int, length: int, channels: int, replicas: int, mode: int, affine: bool) -> None:
+    def __init__(
+        self, samples: int, length: int, channels: int, replicas: int, affine: bool, mode: int = NOTHING
+    ) -> None:
         blocks, sizes = triton.cdiv(channels, BLOCK["BC"]), (samples, replicas, channels)
         count = samples // replicas * length
         self.shape, self.unbiased = (replicas, channels), count / max(count - 1, 1)
-        self.forward_launch = Launch(forward_kernel, blocks, sizes, MODE=mode, AFFINE=affine, **BLOCK)
-        self.backward_launch = Launch(backward_kernel, blocks, (length, *sizes), AFFINE=affine, **BLOCK)
+        self.forward_launch = Launch(forward_kernel, blocks, sizes, MODE=mode, AFFINE=bool(affine), **BLOCK)
+        self.backward_launch = Launch(backward_kernel, blocks, (length, *sizes), AFFINE=bool(affine), **BLOCK)
 
     def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return scale_NC, shift_NC, and the tensors that the backward reads."""
@@ -147,10 +149,19 @@ class Coefficients:
         return slope_NC, offset_NC, *gradients
 
 
-_coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
+launches = functools.lru_cache(maxsize=1024)(Coefficients)
+
+
+def key(norm: Any) -> tuple[int, ...]:
+    """Return the options of a layer on which its launches depend."""
+    return norm.num_features, norm.replicas, norm.weight is not None
+
+
+def saved_shapes(samples: int, channels: int, replicas: int, affine: int) -> list[tuple[int, ...]]:
+    """Return the shapes of what a forward saves."""
+    return [(replicas, channels)] * 2
 
 
 def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
     """Return the launches of this layer for this number of samples and positions."""
-    mode = recorded(norm, norm.running_mean)[0]
-    return _coefficients(samples, length, norm.num_features, norm.replicas, mode, norm.weight is not None)
+    return launches(samples, length, *key(norm), recorded(norm, norm.running_mean)[0])

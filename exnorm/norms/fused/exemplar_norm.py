@@ -455,7 +455,7 @@ class Coefficients:
         self.samples, self.outputs, self.hidden = samples, outputs, hidden
         columns = triton.next_power_of_2(channels)
         options = {
-            "TANH": tanh,
+            "TANH": bool(tanh),
             "BZ": triton.next_power_of_2(outputs),
             "BR": triton.next_power_of_2(width),
             "BC": columns,
@@ -467,7 +467,7 @@ class Coefficients:
         self.samples_launch = Launch(samples_kernel, samples, sizes, **options)
         blocks_h, blocks_c = triton.cdiv(hidden, BLOCK["BC"]), triton.cdiv(channels, BLOCK["BC"])
         sizes = (length, samples, replicas, channels, outputs, width, hidden, step, blocks_h)
-        self.gradients_launch = Launch(gradients_kernel, blocks_h + blocks_c, sizes, BATCH=batch, **BLOCK)
+        self.gradients_launch = Launch(gradients_kernel, blocks_h + blocks_c, sizes, BATCH=bool(batch), **BLOCK)
 
     def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return scale_NC, shift_NC, and the tensors that the backward reads."""
@@ -500,23 +500,27 @@ class Coefficients:
         return results
 
 
-_coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
+launches = functools.lru_cache(maxsize=1024)(Coefficients)
 
 
-def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
-    """Return the launches of this layer for this number of samples and positions."""
+def key(norm: Any) -> tuple[int, ...]:
+    """Return the options of a layer on which its launches depend."""
     outputs = norm.num_features // norm.reduction
     step = 0 if norm.shared_affine else norm.num_features
     hidden = norm.pi * len(norm.normalizers)
     batch = norm.uses_batch_statistics()
-    return _coefficients(
-        samples,
-        length,
-        outputs,
-        norm.reduction,
-        hidden,
-        step,
-        norm.hidden_act == "tanh",
-        norm.replicas if batch else 1,
-        batch,
-    )
+    tanh, replicas = norm.hidden_act == "tanh", norm.replicas if batch else 1
+    return outputs, norm.reduction, hidden, step, tanh, replicas, batch
+
+
+def saved_shapes(
+    samples: int, outputs: int, width: int, hidden: int, step: int, tanh: int, replicas: int, batch: int
+) -> list[tuple[int, ...]]:
+    """Return the shapes of what a forward saves."""
+    channels = outputs * width
+    return [*[(replicas, channels) if batch else (channels,)] * 2, (samples, 5)]
+
+
+def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
+    """Return the launches of this layer for this number of samples and positions."""
+    return launches(samples, length, *key(norm))

@@ -125,7 +125,7 @@ class Coefficients:
         columns = triton.next_power_of_2(width)
         block = max(1, min(triton.next_power_of_2(groups), 1024 // columns))
         programs = samples * triton.cdiv(groups, block)
-        options = {"AFFINE": affine, "BG": block, "BD": columns, "num_warps": 8 if columns > 2048 else 4}
+        options = {"AFFINE": bool(affine), "BG": block, "BD": columns, "num_warps": 8 if columns > 2048 else 4}
         blocks = triton.cdiv(groups * width, BLOCK["BC"])
         self.statistics = Launch(statistics, programs, (groups, width), **options)
         self.input = Launch(input, programs, (length, groups, width), **options)
@@ -157,11 +157,20 @@ class Coefficients:
         return slope_NC, offset_NC, *gradients
 
 
-_coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
+launches = functools.lru_cache(maxsize=1024)(Coefficients)
+
+
+def key(norm: Any) -> tuple[int, ...]:
+    """Return the options of a layer on which its launches depend."""
+    groups = groups_of(norm)
+    return groups, norm.num_features // groups, norm.weight is not None
+
+
+def saved_shapes(samples: int, groups: int, width: int, affine: int) -> list[tuple[int, ...]]:
+    """Return the shapes of what a forward saves."""
+    return [(samples, groups)] * 2
 
 
 def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
     """Return the launches of this layer for this number of samples and positions."""
-    groups = groups_of(norm)
-    affine = norm.weight is not None
-    return _coefficients(samples, length, groups, norm.num_features // groups, affine)
+    return launches(samples, length, *key(norm))

@@ -223,12 +223,12 @@ class Coefficients:
     def __init__(self, samples: int, length: int, channels: int, replicas: int, batch: bool, affine: bool) -> None:
         self.samples = samples
         width = triton.next_power_of_2(channels)
-        options = {"AFFINE": affine, "BC": width, "num_warps": 8 if width > 2048 else 4}
+        options = {"AFFINE": bool(affine), "BC": width, "num_warps": 8 if width > 2048 else 4}
         sizes = (samples // replicas, channels)
         self.forward_launch = Launch(forward_kernel, samples, sizes, **options)
         self.samples_launch = Launch(samples_kernel, samples, sizes, **options)
         blocks, sizes = triton.cdiv(channels, BLOCK["BC"]), (length, samples, replicas, channels)
-        self.channels_launch = Launch(channels_kernel, blocks, sizes, BATCH=batch, AFFINE=affine, **BLOCK)
+        self.channels_launch = Launch(channels_kernel, blocks, sizes, BATCH=bool(batch), AFFINE=bool(affine), **BLOCK)
 
     def forward(self, norm: Any, mean_NC: Tensor, var_NC: Tensor, learned: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return scale_NC, shift_NC, and the tensors that the backward reads."""
@@ -276,11 +276,20 @@ class Coefficients:
         return slope_NC, offset_NC, *gradients
 
 
-_coefficients = functools.lru_cache(maxsize=1024)(Coefficients)
+launches = functools.lru_cache(maxsize=1024)(Coefficients)
+
+
+def key(norm: Any) -> tuple[int, ...]:
+    """Return the options of a layer on which its launches depend."""
+    batch = norm.uses_batch_statistics()
+    return norm.num_features, norm.replicas if batch else 1, batch, norm.weight is not None
+
+
+def saved_shapes(samples: int, channels: int, replicas: int, batch: int, affine: int) -> list[tuple[int, ...]]:
+    """Return the shapes of what a forward saves."""
+    return [*[(replicas, channels) if batch else (channels,)] * 2, (samples, 2)]
 
 
 def coefficients(norm: Any, samples: int, length: int) -> Coefficients:
     """Return the launches of this layer for this number of samples and positions."""
-    batch = norm.uses_batch_statistics()
-    affine = norm.weight is not None
-    return _coefficients(samples, length, norm.num_features, norm.replicas if batch else 1, batch, affine)
+    return launches(samples, length, *key(norm))
