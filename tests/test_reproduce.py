@@ -99,7 +99,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     damaged = begin(study, broken)
     _, err = damaged.communicate(timeout=60)
     lines = err.splitlines()
-    assert damaged.returncode == 1 and all("The record is left as it is" in line for line in lines)
+    assert damaged.returncode == 1 and all("The record is left as it is" in line for line in lines), err
     assert [line[: line.index(":", 8)] for line in lines] == [
         f"failed: norm=sn inference={rule}, seed 0" for rule in ("moving", "batches")
     ]
