@@ -14,15 +14,15 @@ from typing import Any
 
 os.environ |= {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
 
-import torch  # noqa: E402
-from torch import Tensor, fx, nn  # noqa: E402
-from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
-from triton_interpreted import case_of, layer_of  # noqa: E402
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.debugging import aot_eager
+from triton_interpreted import case_of, layer_of
 
-from exnorm import ops  # noqa: E402
-from exnorm.config.errors import UserError  # noqa: E402
-from exnorm.norms import configure_scope  # noqa: E402
-from exnorm.norms.fused.layer import serves  # noqa: E402
+from exnorm import ops
+from exnorm.config.errors import UserError
+from exnorm.norms import configure_scope
+from exnorm.norms.fused.layer import serves
 
 
 def results(layer: nn.Module, net: Any, inputs: list[Tensor], *, residual: bool) -> dict[str, Tensor]:
