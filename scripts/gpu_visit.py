@@ -8,7 +8,7 @@
 Each measurement is written to OUT/gpu.csv at once. Append these rows to results/bench/gpu.csv. OUT/logs.tar.gz has the
 output of the parts. If the machine lacks packages, make a folder of wheels on another machine and pass --wheels DIR:
 
-    pip download --no-deps -d DIR hydra-core==1.3.8 omegaconf==2.3.1 timm==1.0.31
+    pip download --no-deps -d DIR hydra-core==1.3.8 omegaconf==2.3.1 timm==1.0.31 platformdirs
     pip wheel --no-deps -w DIR antlr4-python3-runtime==4.9.3
 """
 
