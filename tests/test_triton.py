@@ -77,3 +77,11 @@ def test_a_compiled_layer_is_one_operator_with_the_same_results() -> None:
     assert len(rows) == 12
     assert not [row for row in rows if row["differ"]]
     assert not [row for row in rows if row["operators"] != ["exnorm.layer"]]
+
+
+@pytest.mark.slow
+def test_the_operator_leaves_to_the_formula_what_it_cannot_do() -> None:
+    """Weights with strides, of which kernels read the addresses; torch.func; programs for other machines."""
+    rows = run_apart(str(TESTS / "triton_operators.py"))
+    assert len(rows) == 4
+    assert not [row for row in rows if row["exported"] or max(row["errors"].values()) > 1e-4]  # type: ignore[attr-defined]

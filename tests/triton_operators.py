@@ -1,6 +1,7 @@
 """Layers under `torch.compile` on the Triton back end, run by Triton's interpreter: a row for each of random layers.
 
     python tests/triton_operators.py SEED LAYERS_OF_EACH_NORM
+    python tests/triton_operators.py                            what the operator leaves to the formula
 
 A process of its own, since TRITON_INTERPRET must be set before the first import of Triton.
 """
@@ -23,6 +24,7 @@ from exnorm import ops
 from exnorm.config.errors import UserError
 from exnorm.norms import configure_scope
 from exnorm.norms.fused.layer import serves
+from exnorm.surgery import norm_class
 
 
 def results(layer: nn.Module, net: Any, inputs: list[Tensor], *, residual: bool) -> dict[str, Tensor]:
@@ -70,8 +72,30 @@ def row_of(case: dict[str, Any]) -> dict[str, Any] | None:
     return {"case": case, "differ": sorted({*direct, *compiled} - {*close, *equal}), "operators": operators}
 
 
+def left_to_the_formula(norm: str) -> dict[str, Any]:
+    """What the operator must not take: the error under torch.compile, and the operators of an exported program."""
+    x = torch.randn(4, 32, 5, 5)
+    strided = norm_class(norm)(32, act="relu")
+    size = strided.weight.numel()
+    strided.weight = nn.Parameter(torch.randn(2 * size)[::2].view(strided.weight.shape))
+    assert not strided.weight.is_contiguous()
+    torch._dynamo.reset()
+    compiled = torch.compile(strided, fullgraph=True, backend="aot_eager")
+    errors = {"strided weight": float((strided(x) - compiled(x)).abs().max())}
+    layer = norm_class(norm)(32, act="relu").eval()
+    gradient = torch.func.grad(lambda x: layer(x).square().sum())
+    errors["func.grad"] = float((torch.compile(gradient, fullgraph=True, backend="aot_eager")(x) - gradient(x)).norm())
+    program = torch.export.export(layer, (x,))
+    exported = {str(node.target) for node in program.graph.nodes if "exnorm.layer" in str(node.target)}
+    return {"norm": norm, "errors": errors, "exported": sorted(exported)}
+
+
 def main() -> None:
     ops.set_backend("triton")
+    if len(sys.argv) == 1:
+        for norm in ("bn", "gn", "sn", "en"):
+            print(json.dumps(left_to_the_formula(norm)), flush=True)
+        return
     draw = random.Random(int(sys.argv[1]))
     for norm in ("bn", "gn", "ln", "in", "sn", "en"):
         left = int(sys.argv[2])

@@ -21,8 +21,13 @@ def is_transformed() -> bool:
     """Whether torch traces or transforms the running code, so that an autograd function would fail or be lost."""
     if torch.compiler.is_compiling():
         return False
-    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # not in torch's stubs
-    return torch.jit.is_tracing() or functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return torch.jit.is_tracing() or is_nested() or forward_ad._current_level >= 0
+
+
+def is_nested() -> bool:
+    """Whether the running code is inside a transformation of `torch.func`; can be called under `torch.compile`."""
+    active: Any = getattr(torch._C, "_are_functorch_transforms_active")  # noqa: B009  # not in torch's stubs
+    return bool(active())
 
 
 def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,13 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
     """Compute the result of `Norm.formula` with compiled code. Return None if there is no code for this call.
 
     There is none on the eager and the plain back end, if BN's scope spans several processes, under transformations such
-    as those of `torch.func`, and under `torch.compile`, except for the Triton kernels.
+    as those of `torch.func`, and under `torch.compile`, except for the Triton kernels. An exported program has the
+    formula, which runs on other machines, too.
     """
     backend = ops.get_backend()
-    if backend == "triton" and torch.compiler.is_compiling() and norm.scope()[1] is None:
+    if torch.compiler.is_compiling():
+        if backend != "triton" or norm.scope()[1] is not None or torch.compiler.is_exporting() or plain.is_nested():
+            return None
         from exnorm.norms.fused import operators
 
         return operators.normalize(norm, x, residual, act)
@@ -41,7 +44,6 @@ def _is_plain_call(norm: Any, x: Tensor) -> bool:
         type(x) in (Tensor, nn.Parameter)
         and x.device.type in ("cpu", "cuda")
         and norm.scope()[1] is None
-        and not torch.compiler.is_compiling()
         and not plain.is_transformed()
         and not torch._C._len_torch_dispatch_stack()
     )

@@ -7,6 +7,7 @@ The forward saves x and (N, C) tensors for backward, and also y if a ReLU follow
 `exnorm.ops.streaming`).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,11 +44,17 @@ def serves(norm: Any, x: Tensor) -> bool:
     for value in vars(norm).values():
         if isinstance(value, Tensor):
             return False
-    parameters, device = norm._parameters, x.device  # faster than the attributes of nn.Module
+    parameters = norm._parameters  # faster than the attributes of nn.Module
     if (parameters.get("weight") is None) != (parameters.get("bias") is None):
         return False
+    return readable((*parameters.values(), norm._buffers.get("running_mean")), x)
+
+
+def readable(tensors: Iterable[Tensor | None], x: Tensor) -> bool:
+    """Whether the kernels, which read addresses, can read the tensors of a layer, where they are, for this input."""
+    device = x.device
     # A loop takes half the time of `all` over a generator, and each layer asks in each forward.
-    for t in (*parameters.values(), norm._buffers.get("running_mean")):
+    for t in tensors:
         if t is not None and not (t.dtype is torch.float32 and t.is_contiguous() and t.device == device):
             return False
     return True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exnorm import ops
 from exnorm.norms.batch_scope import BatchScopeNorm
-from exnorm.norms.fused.layer import KERNELS
+from exnorm.norms.fused.layer import KERNELS, readable
 from exnorm.norms.statistics import Moments
 from exnorm.ops import triton as passes
 from exnorm.ops.layout import dense
@@ -34,7 +34,7 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
     learned = [t for name in kernels.PARAMETERS if (t := getattr(norm, name)) is not None]
     batch = isinstance(norm, BatchScopeNorm) and norm.uses_batch_statistics()
     running = [norm.running_mean, norm.running_var] if isinstance(norm, BatchScopeNorm) and not batch else []
-    if any(t is None or t.dtype is not torch.float32 for t in (*learned, *running)):
+    if not readable((*learned, *running), x):
         return None
     replicas = norm.replicas if batch else 1
     options = (kernels.__name__, list(kernels.key(norm)), replicas, norm.eps, norm.channel_dim, act)
@@ -152,9 +152,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, y, *tensors = ctx.saved_tensors
     learned, running = ctx.counts
-    dx, *others = torch.ops.exnorm.layer_backward(
-        grads[0], x, y, tensors[learned:], tensors[:learned], *ctx.options
-    )  # fmt: skip
+    dx, *others = torch.ops.exnorm.layer_backward(grads[0], x, y, tensors[learned:], tensors[:learned], *ctx.options)
     dresidual = others.pop() if ctx.activated_sum else grads[0] if ctx.added else None
     return dx, dresidual, others, [None] * running, *[None] * 6
 
