@@ -37,12 +37,12 @@ PARTS = {
     "speed stock": 60,
     **{f"speed {norm}": 60 for norm in NORMS},
     "profile en": 40,
-    "host en": 30,
-    "host stock": 30,
-    "train": 120,
     "whole stock": 90,
     "whole en": 240,
     "layers": 60,
+    "host en": 30,
+    "train": 150,
+    "host stock": 30,
     "profile stock": 30,
 }
 COLUMNS = [
@@ -223,18 +223,8 @@ class Visit:
 
     def tests(self) -> None:
         """Run the tests that need a GPU, several at a time: most of their time is compilation."""
-        arguments = [
-            "-q",
-            "--tb=short",
-            "--show-capture=no",
-            "-m",
-            "gpu",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:benchmark",
-            "tests/test_gpu.py",
-        ]
+        quiet = ["-q", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        arguments = [*quiet, "-m", "gpu", "tests/test_gpu.py"]
         if importlib.util.find_spec("xdist") is not None:
             arguments += ["-n", str(min(12, os.cpu_count() or 1))]
         done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -318,7 +308,7 @@ class Visit:
             self.row(norm=norm, batch=batch, kernels=len(events), busy_ms=busy_ms, said=longest[:3])
 
     def host(self, norm: str) -> None:
-        """Measure the host at the smallest batch: with and without a thread for the backward pass, and by function."""
+        """Measure steps of the smallest batch with and without a thread for the backward, and the host by function."""
         import cProfile
         import pstats
 
@@ -329,8 +319,8 @@ class Visit:
         for threads in (True, False, True, False):
             with torch.autograd.set_multithreading_enabled(threads):
                 milliseconds = self.ms(step, 20)
-            layer = f"backward in {'a' if threads else 'no'} thread of its own"
-            self.row(norm=norm, batch=batch, layer=layer, ms=round(milliseconds, 2))
+            said = f"backward in {'a' if threads else 'no'} thread of its own"
+            self.row(norm=norm, batch=batch, ms=round(milliseconds, 2), said=said)
         profiler = cProfile.Profile()  # it sees this thread alone
         with torch.autograd.set_multithreading_enabled(False):
             profiler.enable()

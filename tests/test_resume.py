@@ -16,7 +16,7 @@ from engine_cases import (
     start,
     tiny,
     train,
-    train_here,
+    train_fast,
     wait_for,
     workers,
 )
@@ -59,7 +59,7 @@ def run_until_step(arguments: list[str], cwd: Path, step: int) -> tuple[int, obj
 def test_a_run_killed_inside_an_epoch_ends_bit_equal(devices: int, backend: str, images: Path, tmp_path: Path) -> None:
     """SIGKILL to controller and workers at a random step, twice; then on with two data workers."""
     batch = ["batch=2x4", f"trainer.devices={devices}", EPOCHS, f"ops.backend={backend}"]
-    whole = (train_here if devices == 1 else train)(tiny(images, *batch), tmp_path / "whole")
+    whole = train_fast(tiny(images, *batch), tmp_path / "whole")
     killed = tmp_path / "killed"
     draw = random.Random(devices)
     for step in (draw.randrange(2, 6), draw.randrange(8, 16)):

@@ -7,7 +7,7 @@ The forward saves x and (N, C) tensors for backward, and also y if a ReLU follow
 `exnorm.ops.streaming`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,15 @@ KERNELS: dict[type[nn.Module], Any] = {
 }
 
 
+def kernels_of(norm: Any, x: Tensor) -> Any:
+    """Return the module with the kernels of this layer, in its mode, for this input; None if there are none."""
+    kernels = KERNELS.get(type(norm))
+    return kernels if kernels is not None and passes.serves(x) and kernels.serves(norm) else None
+
+
 def serves(norm: Any, x: Tensor) -> bool:
     """Whether the kernels support this layer, with its options and in its mode, and this input."""
-    kernels = KERNELS.get(type(norm))
-    if kernels is None or not passes.serves(x) or not kernels.serves(norm):
+    if kernels_of(norm, x) is None:
         return False
     # Tensors among the attributes are weights that each forward makes anew (pruning, replicas of DataParallel).
     for value in vars(norm).values():
@@ -69,6 +74,49 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
     return _Layer.apply(x, residual, norm, act, coefficients, *learned)  # type: ignore[no-any-return]
 
 
+def run_forward(
+    coefficients: Any,
+    norm: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    learned: Sequence[Tensor],
+    channel_dim: int,
+    act: str | None,
+) -> tuple[Tensor, ...]:
+    """Return the output, the moments, scale_NC, shift_NC and what else the backward of the coefficients reads."""
+    mean_NC, var_NC = passes.moments(x, channel_dim)
+    scale_NC, shift_NC, *saved = coefficients.forward(norm, mean_NC, var_NC, learned)
+    y = passes.affine(x, mean_NC, scale_NC, shift_NC, residual, channel_dim, act)
+    return y, mean_NC, var_NC, scale_NC, shift_NC, *saved
+
+
+def run_backward(
+    coefficients: Any,
+    eps: float,
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    results: Sequence[Tensor],
+    learned: Sequence[Tensor],
+    channel_dim: int,
+    act: str | None,
+    *,
+    needs_dx: bool = True,
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Return dx, the residual's gradient and those of the parameters.
+
+    Args:
+        y: the output if a ReLU follows a residual, else None.
+        results: what `run_forward` returned after the output.
+    """
+    mean_NC, var_NC, scale_NC, shift_NC, *saved = results
+    affine = (mean_NC, scale_NC, shift_NC)
+    *sums, grad, act = ops.sums(passes, grad, x, y, affine, channel_dim, act)
+    slope_NC, offset_NC, *dlearned = coefficients.backward(eps, sums, (mean_NC, var_NC), learned, saved)
+    dx = passes.input_gradient(grad, x, *affine, slope_NC, offset_NC, channel_dim, act) if needs_dx else None
+    return dx, grad, dlearned
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -76,24 +124,15 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         ctx.channel_dim, ctx.act, ctx.coefficients, ctx.eps = norm.channel_dim, act, coefficients, norm.eps
         ctx.learned = len(learned)
-        mean_NC, var_NC = passes.moments(x, ctx.channel_dim)
-        scale_NC, shift_NC, *saved = coefficients.forward(norm, mean_NC, var_NC, learned)
-        y = passes.affine(x, mean_NC, scale_NC, shift_NC, residual, ctx.channel_dim, act)
-        ctx.activated_sum = residual is not None and act is not None
-        ctx.save_for_backward(
-            y if ctx.activated_sum else None, x, mean_NC, var_NC, scale_NC, shift_NC, *learned, *saved
-        )
+        y, *results = run_forward(coefficients, norm, x, residual, learned, ctx.channel_dim, act)
+        ctx.save_for_backward(y if residual is not None and act is not None else None, x, *learned, *results)
         return y
 
     @staticmethod
     @plain.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
-        learned, saved = tensors[: ctx.learned], tensors[ctx.learned :]
-        affine = (mean_NC, scale_NC, shift_NC)
-        *sums, grad, act = ops.sums(passes, grad, x, y, affine, ctx.channel_dim, ctx.act)
-        slope_NC, offset_NC, *dlearned = ctx.coefficients.backward(ctx.eps, sums, (mean_NC, var_NC), learned, saved)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = passes.input_gradient(grad, x, *affine, slope_NC, offset_NC, ctx.channel_dim, act)
+        y, x, *tensors = ctx.saved_tensors
+        learned, results = tensors[: ctx.learned], tensors[ctx.learned :]
+        given = (grad, x, y, results, learned, ctx.channel_dim, ctx.act)
+        dx, grad, dlearned = run_backward(ctx.coefficients, ctx.eps, *given, needs_dx=ctx.needs_input_grad[0])
         return dx, grad if ctx.needs_input_grad[1] else None, None, None, None, *dlearned

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from exnorm import ops
 from exnorm.norms.batch_scope import BatchScopeNorm
-from exnorm.norms.fused.layer import KERNELS, readable
+from exnorm.norms.fused.layer import KERNELS, kernels_of, readable, run_backward, run_forward
 from exnorm.norms.statistics import Moments
-from exnorm.ops import triton as passes
 from exnorm.ops.layout import dense
 
 KINDS = {kernels.__name__: kernels for kernels in KERNELS.values()}
@@ -23,13 +22,8 @@ KINDS = {kernels.__name__: kernels for kernels in KERNELS.values()}
 
 def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor | None:
     """Return the normalized input, with residual and activation; None if the kernels do not support this layer."""
-    kernels = KERNELS.get(type(norm))
-    if (
-        kernels is None
-        or not passes.serves(x)
-        or not kernels.serves(norm)
-        or (norm.weight is None) != (norm.bias is None)
-    ):
+    kernels = kernels_of(norm, x)
+    if kernels is None or (norm.weight is None) != (norm.bias is None):
         return None
     learned = [t for name in kernels.PARAMETERS if (t := getattr(norm, name)) is not None]
     batch = isinstance(norm, BatchScopeNorm) and norm.uses_batch_statistics()
@@ -75,12 +69,9 @@ def layer(
 ) -> list[Tensor]:
     """Return the output, the moments, scale_NC, shift_NC and what the backward reads."""
     coefficients = KINDS[kind].launches(x.shape[0], ops.length(x, channel_dim), *key)
-    mean_NC, var_NC = passes.moments(x, channel_dim)
-    stated = _Stated(running, eps, replicas)
-    scale_NC, shift_NC, *saved = coefficients.forward(stated, mean_NC, var_NC, learned)
-    y = passes.affine(x, mean_NC, scale_NC, shift_NC, residual, channel_dim, act)
-    saved = [t.clone() if any(t is given for given in running) else t for t in saved]  # no results that are inputs
-    return [y, mean_NC, var_NC, scale_NC, shift_NC, *saved]
+    results = run_forward(coefficients, _Stated(running, eps, replicas), x, residual, learned, channel_dim, act)
+    # No result may be an input.
+    return [t.clone() if any(t is given for given in running) else t for t in results]
 
 
 @layer.register_fake
@@ -116,11 +107,8 @@ def layer_backward(
 ) -> list[Tensor]:
     """Return dx, the gradients of the parameters and, if a ReLU follows a residual (`y` is given), the residual's."""
     coefficients = KINDS[kind].launches(x.shape[0], ops.length(x, channel_dim), *key)
-    mean_NC, var_NC, scale_NC, shift_NC, *saved = results
-    affine = (mean_NC, scale_NC, shift_NC)
-    *sums, gated, left = ops.sums(passes, grad, x, y, affine, channel_dim, act)
-    slope_NC, offset_NC, *dlearned = coefficients.backward(eps, sums, (mean_NC, var_NC), learned, saved)
-    dx = passes.input_gradient(gated, x, *affine, slope_NC, offset_NC, channel_dim, left)
+    dx, gated, dlearned = run_backward(coefficients, eps, grad, x, y, results, learned, channel_dim, act)
+    assert dx is not None
     return [dx, *dlearned, *([] if y is None else [gated])]
 
 

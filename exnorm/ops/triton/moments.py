@@ -46,6 +46,14 @@ def moments(
 
 
 @triton.jit
+def block_of_parts(start, parts, per, length, channels, c, inside, BP: tl.constexpr):
+    """Return offsets, mask and number of positions of BP parts from `start` on."""
+    part = start + tl.arange(0, BP)[:, None]
+    count = tl.minimum(length - part * per, per).to(tl.float32)
+    return part * channels + c[None, :], (part < parts) & inside[None, :], count
+
+
+@triton.jit
 def merge(
     part_mean_ptr, part_square_ptr, mean_ptr, var_ptr, length, channels, per, parts, blocks_c,
     BP: tl.constexpr, BC: tl.constexpr,
@@ -59,19 +67,15 @@ def merge(
     lead = tl.load(part_mean_ptr + c, mask=inside, other=0.0)[None, :]
     total = tl.zeros((BP, BC), tl.float32)
     for start in range(0, parts, BP):
-        part = start + tl.arange(0, BP)[:, None]
-        valid = (part < parts) & inside[None, :]
-        count = tl.minimum(length - part * per, per).to(tl.float32)
-        d = tl.load(part_mean_ptr + part * channels + c[None, :], mask=valid, other=0.0) - lead
+        at, valid, count = block_of_parts(start, parts, per, length, channels, c, inside, BP)
+        d = tl.load(part_mean_ptr + at, mask=valid, other=0.0) - lead
         total += tl.where(valid, d * count, 0.0)
     mean = lead + tl.sum(total, 0)[None, :] / length
     square = tl.zeros((BP, BC), tl.float32)
     for start in range(0, parts, BP):
-        part = start + tl.arange(0, BP)[:, None]
-        valid = (part < parts) & inside[None, :]
-        count = tl.minimum(length - part * per, per).to(tl.float32)
-        d = tl.load(part_mean_ptr + part * channels + c[None, :], mask=valid, other=0.0) - mean
-        within = tl.load(part_square_ptr + part * channels + c[None, :], mask=valid, other=0.0)
+        at, valid, count = block_of_parts(start, parts, per, length, channels, c, inside, BP)
+        d = tl.load(part_mean_ptr + at, mask=valid, other=0.0) - mean
+        within = tl.load(part_square_ptr + at, mask=valid, other=0.0)
         square += tl.where(valid, within + d * d * count, 0.0)
     tl.store(mean_ptr + n * channels + c, tl.sum(mean, 0), mask=inside)
     tl.store(var_ptr + n * channels + c, tl.sum(square, 0) / length, mask=inside)
