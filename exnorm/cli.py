@@ -244,6 +244,10 @@ def reproduce(
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the cells, the seeds and the hours left, and run nothing.")
     ] = False,
+    skip_recorded: Annotated[
+        bool,
+        typer.Option("--skip-recorded", help="Leave out results that the record has, also if their runs are not here."),
+    ] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, show_default="one per core or GPU", help="Number of runs at the same time.")
     ] = None,
@@ -257,12 +261,15 @@ def reproduce(
     """Run the missing cells of a study and write its record. The same command again resumes."""
     from exnorm.config.study import chosen_cells, load_study
     from exnorm.report.verdicts import check
+    from exnorm.studies.collect import lacking
     from exnorm.studies.plan import jobs_of
     from exnorm.studies.reproduce import print_plan, reproduce
 
     wanted = load_study(study, scale, seeds=seeds)
     check(wanted)
     found = jobs_of(wanted, chosen_cells(wanted, only or []), runs)
+    if skip_recorded:
+        found = lacking(wanted, found, results)
     if plan:
         print_plan(wanted, found, results, images_per_s=images_per_s)
     elif submit:

@@ -321,6 +321,25 @@ def _outdated(study: Study, row: Row, hashes: dict[str, str | None]) -> str | No
     return None
 
 
+def lacking(study: Study, jobs: Sequence[Job], results: Path) -> list[Job]:
+    """Return the jobs whose results are not in the record, and the sources that these jobs begin with.
+
+    A result counts only with the configuration that the study asks for now, and with the ratios that it asks for.
+    """
+    kinds = {look for job in jobs for look in job.looks}
+    looked = {kind: {_key(row) for row in read_records(results, study.id, kind)} for kind in kinds}
+    hashes = {_key(row): row["config_hash"] for row in read_records(results, study.id)}
+
+    def is_recorded(job: Job) -> bool:
+        key = study.scale, job.name, str(job.seed)
+        known = job.result_hash is not None and hashes.get(key) == job.result_hash
+        return known and all(key in looked[look] for look in job.looks)
+
+    left = [job for job in jobs if job.cell is not None and not is_recorded(job)]
+    needed = {job.needs.title for job in left if job.needs is not None}
+    return [*(job for job in jobs if job.cell is None and job.title in needed), *left]
+
+
 def _other_runs(study: Study, jobs: Sequence[Job]) -> list[str]:
     """Return a line for each finished run of these cells and seeds that the study no longer asks for."""
     if not jobs:

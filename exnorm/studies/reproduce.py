@@ -22,7 +22,7 @@ from exnorm.config.errors import BUG, UserError
 from exnorm.config.study import Study
 from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.runs.provenance import STUDY
-from exnorm.runs.records import read_records, record_file
+from exnorm.runs.records import record_file
 from exnorm.runs.subprocesses import (
     END_WITH_PARENT,
     available_cores,
@@ -30,7 +30,7 @@ from exnorm.runs.subprocesses import (
     importing_environment,
     say_in_handler,
 )
-from exnorm.studies.collect import add_to_record, collect
+from exnorm.studies.collect import add_to_record, collect, lacking
 from exnorm.studies.estimate import estimate_of
 from exnorm.studies.plan import LABELS, Job, RunKey, by_run, trainings_of
 
@@ -78,12 +78,16 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
     return 1 if problems else 0
 
 
-def elsewhere(study: Study, left: Iterable[Job], results: Path) -> str:
+def elsewhere(study: Study, left: Sequence[Job], results: Path) -> str:
     """Return a text with the number of remaining runs that the record has without a run folder; empty if none."""
-    rows = read_records(results, study.id)
-    recorded = {(row["cell"], row["seed"], row["config_hash"]) for row in rows if row["scale"] == study.scale}
-    known = sum((job.name, str(job.seed), job.config_hash) in recorded for job in left)
-    return f"; {known} more are in the record, but their run folders are not here, so they run again" if known else ""
+    lacks = {job.title for job in lacking(study, left, results)}
+    known = sum(job.title not in lacks for job in left if job.cell is not None)
+    return (
+        f"; {known} more are in the record, but their run folders are not here, so they run again. --skip-recorded "
+        "leaves them out"
+        if known
+        else ""
+    )
 
 
 def check_data(jobs: Iterable[Job]) -> None:
