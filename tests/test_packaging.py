@@ -134,7 +134,8 @@ def test_the_installed_wheel_lists_and_trains_outside_the_repository(installed: 
     norms = run(installed / "exnorm", "list", "norms", cwd=tmp_path).stdout
     assert {line.split()[0] for line in norms.splitlines()} >= {"bn", "en", "sn"}
     run(installed / "python", "-c", "from exnorm.report.published import claims; assert claims()", cwd=tmp_path)
-    options = ["model=resnet18", "norm=bn", "trainer.epochs=1", "data.workers=0", "logger=off"]
+    tiny = ["model=resnet18", "model.name=test_resnet", "norm=bn"]
+    options = [*tiny, "trainer.epochs=1", "data.workers=0", "logger=off"]
     run(installed / "exnorm", "train", *options, cwd=tmp_path)
     assert len(list(tmp_path.rglob("record.json"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

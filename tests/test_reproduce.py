@@ -15,7 +15,7 @@ from exnorm.runs.records import COLUMNS, Row, record_file
 TIMES = ("hours", "commit", "uncommitted")
 TINY = """# Tiny networks on three colours
 axes:
-  norm: {{bn: [norm=bn], sn: [norm=sn], en: [norm=en]{more}}}
+  norm: {{sn: [norm=sn], en: [norm=en]{more}}}
   inference: {{moving: [], batches: ["eval:inference=batch_average", "eval:calibration_batches=2"]}}
 set:
   - model=resnet18
@@ -68,7 +68,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     whole = begin(study, tmp_path / "whole")
     out, err = whole.communicate(timeout=600)
     assert whole.returncode == 0, err
-    assert "0 of 6 runs are done" in out and "[6/6]" in out
+    assert "0 of 4 runs are done" in out and "[4/4]" in out
 
     broken = tmp_path / "broken"
     killed = begin(study, broken)
@@ -87,7 +87,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     for kind in COLUMNS:
         assert records(broken / "results", kind) == records(tmp_path / "whole" / "results", kind) != []
     cells = {row["cell"] for row in records(broken / "results")}
-    assert len(cells) == 6
+    assert len(cells) == 4
     by_class = records(broken / "results", "classes")
     assert {row["epoch"] for row in by_class} == {"1", "2"} and {row["class"] for row in by_class} == {*CLASSES}
     by_label = records(broken / "results", "labels")
@@ -107,7 +107,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
 
     plan = begin(study, broken, "--plan")
     out, _ = plan.communicate(timeout=60)
-    assert "3 runs and 3 evaluations of them; 3 runs done, 0 and 0 evaluations left: 0.0 hours" in out
+    assert "2 runs and 2 evaluations of them; 2 runs done, 0 and 0 evaluations left: 0.0 hours" in out
 
 
 def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
@@ -116,13 +116,13 @@ def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
     process = begin(study, here, "--submit", "cluster=local", "--submit", "timeout_min=20")
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert "3 jobs queued" in out and "norm=sn inference=moving, seed 0; norm=sn inference=batches, seed 0" in out
+    assert "2 jobs queued" in out and "norm=sn inference=moving, seed 0; norm=sn inference=batches, seed 0" in out
 
     def complete() -> bool:
         file = record_file(here / "results", "tiny")
-        return file.is_file() and len({row["cell"] for row in records(here / "results")}) == 6
+        return file.is_file() and len({row["cell"] for row in records(here / "results")}) == 4
 
-    wait_for(complete, "the record of six cells")
+    wait_for(complete, "the record of four cells")
     wrong = begin(study, here, "--submit", "cluster=local", "--submit", "timeout=20")
     _, err = wrong.communicate(timeout=600)
     assert wrong.returncode == 2 and err.count("\n") == 1 and "timeout" in err
@@ -144,7 +144,6 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     folder = next((tmp_path / "here").glob(f"runs/*/{diverged['run']}"))
     assert not json.loads((folder / "provenance.json").read_text())["resumed"]
     assert {row["cell"] for row in found if row["metric"] == "top1"} == {
-        "norm=bn inference=moving",
         "norm=sn inference=moving",
         "norm=en inference=moving",
     }
@@ -153,7 +152,7 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
 def test_data_that_change_during_a_study_end_it_with_their_reason(tmp_path: Path) -> None:
     """The second run then lands in another folder; its training ends well, and the study does not start it for ever."""
     study, here = tiny_study(tmp_path), tmp_path / "here"
-    cells = ("--only", "inference=moving", "--only", "norm=bn,sn", "--jobs", "1")
+    cells = ("--only", "inference=moving", "--only", "norm=sn,en", "--jobs", "1")
     process = begin(study, here, *cells)
     wait_for(lambda: list(here.glob("runs/*/*/log.txt")), "the first run")
     folder = tmp_path / "data" / "train" / "cat"
@@ -161,7 +160,7 @@ def test_data_that_change_during_a_study_end_it_with_their_reason(tmp_path: Path
     _, err = process.communicate(timeout=WAIT_S)
     assert process.returncode == 1
     (line,) = [line for line in err.splitlines() if line.startswith("failed: ")]
-    assert "norm=sn inference=moving, seed 0" in line and "the data or the initial weights have changed" in line
+    assert "norm=en inference=moving, seed 0" in line and "the data or the initial weights have changed" in line
     again = begin(study, here, "--plan", *cells)
     out, _ = again.communicate(timeout=WAIT_S)
     assert "2 runs; 1 runs done" in out  # what was trained with the new data counts as that

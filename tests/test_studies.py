@@ -16,6 +16,7 @@ from exnorm.config.study import Study, chosen_cells, load_study
 from exnorm.config.study_file import SCALES, has_scale
 from exnorm.report.claims_table import as_csv, judged_studies
 from exnorm.report.html_report import study_page
+from exnorm.report.in_short import in_short
 from exnorm.report.palette import colour
 from exnorm.report.published import claims, published
 from exnorm.report.results import differences, write_results
@@ -236,6 +237,37 @@ def test_a_claim_of_ones_own_is_judged_and_told(tmp_path: Path, cli_here: CliRun
     done = cli_here("claims", file, "--results", str(tmp_path))
     assert "mine-small (mine): SN is better" in done.stdout and "supported (weak)" in done.stdout, done.stderr
     assert "SN is better" in study_page(load_study(file, "mini"), tmp_path, tmp_path)
+
+
+def test_the_first_screen_has_the_effects_of_decided_claims_alone(tmp_path: Path) -> None:
+    """Real images come first; a claim with many comparisons has its lowest and its highest effect."""
+    claims = (
+        "{id: up, claim: SN is better, expect: left > right, left: {norm: sn}, right: {norm: bn}}",
+        "{id: down, claim: BN is better, expect: left > right, left: {norm: bn}, right: {norm: sn}}",
+        "{id: open, claim: GN is better, expect: left > right, left: {norm: gn}, right: {norm: bn}}",
+        *(f"{{id: many, claim: A, expect: left > right, left: {{norm: sn}}, right: {right}}}" for right in (5, 50, 20)),
+    )
+    text = f"axes: {{norm: [bn, sn, gn]}}\nscales: {{small: {{seeds: 5}}}}\nclaims: [{', '.join(claims)}]"
+    file = own_study(tmp_path, text)
+    for scale in ("mini", "small"):
+        noise = {
+            "bn": (0.0, 0.1, 0.3, 0.2, 0.1),
+            "sn": (10.1, 10.2, 10.0, 10.3, 10.2),
+            "gn": (0.0, 9.0, -7.0, 3.0, 1.0),
+        }
+        rows = [row(f"norm={norm}", seed, 70 + value) for norm, of in noise.items() for seed, value in enumerate(of)]
+        put(tmp_path, "mine", [*read_records(tmp_path, "mine"), *(line | {"scale": scale} for line in rows)])
+    page = in_short([item for scale in ("mini", "small") for item in judged_studies([file], scale, tmp_path)])
+    small, mini = page.partition("**Scale mini")[::2]
+    assert small.count("3 of 4 claims are decided") == mini.count("3 of 4 claims are decided") == 1
+    holds, fails = small.partition("These do not hold")[::2]
+    assert "- SN is better. `mine`: top1 norm=sn > norm=bn: +10.02 [" in holds and "n = 5." in holds
+    assert (
+        "of 3 comparisons, 3 supported; top1 norm=sn > 50: +30.16 [" in holds
+        and " to top1 norm=sn > 5: +75.16" in holds
+    )
+    assert "- BN is better. `mine`: top1 norm=bn > norm=sn: -10.02 [" in fails and "`open` (mine)" in fails
+    assert "GN is better" not in page
 
 
 @pytest.mark.parametrize(

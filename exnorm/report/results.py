@@ -12,6 +12,7 @@ from exnorm.config.study import load_study
 from exnorm.config.study_file import SCALES
 from exnorm.report.claims_table import WEAK, Judged, as_csv, grid_of, judged_studies, labelled, not_covered, readings
 from exnorm.report.grids import Entry, Grid, to_markdown
+from exnorm.report.in_short import in_short
 from exnorm.report.published import claims_of
 from exnorm.report.study_figures import StudyFigure, class_remarks, figures_of, save
 from exnorm.report.study_table import FORMATS, StudyTable, table_of
@@ -113,6 +114,8 @@ def page(
     at = {table.study.scale: table.study.scale_notes for table in tables}
     about = [line for scale, notes in at.items() if notes for line in (f"At scale {scale}:", _list(notes))]
     parts = [
+        "# What was measured",
+        in_short(judged),
         INTRODUCTION,
         *about,
         "## What agrees with the papers, and what does not",
@@ -205,7 +208,7 @@ def _read(path: Path) -> str | None:
         return None
 
 
-INTRODUCTION = """# What was measured
+INTRODUCTION = """## How it was measured
 `exnorm results` writes this page from `records/`; nothing here is typed by hand. `records/*.csv` hold every number \
 with its seed, commit, device, versions, duration and the hash of its configuration. `exnorm reproduce STUDY` \
 measures them again, on this or another machine. If it is stopped, the same command continues.

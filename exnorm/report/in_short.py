@@ -1,0 +1,79 @@
+"""The first screen of `results/README.md`: which claims hold, which do not, and by how much, scale by scale."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from exnorm.config.study_file import SCALES
+from exnorm.report.claims_table import Judged, labelled
+from exnorm.report.published import claims_of
+from exnorm.report.verdicts import CONTRADICTED, IN_PART, SAME, SUPPORTED, UNDECIDED, Comparison, overall
+
+IMAGES = {
+    "mini": "on images that exnorm draws",
+    "small": "on CIFAR-10, with a small ResNet",
+    "full": "on the papers' data",
+}
+HEADINGS = {  # the verdicts that a reader looks for first
+    SUPPORTED: "These claims hold",
+    IN_PART: "These hold in part",
+    CONTRADICTED: "These do not hold",
+    SAME: "Here, what the claim compares differs by less than 0.5 points",
+}
+
+FEW = 2  # comparisons of a claim that are all shown
+
+
+def in_short(judged: Sequence[Judged]) -> str:
+    """Return Markdown with the decided claims and their effects; the scale with the most real images comes first."""
+    at = {scale: [item for item in judged if item.study.scale == scale] for scale in reversed(SCALES)}
+    return "\n\n".join(["## In short", *(_of_scale(scale, items) for scale, items in at.items() if items)])
+
+
+def _of_scale(scale: str, judged: Sequence[Judged]) -> str:
+    found = [
+        (item, claim, comparisons)
+        for item in judged
+        for claim, comparisons in item.comparisons.items()
+        if any(comparison.n for comparison in comparisons)
+    ]
+    decided = [row for row in found if overall(row[2]) in HEADINGS]
+    count = (
+        f"{len(decided)} of {len(found)} claims are decided" if decided else f"none of {len(found)} claims is decided"
+    )
+    parts = [f"**Scale {scale}, {IMAGES[scale]}:** {count}."]
+    for verdict, heading in HEADINGS.items():
+        lines = [_line(*row) for row in decided if overall(row[2]) == verdict]
+        parts += ["\n".join([f"{heading}:", "", *lines])] if lines else []
+    left = [f"`{claim}` ({item.study.id})" for item, claim, of in found if overall(of) == UNDECIDED]
+    parts += [f"Undecided, with the seeds that were run: {', '.join(left)}."] if left else []
+    return "\n\n".join(parts)
+
+
+def _line(item: Judged, claim: str, comparisons: Sequence[Comparison]) -> str:
+    """Return one claim with its effects."""
+    weak = " (weak)" if labelled(comparisons).endswith("(weak)") else ""
+    known = [comparison for comparison in comparisons if comparison.runs or comparison.mean is not None]
+    if len(known) <= FEW:
+        effects = "; ".join(effect_of(comparison) for comparison in known)
+    else:
+        effects = _reading(known)
+    return f"- {claims_of(item.study)[claim].claim}{weak}. `{item.study.id}`: {effects}."
+
+
+def _reading(comparisons: Sequence[Comparison]) -> str:
+    """Return how many comparisons have which verdict, and the lowest and the highest effect in each metric."""
+    counts = Counter(comparison.verdict for comparison in comparisons)
+    texts = [f"of {len(comparisons)} comparisons, " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())]
+    for metric in dict.fromkeys(comparison.metric for comparison in comparisons):
+        own = sorted((c for c in comparisons if c.metric == metric), key=lambda c: c.mean or 0.0)
+        texts.append(" to ".join(map(effect_of, own[:: max(1, len(own) - 1)])))
+    return "; ".join(texts)
+
+
+def effect_of(comparison: Comparison) -> str:
+    """Return what was compared, the mean difference with its 95 % interval, and the number of seeds."""
+    if comparison.runs or comparison.mean is None:
+        return comparison.text
+    interval = comparison.interval
+    within = f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else ""
+    return f"{comparison.metric} {comparison.text}: {comparison.mean:+.2f}{within}, n = {comparison.n}"
