@@ -1,6 +1,7 @@
 """Choose which implementation of the streaming primitives runs: one setting per process (`ops.backend`)."""
 
 import importlib
+import logging
 import os
 import warnings
 from types import ModuleType
@@ -11,9 +12,16 @@ from exnorm.config.errors import UserError
 from exnorm.ops import eager, native
 
 BACKENDS = ("eager", "compiled", "triton", "plain")
+VARIABLE = "EXNORM_BACKEND"  # the back end of a process that calls no `set_backend`
+NOTICE = (
+    "exnorm: compiling the layers for this processor, once per machine, for up to a minute. Later starts load them. "
+    f"{VARIABLE}=eager runs them uncompiled"
+)
+_LOG = logging.getLogger(__name__)
 
 _name: str | None = None
 _module: ModuleType = eager
+_is_default = False  # nobody chose the back end, and `NOTICE` was not said yet
 
 
 def set_backend(name: str) -> str:
@@ -22,23 +30,27 @@ def set_backend(name: str) -> str:
     `auto` chooses the fastest one: `triton` on an NVIDIA GPU, `compiled` on a machine that has no GPU but a C++
     compiler, else `eager`. If a back end cannot run on this machine, `eager` replaces it, with a warning.
 
-    `compiled` compiles each new kind of layer once per machine, for up to a minute. So it is never the default: without
-    a call of this function, as in a notebook, the back end is `triton` on an NVIDIA GPU, else `eager`.
+    `compiled` compiles each new kind of layer once per machine, for up to a minute. Without a call of it, the
+    environment variable EXNORM_BACKEND chooses. Without that, it is `auto`.
 
     Raises:
         ValueError: an unknown name.
     """
-    global _name, _module
-    if name not in ("auto", *BACKENDS):
-        raise UserError(f"unknown back end {name!r}; allowed: auto, {', '.join(BACKENDS)} (ops.backend=auto)")
+    global _name, _module, _is_default
+    _refuse_unknown(name, "ops.backend=auto")
     if name == "auto":
         name = ("triton" if _has_triton() else "eager") if torch.cuda.is_available() else "compiled"
         name = name if _can_run(name) else "eager"
     if not _can_run(name):
         warnings.warn(f"the {name} back end needs {_NEEDS[name]}; the eager back end runs instead", stacklevel=2)
         name = "eager"
-    _name, _module = name, importlib.import_module(f"exnorm.ops.{name}")
+    _name, _module, _is_default = name, importlib.import_module(f"exnorm.ops.{name}"), False
     return name
+
+
+def _refuse_unknown(name: str, example: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise UserError(f"unknown back end {name!r}; allowed: auto, {', '.join(BACKENDS)} ({example})")
 
 
 _NEEDS = {
@@ -65,11 +77,28 @@ def _has_triton() -> bool:
 
 
 def get_backend() -> str:
-    """Return the name of the current back end: the one that was set, else `triton` on an NVIDIA GPU, else `eager`."""
+    """Return the name of the current back end. If none was set, choose the one of EXNORM_BACKEND, else `auto`.
+
+    Raises:
+        ValueError: EXNORM_BACKEND has an unknown name.
+    """
+    global _is_default
     if _name is None:
-        set_backend("triton" if _has_triton() else "eager")
+        wanted = os.environ.get(VARIABLE) or "auto"
+        _refuse_unknown(wanted, f"{VARIABLE}=auto")
+        set_backend(wanted)
+        _is_default = wanted == "auto"
     assert _name is not None
     return _name
+
+
+def say_compiling(what: str) -> None:
+    """Log that something is compiled. Tell a user who chose no back end once how to turn it off, by a visible line."""
+    global _is_default
+    if _is_default:
+        _LOG.warning(NOTICE)
+        _is_default = False
+    _LOG.info("compiling %s", what)
 
 
 def running() -> ModuleType:

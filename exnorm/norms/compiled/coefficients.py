@@ -9,7 +9,6 @@ a library is used, these assumptions are compared with the layer.
 import functools
 import hashlib
 import json
-import logging
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from torch import Tensor, fx
 from exnorm.norms.compiled.graphs import Graphs, InputSpec, input_specs, trace
 from exnorm.norms.compiled.key import options_of, tensors_of
 from exnorm.ops import aot, native
+from exnorm.ops.backend import say_compiling
 from exnorm.ops.guardless import warn_once, without_saved_tensor_hooks
 from exnorm.ops.layout import statistics_dtype
 from exnorm.runs.cache import cache_folder, processor
 from exnorm.runs.folder import write_json_atomic
 
 NORMS = Path(__file__).parents[1]
-_LOG = logging.getLogger(__name__)
 
 
 class CoefficientCode:
@@ -81,7 +80,7 @@ class CoefficientCode:
         if not library.exists():
             graphs = self._traced(norm, like)
             write_json_atomic(facts, {"read": graphs.read, "inputs": input_specs(graphs)})
-            _LOG.info("compiling the %s of %s, once per machine (about 15 seconds)", which, type(norm).__name__)
+            say_compiling(f"the {which} of {type(norm).__name__}, once per machine (about 15 seconds)")
             with native.compiled_meanwhile():
                 aot.build(getattr(graphs, which), library)
         assumed = json.loads(facts.read_text(encoding="utf-8"))
