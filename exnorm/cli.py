@@ -234,7 +234,7 @@ def reproduce(
     study: Annotated[str, typer.Argument(help="Name of a study, such as sn-table2, or a YAML file.")],
     scale: Annotated[
         str,
-        typer.Option(help="Scale: mini (drawn images), small (CIFAR-10) or full (the paper's data)."),
+        typer.Option(help="Scale: mini (drawn images), small and gpu (CIFAR-10) or full (the paper's data)."),
     ] = "mini",
     seeds: Annotated[int | None, typer.Option(min=1, show_default="the study's", help="Seeds per cell.")] = None,
     only: Annotated[
@@ -283,7 +283,7 @@ def reproduce(
 @app.command()
 def table(
     study: Annotated[str, typer.Argument(help="Name of a study, such as sn-table2, or a YAML file.")],
-    scale: Annotated[str, typer.Option(help="Scale: mini, small or full.")] = "mini",
+    scale: Annotated[str, typer.Option(help="Scale: mini, small, gpu or full.")] = "mini",
     form: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.md,
     results: Annotated[Path, typer.Option(help="Folder with the records.")] = Path("results"),
 ) -> None:
@@ -297,7 +297,7 @@ def table(
 @app.command()
 def claims(
     studies: Annotated[list[str] | None, typer.Argument(show_default="all", help="Names of studies.")] = None,
-    scale: Annotated[str, typer.Option(help="Scale: mini, small or full.")] = "mini",
+    scale: Annotated[str, typer.Option(help="Scale: mini, small, gpu or full.")] = "mini",
     results: Annotated[Path, typer.Option(help="Folder with the records.")] = Path("results"),
 ) -> None:
     """Print a verdict on each claim of the papers: supported, contradicted or undecided."""
@@ -331,7 +331,7 @@ def results(
 @app.command()
 def report(
     what: Annotated[str, typer.Argument(help="Name of a study, such as sn-table2, or a run folder.")],
-    scale: Annotated[str, typer.Option(help="Scale of the study: mini, small or full.")] = "mini",
+    scale: Annotated[str, typer.Option(help="Scale of the study: mini, small, gpu or full.")] = "mini",
     out: Annotated[
         Path | None,
         typer.Option(show_default="STUDY-SCALE.html, or report.html in the run folder", help="File to write."),

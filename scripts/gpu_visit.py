@@ -90,7 +90,7 @@ def main() -> None:
         sys.path.insert(0, str(ROOT))
         Visit(options.out, options.dry, options.skip).run(options.part)
         return
-    environment = _environment(options.wheels)
+    environment = environment_with(options.wheels)
     end = time.monotonic() + options.seconds
     for part, limit in PARTS.items():
         left = end - time.monotonic()
@@ -102,7 +102,7 @@ def main() -> None:
             log.unlink()
 
 
-def _environment(wheels: Path | None) -> dict[str, str]:
+def environment_with(wheels: Path | None) -> dict[str, str]:
     """Return an environment whose PYTHONPATH has this checkout first and then the installed wheels."""
     paths = [str(ROOT)]
     if wheels is not None:

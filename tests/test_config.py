@@ -115,8 +115,8 @@ def test_any_model_of_timm_is_an_option(some_timm: None) -> None:
     assert compose_train(["model=regnety_008"]).model.name == "regnety_008"
     assert compose_train(["model=regnety_008.pycls_in1k", "model.drop_rate=0.5"]).model.drop_rate == 0.5
     assert message("model=regnety_009") == "unknown model 'regnety_009': did you mean 'regnety_008'? allowed: " + (
-        "regnety_008, resnet101, resnet18, resnet34, resnet50, resnet_mini, resnet_small, shufflenet_v2_x0_5, "
-        "shufflenet_v2_x1_0, vgg11_bn"
+        "regnety_008, resnet101, resnet18, resnet18_small, resnet34, resnet50, resnet_mini, resnet_small, "
+        "shufflenet_v2_x0_5, shufflenet_v2_x1_0, vgg11_bn"
     )
 
 

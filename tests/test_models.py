@@ -264,6 +264,18 @@ def test_measured_ratios_of_every_layer_sum_to_one_and_leave_no_trace(norm: str)
     assert ("ratio/conv1.1/in" in keys) if norm == "en" else ("ratio/conv1.1/mean/in" in keys)
 
 
+def test_resnet18_small_has_the_blocks_of_a_resnet18() -> None:
+    """Two blocks a stage with the channels of timm's resnet18, so they differ in the first convolution alone."""
+    ours, timms = (
+        classifier(compose_train([f"model={name}"]).model, num_classes=10) for name in ("resnet18_small", "resnet18")
+    )
+    shapes = [
+        sorted(tuple(weight.shape) for weight in model.parameters() if weight.dim() == 4 and weight.shape[1] > 3)
+        for model in (ours, timms)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 def test_resnet_small_keeps_16_pixels_and_serves_both_tasks() -> None:
     """Its blocks have 16, 8, 4 and 2 positions a side; segmentation dilates it; there are no weights to download."""
     config = compose_train(["model=resnet_small", "data=digits", "model.options.channels=[8,16,24,32]"]).model

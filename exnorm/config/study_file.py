@@ -9,8 +9,8 @@ from exnorm.config.errors import UserError, suggest
 from exnorm.config.groups import file_values, group_options, option_file, option_values
 
 YAML = (".yaml", ".yml")
-SCALES = ("mini", "small", "full")
-NAMED = ("small",)  # a study has these scales only if its yaml names them
+SCALES = ("mini", "small", "gpu", "full")
+NAMED = ("small", "gpu")  # a study has these scales only if its yaml names them
 
 Form = Callable[[Any], bool]
 

@@ -11,6 +11,7 @@ from exnorm.report.verdicts import CONTRADICTED, IN_PART, SAME, SUPPORTED, UNDEC
 IMAGES = {
     "mini": "on images that exnorm draws",
     "small": "on CIFAR-10, with a small ResNet",
+    "gpu": "on CIFAR-10, with a ResNet-18 on a GPU",
     "full": "on the papers' data",
 }
 HEADINGS = {  # the verdicts that a reader looks for first

@@ -158,6 +158,7 @@ def first_screen(table: StudyTable, folder: str) -> str:
     on = {
         "mini": " on characters that exnorm draws, with a small ResNet",
         "small": " on CIFAR-10, with a small ResNet",
+        "gpu": " on CIFAR-10, with a ResNet-18",
     }.get(study.scale, "")
     return (
         f"\n\n![{study.title}](./{folder}/figures/{name}-accuracy.png)\n\n"
@@ -228,7 +229,7 @@ an ImageNet result.** It shows whether an effect appears at all at this size.
 
 **Scale small** has real images: CIFAR-10 as JPEG files replaces ImageNet, and `resnet_small`, a ResNet of four \
 blocks, replaces ResNet-50. Its settings were chosen in the same way (`conf/scale/small.yaml`). Human labels are those \
-of CIFAR-10N.
+of CIFAR-10N. **Scale gpu** is the same with a ResNet-18 on a GPU.
 
 **Scale full** is the papers' protocol, from the same files in `conf/study/`.
 

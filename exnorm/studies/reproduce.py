@@ -290,7 +290,7 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
     evaluations = [job for job in jobs if job.cell is not None and job.cell.evaluate]
     further = f" and {len(evaluations)} evaluations of them" if evaluations else ""
     to_do = str(len(to_train)) + (f" and {sum(job in left for job in evaluations)} evaluations" if evaluations else "")
-    unit = "GPU-hours" if study.scale == "full" else "hours on one core"
+    unit = "GPU-hours" if study.scale in ("gpu", "full") else "hours on one core"
     print(
         f"{study.id} at scale {study.scale}: {len(trainings)} runs{further}; {len(trainings) - len(to_train)} runs "
         f"done, {to_do} left: {estimate.hours(to_train)} {unit}{elsewhere(study, left, results)}"
