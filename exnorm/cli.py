@@ -105,8 +105,16 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
+    config_dir: Annotated[
+        Path | None, typer.Option(help="Folder with options of your own, such as norm/my.yaml; also EXNORM_CONF.")
+    ] = None,
 ) -> None:
     """Learning to normalize: train, evaluate and compare normalization layers in any backbone."""
+    if config_dir is not None:
+        from exnorm.config.folders import VARIABLE
+
+        known = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = os.pathsep.join([str(config_dir.absolute()), *([known] if known else [])])
 
 
 @app.command(context_settings=TO_HYDRA, add_help_option=False)
@@ -116,7 +124,8 @@ def train(context: typer.Context) -> None:
 
     from exnorm.cli_sweep import SWEEP
     from exnorm.config.backbones import register_requested
-    from exnorm.config.groups import conf_dir, register_schemas
+    from exnorm.config.folders import conf_dir, search_words
+    from exnorm.config.groups import register_schemas
     from exnorm.config.words import check_options, with_home
 
     check_options(context.args)
@@ -127,6 +136,8 @@ def train(context: typer.Context) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; main() prints them
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(train_task)
     ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants flags first
+    first = next((place for place, word in enumerate(ordered) if "=" in word and word[0] != "-"), len(ordered))
+    ordered[first:first] = search_words()  # and all settings in one row
     arguments, sys.argv = sys.argv, ["exnorm train", *ordered]
     try:
         run()

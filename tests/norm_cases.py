@@ -7,7 +7,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from exnorm.config.compose import conf_dir, group_options
+from exnorm.config.folders import conf_dir
+from exnorm.config.groups import group_options
 from exnorm.norms import BatchScopeNorm, Norm, reference
 from exnorm.surgery import norm_class
 

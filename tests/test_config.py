@@ -12,13 +12,13 @@ from exnorm.config.compose import (
     check_options,
     compose_eval,
     compose_train,
-    conf_dir,
     default_values,
     group_options,
     register_model_names,
     split_norm,
 )
 from exnorm.config.errors import UserError
+from exnorm.config.folders import conf_dir
 from exnorm.config.groups import groups, option_values
 
 NORMS = ", ".join(group_options("norm"))
@@ -121,8 +121,8 @@ def test_any_model_of_timm_is_an_option(some_timm: None) -> None:
 
 
 def test_a_sweep_over_models_registers_each(some_timm: None) -> None:
-    assert backbones.requested(["model=resnet18,vgg11_bn", "norm=bn,sn"]) == ["resnet18", "vgg11_bn"]
-    assert backbones.requested(["model=glob(*)", "model=(", "model=choice(a,b)"]) == ["a", "b"]
+    assert backbones.requested("model", ["model=resnet18,vgg11_bn", "norm=bn,sn"]) == ["resnet18", "vgg11_bn"]
+    assert backbones.requested("model", ["model=glob(*)", "model=(", "model=choice(a,b)"]) == ["a", "b"]
     backbones.register_requested(["model=resnet18,vgg11_bn"])
     register_model_names(["resnet18"])  # its yaml stays the only one
     stored = ConfigStore.instance().list("model")
@@ -204,6 +204,6 @@ def test_a_wheel_brings_its_own_conf(tmp_path: Path) -> None:
     shutil.copytree(package / "config", tmp_path / "exnorm" / "config")
     shutil.copytree(conf_dir(), tmp_path / "exnorm" / "conf")
     shutil.copy(package / "__init__.py", tmp_path / "exnorm")
-    code = "from exnorm.config.compose import conf_dir, compose_train; compose_train([]); print(conf_dir())"
+    code = "from exnorm.config import compose, folders; compose.compose_train([]); print(folders.conf_dir())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == tmp_path.resolve() / "exnorm" / "conf"

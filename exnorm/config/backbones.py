@@ -4,12 +4,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from exnorm.config.cache import cache_folder
 from exnorm.config.errors import UserError
-from exnorm.config.groups import group_options, register_model_names, unknown_option
+from exnorm.config.groups import (
+    group_options,
+    is_class,
+    option_values,
+    register_model_names,
+    register_option,
+    unknown_option,
+)
 
 LIST_MODELS = "import timm; print('\\n'.join(timm.list_models()))"
 
@@ -43,13 +51,16 @@ def write_cache(path: Path, text: str) -> None:
 
 
 def register_requested(overrides: Iterable[str]) -> None:
-    """Register the models of timm that `model=NAME` and sweeps over it ask for.
+    """Register what has no yaml, of `model=NAME`, `norm=NAME` and sweeps over them: timm's models, and classes.
 
     Raises:
         UserError: timm has no such model; the message gives the nearest names.
     """
+    words = list(overrides)
+    for name in filter(partial(is_class, "norm"), requested("norm", words)):
+        register_option("norm", name, option_values("norm", name))
     known = group_options("model")
-    wanted = [name for name in requested(overrides) if name not in known]
+    wanted = [name for name in requested("model", words) if name not in known]
     if not wanted:
         return
     architectures = set(timm_names())
@@ -59,7 +70,7 @@ def register_requested(overrides: Iterable[str]) -> None:
     register_model_names(wanted)
 
 
-def requested(overrides: Iterable[str]) -> list[str]:
+def requested(group: str, overrides: Iterable[str]) -> list[str]:
     """Return the names in `model=a` and `model=a,b`; skip what Hydra cannot parse, because Hydra reports it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
@@ -68,7 +79,7 @@ def requested(overrides: Iterable[str]) -> list[str]:
     parser = OverridesParser.create()
     names: list[str] = []
     for text in overrides:
-        if not text.startswith("model="):
+        if not text.startswith(f"{group}="):
             continue
         try:
             override = parser.parse_override(text)

@@ -31,6 +31,8 @@ def card(group: str, name: str) -> str:
     if group != "norm":
         return yaml
     target = str(option_values("norm", name)["_target_"])
+    if not target.startswith("exnorm."):
+        return yaml
     return f"{file_docstring(target.rpartition('.')[2])}\n\n{yaml}"
 
 

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from exnorm.config.backbones import register_requested
 from exnorm.config.errors import UserError
 from exnorm.config.explain import check_keys, explain, is_user_error
+from exnorm.config.folders import conf_dir, search_words
 from exnorm.config.groups import (
-    conf_dir,
     group_options,
     option_values,
     register_model_names,
@@ -30,7 +30,6 @@ __all__ = [
     "check_train",
     "compose_eval",
     "compose_train",
-    "conf_dir",
     "default_values",
     "explain",
     "group_options",
@@ -118,7 +117,7 @@ def composed(config_name: str, overrides: list[str]) -> DictConfig:
     register_schemas()
     try:
         with initialize_config_dir(str(conf_dir()), job_name=config_name, version_base="1.3"):
-            return compose(config_name, [with_home(word) for word in overrides])
+            return compose(config_name, [*search_words(), *map(with_home, overrides)])
     except Exception as exc:
         if not is_user_error(exc):
             raise

@@ -1,6 +1,7 @@
-"""The folder `conf/`: its groups, their options, and the schema that types them.
+"""The groups of `conf/`, their options, and the schema that types them.
 
-The files `conf/<group>/*.yaml` are the options of a group; nothing is registered by hand.
+The files `<group>/*.yaml` in `conf/`, and in folders of users and of installed packages, are the options of a group;
+nothing is registered by hand.
 """
 
 import copy
@@ -14,17 +15,8 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from exnorm.config.errors import SHOWN, UserError, nearest, shorten, suggest
+from exnorm.config.folders import conf_dir, conf_folders
 from exnorm.config.schema import EvalConfig, TrainConfig
-
-
-def conf_dir() -> Path:
-    """Return the folder `conf/`: inside the package (wheel), else next to it (checkout)."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise UserError(f"there is no conf/train.yaml in {package} or next to it. Reinstall exnorm")
-
 
 OF_STUDIES = ("study", "scale")  # only `exnorm reproduce` reads these folders of conf/; no run composes them
 
@@ -36,15 +28,21 @@ def groups() -> list[str]:
 
 def group_options(group: str) -> list[str]:
     """Return the names of the yaml files of a group, sorted."""
-    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+    return sorted({file.stem for folder in conf_folders() for file in (folder / group).glob("*.yaml")})
 
 
 def option_file(group: str, name: str) -> Path:
-    """Return the yaml file of an option; raise UserError with the nearest name if there is none."""
-    options = group_options(group)
-    if name not in options:
-        raise UserError(unknown_option(group, name, options))
-    return conf_dir() / group / f"{name}.yaml"
+    """Return the yaml file of an option.
+
+    Raises:
+        UserError: there is none (the message has the nearest name), or there are two.
+    """
+    found = [file for folder in conf_folders() if (file := folder / group / f"{name}.yaml").is_file()]
+    if not found:
+        raise UserError(unknown_option(group, name, group_options(group)))
+    if len(found) > 1:
+        raise UserError(f"{group} '{name}' is in {found[0]} and in {found[1]}. Give one of the files another name")
+    return found[0]
 
 
 def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
@@ -57,8 +55,15 @@ def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
     return f"unknown {group} '{name}': {hint}allowed: {shorten(listed)}{further}"
 
 
+def is_class(group: str, name: str) -> bool:
+    """Return whether the name of a normalizer is that of a class, such as my_package.MyNorm."""
+    return group == "norm" and "." in name
+
+
 def option_values(group: str, name: str) -> dict[str, Any]:
-    """Return the values written in the yaml of an option."""
+    """Return the values written in the yaml of an option. A class has no yaml, and no values but its name."""
+    if is_class(group, name):
+        return {"name": name, "_target_": name}
     return file_values(option_file(group, name))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from exnorm.config.errors import UserError, suggest
-from exnorm.config.groups import option_values
+from exnorm.config.groups import is_class, option_values
 
 USUAL_TASK = "classification"
 UNTYPED = {"norm": "norm=en", "task": f"task={USUAL_TASK}"}  # groups whose options are typed by their yaml
@@ -31,7 +31,10 @@ def imported_class(group: str, target: str) -> Any:
         return get_class(target)
     except (ImportError, ValueError) as problem:
         if isinstance(problem.__cause__, ModuleNotFoundError | None):
-            raise UserError(f"{group}._target_={target} cannot be imported as a class; give module.Class") from problem
+            raise UserError(
+                f"{group}._target_={target} cannot be imported as a class; give module.Class. "
+                "For a module in the current folder set PYTHONPATH=."
+            ) from problem
         raise
 
 
@@ -46,6 +49,8 @@ def check_options(group: str, chosen: DictConfig | dict[str, Any]) -> None:
             f"no {group} is chosen. Type for example {UNTYPED[group]}; exnorm list {group}s shows all of them"
         )
     name = str(values["name"])
+    if is_class(group, name):  # its constructor knows its options
+        return
     defaults = option_values(group, name)
     for key, value in values.items():
         if key not in defaults:

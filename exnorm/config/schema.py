@@ -43,6 +43,7 @@ class DataConfig:
     """A data set and how its images are cropped; the crop rules are the papers'."""
 
     name: str = MISSING
+    module: str | None = None  # of a data set of another package, such as my_package.my_set
     root: str | None = None
     roots: str | None = "${oc.env:EXNORM_DATA,null}"  # a folder with a subfolder for each set, named after it
     train_list: str | None = None  # a file with lines `path label`, instead of class folders

@@ -22,10 +22,11 @@ HYDRA_OPTIONS = frozenset(
 
 def quoted(key: str, value: str) -> str:
     """Return KEY=VALUE as it is typed in a shell, quoted so that Hydra takes the value literally."""
-    return shlex.quote(f"{key}={_in_hydras_quotes(value)}")
+    return shlex.quote(f"{key}={in_hydras_quotes(value)}")
 
 
-def _in_hydras_quotes(value: str) -> str:
+def in_hydras_quotes(value: str) -> str:
+    """Return a value with quotes around it, so that Hydra takes it literally."""
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', value).replace("${", "\\${")
     last = len(escaped) - len(escaped.rstrip("\\"))
     return f'"{escaped}{escaped[len(escaped) - last :]}"'
@@ -41,7 +42,7 @@ def with_home(word: str) -> str:
         return f"{key}={quote}{os.path.expanduser(value)}"
     values = [os.path.expanduser(part) for part in value.split(",")]
     if not all(PLAIN.fullmatch(part) for part in values):
-        values = [_in_hydras_quotes(part) for part in values]
+        values = [in_hydras_quotes(part) for part in values]
     return f"{key}={','.join(values)}"
 
 

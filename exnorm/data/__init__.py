@@ -25,8 +25,20 @@ FOR_MASKS = {"short_sides": None, "long_side": None, "zoom": None, "rotation": 0
 
 
 def data_set(name: str) -> ModuleType:
-    """Return the module of the data set with this `data.name`."""
-    return importlib.import_module(f"exnorm.data.sets.{name}")
+    """Return the module of the data set with this `data.name`. A set of another package has `module` in its yaml.
+
+    Raises:
+        UserError: that module does not exist.
+    """
+    module = option_values("data", name).get("module")
+    try:
+        return importlib.import_module(module or f"exnorm.data.sets.{name}")
+    except ModuleNotFoundError as problem:
+        if module is None or not f"{module}.".startswith(f"{problem.name}."):
+            raise
+        raise UserError(
+            f"data={name}: its module {module} cannot be imported ({problem}). Install its package, or set PYTHONPATH"
+        ) from None
 
 
 def targets_of(name: str) -> str:

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from exnorm.config.errors import UserError
-from exnorm.config.groups import group_options, option_values
+from exnorm.config.groups import group_options, is_class, option_values
 from exnorm.norms import BatchScopeNorm, Norm
 from exnorm.surgery.audit_rows import Audit, AuditRow
 from exnorm.surgery.kinds import CHANNELS_LAST, KINDS, kept_layers, kind_of, normalization_layers
@@ -43,7 +43,7 @@ def norm_class(norm: str | type[Norm]) -> type[Norm]:
     names = group_options("norm")
     if not isinstance(norm, str):
         return _checked(norm, f"convert takes a subclass of exnorm.norms.Norm, or a name: {', '.join(names)}")
-    if norm not in names:
+    if norm not in names and not is_class("norm", norm):
         raise UserError(f"unknown norm {norm!r}; allowed: {', '.join(names)}")
     target: str = option_values("norm", norm)["_target_"]
     module, _, name = target.rpartition(".")
