@@ -10,6 +10,8 @@ import torch
 import torch.utils.checkpoint
 from norm_cases import SHAPES, assert_same, build, draw, gradients, randomize, state
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from exnorm import ops
 from exnorm.diagnostics.bench import saved_bytes
@@ -168,6 +170,26 @@ def test_a_compiled_layer_equals_the_eager_one(name: str, training: bool) -> Non
         assert_same(results[1], results[0], rtol=1e-6, atol=1e-8)
     code = coefficient_code.code_of(norm, draw(2, 3), gradient=True)
     assert code is not None and code.gradient is not None, "nothing was compiled"
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_tensors_without_memory_are_not_read(is_first: bool) -> None:
+    """In FakeTensorMode the first layer gets a real input and the others fake ones; neither result has memory."""
+    ops.set_backend("compiled")
+    norm = build("ln", 6).train()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = draw(2, 6, 3, 3) if is_first else mode.from_tensor(draw(2, 6, 3, 3))
+        y = norm(x.requires_grad_())
+        y.sum().backward()
+        assert isinstance(y, FakeTensor) and y.shape == x.shape and x.grad is not None and x.grad.shape == x.shape
+
+
+def test_a_trace_with_real_tensors_has_every_operation() -> None:
+    """`make_fx` records operations; the passes of C++ would be missing in its graph."""
+    ops.set_backend("compiled")
+    norm, x = build("ln", 6).eval(), draw(2, 6, 3, 3)
+    traced = make_fx(norm)(x)
+    assert_same({"y": traced(x + 1)}, {"y": norm(x + 1)}, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_list_prints_names_with_what_they_are(tmp_path: Path) -> None:
     assert any(line.split()[:3] == ["sn", "Switchable", "Normalization:"] for line in norms)
     assert "digits" in exnorm(tmp_path, "list", "data").stdout
     models = exnorm(tmp_path, "list", "models").stdout.split("\n")
-    assert "vgg11_bn" in models and sum(line.startswith("resnet18") for line in models) == 1
+    assert "vgg11_bn" in models and sum(line.split()[:1] == ["resnet18"] for line in models) == 1
     assert exnorm(tmp_path, "list", "models", "--filter", "vgg*").stdout == "vgg11_bn\n"
 
 

@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 import torch
+from torch import Tensor, nn
 
 from exnorm.config.errors import UserError
 from exnorm.ops import eager, native
@@ -17,6 +18,7 @@ NOTICE = (
     "exnorm: compiling the layers for this processor, once per machine, for up to a minute. Later starts load them. "
     f"{VARIABLE}=eager runs them uncompiled"
 )
+_TRACING = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
 _LOG = logging.getLogger(__name__)
 
 _name: str | None = None
@@ -107,13 +109,26 @@ def running() -> ModuleType:
     return _module
 
 
-def implementation() -> ModuleType:
-    """Return the module whose primitives a layer calls: under `torch.compile` the operators, else `running()`.
+def implementation(x: Tensor) -> ModuleType:
+    """Return the module whose primitives a layer calls for an input: under `torch.compile` the operators.
 
-    The eager and the plain back end are formulas that `torch.compile` can trace. For them it is always `running()`.
+    The eager and the plain back end are formulas that `torch.compile` can trace. For them it is always `running()`. The
+    other back ends read the memory of a tensor. So the eager formulas replace them if there may be none.
     """
-    if not torch.compiler.is_compiling() or get_backend() in ("eager", "plain"):
+    if get_backend() in ("eager", "plain"):
         return running()
-    from exnorm.ops import library  # registers the operators
+    if torch.compiler.is_compiling():
+        from exnorm.ops import library  # registers the operators
 
-    return library
+        return library
+    return running() if has_memory(x) else eager
+
+
+def has_memory(x: Tensor) -> bool:
+    """Return whether a tensor and its results have values in memory.
+
+    Those of a subclass such as FakeTensor or DTensor may not, and none do where torch traces the operations.
+    """
+    if type(x) not in (Tensor, nn.Parameter):
+        return False
+    return not torch._C._len_torch_dispatch_stack() or not any(map(torch._C._get_dispatch_mode, _TRACING))

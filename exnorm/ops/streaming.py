@@ -67,7 +67,7 @@ def sums(
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, channel_dim: int, act: str | None) -> tuple[Tensor, ...]:
-        mean_NC, var_NC = implementation().moments(x, channel_dim)
+        mean_NC, var_NC = implementation(x).moments(x, channel_dim)
         ctx.save_for_backward(x, mean_NC)
         ctx.channel_dim, ctx.act = channel_dim, act
         return mean_NC, var_NC, x.view_as(x), torch.zeros_like(mean_NC), torch.zeros_like(mean_NC)
@@ -80,7 +80,7 @@ class _Moments(torch.autograd.Function):
         positions = length(x, ctx.channel_dim)
         slope_NC, offset_NC = dvar_NC * (2 / positions), dmean_NC / positions
         coefficients = (mean_NC, scale_NC, shift_NC, slope_NC, offset_NC)
-        return implementation().input_gradient(grad, x, *coefficients, ctx.channel_dim, ctx.act), None, None
+        return implementation(x).input_gradient(grad, x, *coefficients, ctx.channel_dim, ctx.act), None, None
 
 
 class _Affine(torch.autograd.Function):
@@ -97,7 +97,7 @@ class _Affine(torch.autograd.Function):
         channel_dim: int,
         act: str | None,
     ) -> Tensor:
-        y = implementation().affine(x, mean_NC, scale_NC, shift_NC, residual, channel_dim, act)
+        y = implementation(x).affine(x, mean_NC, scale_NC, shift_NC, residual, channel_dim, act)
         ctx.activated_sum = residual is not None and act is not None
         ctx.save_for_backward(x, mean_NC, scale_NC, shift_NC, *((y,) if ctx.activated_sum else ()))
         ctx.channel_dim, ctx.act, ctx.carried = channel_dim, act, scale_carrier_NC is not None
@@ -111,7 +111,7 @@ class _Affine(torch.autograd.Function):
         dx = dmean_NC = dscale_NC = dshift_NC = None
         if any(ctx.needs_input_grad[1:4]):
             y = output[0] if ctx.activated_sum else None
-            found = sums(implementation(), grad, x, y, coefficients, ctx.channel_dim, act)
+            found = sums(implementation(x), grad, x, y, coefficients, ctx.channel_dim, act)
             dscale_NC, dshift_NC, grad, act = found
             dmean_NC = -scale_NC * dshift_NC
         elif ctx.activated_sum:
@@ -120,7 +120,7 @@ class _Affine(torch.autograd.Function):
         if ctx.carried:
             return grad, dmean_NC, dscale_NC, dshift_NC, scale_NC, shift_NC, dresidual, None, None
         if ctx.needs_input_grad[0]:
-            dx = implementation().input_gradient(grad, x, *coefficients, None, None, ctx.channel_dim, act)
+            dx = implementation(x).input_gradient(grad, x, *coefficients, None, None, ctx.channel_dim, act)
         return dx, dmean_NC, dscale_NC, dshift_NC, None, None, dresidual, None, None
 
 

@@ -61,7 +61,7 @@ class _Layer(torch.autograd.Function):
         buffers: dict[str, Tensor],
         *learned: Tensor,
     ) -> Tensor:
-        passes = ops.implementation()
+        passes = ops.implementation(x)
         ctx.channel_dim, ctx.act, ctx.code = norm.channel_dim, act, code
         constant = norm.constant_moments(x)
         ctx.is_constant = constant is not None
@@ -84,7 +84,7 @@ class _Layer(torch.autograd.Function):
     @plain.first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, x, mean_NC, var_NC, scale_NC, shift_NC, *tensors = ctx.saved_tensors
-        passes = ops.implementation()
+        passes = ops.implementation(x)
         if not any((ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])):
             dresidual = ops.through_relu(grad, y) if ctx.activated_sum else grad
             return None, dresidual, *[None] * (len(ctx.needs_input_grad) - 2)
