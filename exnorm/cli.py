@@ -114,7 +114,7 @@ def options(
         from exnorm.config.folders import VARIABLE
 
         known = os.environ.get(VARIABLE)
-        os.environ[VARIABLE] = os.pathsep.join([str(config_dir.absolute()), *([known] if known else [])])
+        os.environ[VARIABLE] = os.pathsep.join([str(config_dir.expanduser().absolute()), *([known] if known else [])])
 
 
 @app.command(context_settings=TO_HYDRA, add_help_option=False)
@@ -124,8 +124,8 @@ def train(context: typer.Context) -> None:
 
     from exnorm.cli_sweep import SWEEP
     from exnorm.config.backbones import register_requested
-    from exnorm.config.folders import conf_dir, search_words
-    from exnorm.config.groups import register_schemas
+    from exnorm.config.folders import conf_dir
+    from exnorm.config.groups import register_schemas, search_words
     from exnorm.config.words import check_options, with_home
 
     check_options(context.args)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 from gpu_visit import ROOT, environment_with
@@ -35,10 +36,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=530)
     parser.add_argument("--wheels", type=Path)
     options = parser.parse_args()
+    end = time.monotonic() + options.seconds - END_S
     records = options.out / "records"
     records.mkdir(parents=True, exist_ok=True)
     for file in (ROOT / "results" / "records").glob(f"{Path(options.study).stem}.*"):
-        shutil.copy(file, records)
+        if not (records / file.name).exists():  # else it has the rows of an earlier call
+            shutil.copy(file, records)
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(options.data) as archive:
             archive.extractall(folder, filter="data")
@@ -48,7 +51,7 @@ def main() -> int:
         command = [sys.executable, "-m", "exnorm", "reproduce", options.study, "--scale", options.scale]
         process = subprocess.Popen([*command, "--skip-recorded", *words], cwd=ROOT, env=environment)
         try:
-            return process.wait(timeout=options.seconds - END_S)
+            return process.wait(timeout=max(0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             return 0 if process.wait() == 128 + signal.SIGTERM else 1

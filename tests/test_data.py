@@ -28,12 +28,12 @@ def folder_config(root: Path | None, **values: Any) -> Any:
 def seeded(root: Path, *, seed: int = 0) -> SeededImages:
     """The augmented training images of a folder."""
     config = folder_config(root)
-    return SeededImages(data_set("imagefolder").load(config).train, train_transform(config), seed=seed)
+    return SeededImages(data_set(config).load(config).train, train_transform(config), seed=seed)
 
 
 def test_digits_are_1797_scans_with_a_fixed_disjoint_fifth_held_out() -> None:
     config = compose_train(["data=digits"]).data
-    splits, again = data_set("digits").load(config), data_set("digits").load(config)
+    splits, again = (data_set(config).load(config) for _ in range(2))
     assert (len(splits.train), len(splits.val), len(splits.classes)) == (1438, 359, 10)
     assert list(splits.val.labels) == list(again.val.labels)
     both = [images.open_image(i).tobytes() for images in (splits.train, splits.val) for i in range(len(images))]
@@ -47,7 +47,8 @@ def test_an_image_folder_reads_every_kind_of_image_as_rgb(tmp_path: Path) -> Non
         suffix = "jpg" if mode == "CMYK" else "png"
         Image.new(mode, (9, 7)).save(root / "train" / "cat" / f"{mode}.{suffix}")
     (root / "train" / "cat" / "notes.txt").write_text("no image")
-    splits = data_set("imagefolder").load(folder_config(root))
+    config = folder_config(root)
+    splits = data_set(config).load(config)
     assert splits.classes == list(CLASSES)
     assert len(splits.train) == 3 * 2 + 4
     assert {splits.train.open_image(i).mode for i in range(len(splits.train))} == {"RGB"}
@@ -72,8 +73,9 @@ def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
 def test_a_validation_class_that_training_lacks_is_named(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path / "data", train=1, val=1)
     (root / "val" / "cat").rename(root / "val" / "zebra")
+    config = folder_config(root)
     with pytest.raises(UserError, match="zebra"):
-        data_set("imagefolder").load(folder_config(root))
+        data_set(config).load(config)
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
@@ -162,7 +164,8 @@ def test_validation_resizes_to_exactly_the_pixels_asked_for(tmp_path: Path, imag
 
 def test_a_set_is_matched_to_the_classes_of_a_run_by_name(tmp_path: Path) -> None:
     """Labels in the run's order, images of other classes left out, each image still with its own class."""
-    splits = data_set("imagefolder").load(folder_config(make_image_folder(tmp_path / "data")))
+    config = folder_config(make_image_folder(tmp_path / "data"))
+    splits = data_set(config).load(config)
     assert matched(splits, list(CLASSES), name="imagefolder") is splits
     for classes in (["elk", "cat", "dog"], ["elk", "dog"]):
         found = matched(splits, classes, name="imagefolder")
@@ -173,7 +176,8 @@ def test_a_set_is_matched_to_the_classes_of_a_run_by_name(tmp_path: Path) -> Non
 
 
 def test_a_run_with_classes_that_a_set_lacks_is_told_which(tmp_path: Path) -> None:
-    splits = data_set("imagefolder").load(folder_config(make_image_folder(tmp_path / "data")))
+    config = folder_config(make_image_folder(tmp_path / "data"))
+    splits = data_set(config).load(config)
     with pytest.raises(UserError) as problem:
         matched(splits, ["cat", "yak", "zebra"], name="imagefolder")
     assert str(problem.value) == (

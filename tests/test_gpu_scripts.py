@@ -52,5 +52,6 @@ def test_a_study_fits_into_the_time_and_goes_on_from_its_record(tmp_path: Path) 
     assert "exnorm: stopped" in stopped.stderr and not (out / "records" / "mine.csv").read_text().count("norm=en")
     one = run("gpu_study.py", *options, "--seconds", "300", "--only", "norm=en")
     assert "[1/1] norm=en, seed 0" in one.stdout
+    assert (out / "records" / "mine.csv").read_text().count("norm=en")
     rest = run("gpu_study.py", *options, "--seconds", "300")
     assert "[1/1] norm=bn, seed 0" in rest.stdout and "norm=en" not in rest.stdout

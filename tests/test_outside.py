@@ -1,6 +1,7 @@
 """Options from outside: folders of a user, installed packages, and classes by their full name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, CliRunner
-from engine_cases import make_image_folder, tiny, train
+from engine_cases import make_image_folder, tiny, train, train_here
 from torch import nn
 
 import exnorm
@@ -27,21 +28,20 @@ x = torch.randn(2, layer.num_features, 5, 5) + 3
 expected = x / (x.square().mean((1, 2, 3), keepdim=True) + layer.eps).sqrt()
 torch.testing.assert_close(layer(x), expected)
 """
-STUDY = "# My study\naxes: {norm: [bn, mine]}\nset: [data=digits]\nseeds: 1\n"
 
 
 @pytest.fixture(params=["plain", "a folder, with 'signs' \"and\" {more}"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a user with a normalizer and a study, named in EXNORM_CONF."""
+    """A folder of a user with a normalizer, named in EXNORM_CONF."""
     root = tmp_path / request.param
-    for name, text in {"norm/mine.yaml": NORM, "study/of-mine.yaml": STUDY}.items():
-        (root / name).parent.mkdir(parents=True)
-        (root / name).write_text(text, encoding="utf-8")
+    (root / "norm").mkdir(parents=True)
+    (root / "norm" / "mine.yaml").write_text(NORM, encoding="utf-8")
+    (root / "norm" / ".#mine.yaml").symlink_to("nobody@nowhere.1")  # the lock of an editor
     monkeypatch.setenv("EXNORM_CONF", str(root))
     return root
 
 
-def test_a_folder_of_ones_own_has_options_and_studies(folder: Path, cli_here: CliRunner) -> None:
+def test_a_folder_of_ones_own_has_options(folder: Path, cli_here: CliRunner) -> None:
     """They compose, convert a model, are listed and shown, and have their defaults and their types."""
     assert compose_train(["norm=mine", "norm.pi=9"]).norm == {
         "name": "mine",
@@ -51,11 +51,11 @@ def test_a_folder_of_ones_own_has_options_and_studies(folder: Path, cli_here: Cl
     }
     with pytest.raises(UserError, match=r"norm\.pi=many: expected an integer such as 7"):
         compose_train(["norm=mine", "norm.pi=many"])
-    assert isinstance(exnorm.convert(nn.Sequential(nn.BatchNorm2d(32)), "mine")[0], ExemplarNorm)
+    layer = exnorm.convert(nn.Sequential(nn.BatchNorm2d(32)), "mine")[0]
+    assert isinstance(layer, ExemplarNorm) and (layer.pi, layer.eps) == (7, 1e-3)
+    assert exnorm.convert(nn.Sequential(nn.BatchNorm2d(32)), "mine", pi=5)[0].pi == 5
     assert "mine  My normalizer" in cli_here("list", "norms").stdout
     assert "pi: 7" in cli_here("show", "norm", "mine").stdout
-    plan = cli_here("reproduce", "of-mine", "--plan")
-    assert "2 runs; 0 runs done" in plan.stdout, plan.stderr
 
 
 def test_train_takes_options_from_a_folder(folder: Path, tmp_path: Path, run_cli: CliRunner) -> None:
@@ -73,17 +73,61 @@ def test_train_takes_options_from_a_folder(folder: Path, tmp_path: Path, run_cli
     assert done.returncode == 2 and "(job 1: norm=mine)" in done.stderr, done.stderr
 
 
-def test_mistakes_with_folders_are_one_line(
-    tmp_path: Path, run_cli: CliRunner, monkeypatch: pytest.MonkeyPatch
+def test_a_run_has_the_values_of_its_file_and_needs_the_file_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli_here: CliRunner
 ) -> None:
+    """Other values make another run. Without the folder, the run can be loaded and evaluated."""
+    (tmp_path / "norm").mkdir()
+    monkeypatch.setenv("EXNORM_CONF", str(tmp_path))
+    arguments = tiny(make_image_folder(tmp_path / "data"), "norm=mine", "trainer.epochs=1")
+    runs = []
+    for pi in (7, 9):
+        (tmp_path / "norm" / "mine.yaml").write_text(NORM.replace("pi: 7", f"pi: {pi}"), encoding="utf-8")
+        runs.append(train_here(arguments, tmp_path / "here"))
+    assert runs[0] != runs[1]
+    monkeypatch.delenv("EXNORM_CONF")
+    for run, pi in zip(runs, (7, 9), strict=True):
+        layers = [layer for layer in exnorm.load(run).modules() if isinstance(layer, ExemplarNorm)]
+        assert {(layer.pi, layer.eps) for layer in layers} == {(pi, 1e-3)}
+    done = cli_here("eval", runs[0])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("norm/other.yaml", NORM, "write name: other, as the file is called; it has name: mine"),
+        ("norm/mine.yaml", "name: mine", "write _target_: my_package.MyClass; it has _target_: None"),
+        ("norm/mine.yaml", "a: [", "is not valid yaml"),
+        ("norm/mine.yaml", "\udc80", "is not valid yaml"),
+        ("data/mine.yaml", "name: mine", "write module: my_package.my_set; it has module: None"),
+        ("data/mine.yaml", "{name: mine, module: .x}", "write module: my_package.my_set; it has module: .x"),
+        ("norm/en.yaml", NORM, "have the same name. Give one of them another name"),
+        ("trainer/default.yaml", "epochs: 3", "have the same name. Give one of them another name"),
+    ],
+)
+def test_a_wrong_file_is_one_line(
+    name: str, text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    monkeypatch.setenv("EXNORM_CONF", str(tmp_path))
+    with pytest.raises(UserError, match=f"{name}.* {re.escape(said)}"):
+        compose_train(["norm=bn"])
+
+
+def test_mistakes_with_folders_are_one_line(tmp_path: Path, run_cli: CliRunner) -> None:
     done = run_cli("--config-dir", "missing", "list", "norms")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"there is no folder {tmp_path.resolve() / 'missing'}" in done.stderr
-    (tmp_path / "norm").mkdir()
-    (tmp_path / "norm" / "en.yaml").write_text(NORM, encoding="utf-8")
-    monkeypatch.setenv("EXNORM_CONF", str(tmp_path))
-    with pytest.raises(UserError, match=r"norm 'en' is in .*conf/norm/en.yaml and in .*Give one of the files another"):
-        compose_train(["norm=en"])
+    done = run_cli("train", "--config-dir=missing", "norm=en")
+    assert done.returncode == 2 and "comes before the command: exnorm --config-dir DIR train" in done.stderr
+    for name in ("one", "two"):
+        (tmp_path / name / "norm").mkdir(parents=True)
+        (tmp_path / name / "norm" / "mine.yaml").write_text(NORM, encoding="utf-8")
+    done = run_cli("train", "norm=mine", env={"EXNORM_CONF": f"one{os.pathsep}two"})
+    assert done.returncode == 2
+    assert re.search(r"one/norm/mine.yaml and .*two/norm/mine.yaml have the same name", done.stderr)
 
 
 def test_a_class_is_a_norm_by_its_full_name(cli_here: CliRunner) -> None:

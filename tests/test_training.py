@@ -170,7 +170,7 @@ def test_batch_average_is_the_total_variance_over_the_batches(images: Path) -> N
     """Against the statistics of one batch that holds all images, as all batches together do."""
     config = compose_train(["model=resnet18", "model.name=test_resnet", "norm=sn", "data=imagefolder"])
     config.data.root, config.data.image_size, config.data.resize = str(images), 32, 32
-    splits = data_set("imagefolder").load(config.data)
+    splits = data_set(config.data).load(config.data)
     dataset = SeededImages(splits.train, eval_transform(config.data), seed=0)
     model = build_network(partial(classifier, num_classes=3), config.model, config.norm)
     model.conv1[1].train()

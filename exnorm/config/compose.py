@@ -12,13 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 from exnorm.config.backbones import register_requested
 from exnorm.config.errors import UserError
 from exnorm.config.explain import check_keys, explain, is_user_error
-from exnorm.config.folders import conf_dir, search_words
+from exnorm.config.folders import conf_dir
 from exnorm.config.groups import (
     group_options,
+    is_own,
     option_values,
     register_model_names,
     register_option,
     register_schemas,
+    search_words,
 )
 from exnorm.config.options import UNTYPED, USUAL_TASK, check_options, split_norm
 from exnorm.config.schema import TrainConfig
@@ -104,11 +106,11 @@ def default_values(norm_name: str, task_name: str = USUAL_TASK) -> dict[str, Any
     """Return the defaults of the schema and of the yaml of norm and task. A run's hash leaves out values equal to them.
 
     The norm's name has no default, so it is always in the hash. That of the task is there if it is another task than
-    classification.
+    classification. A yaml that is not exnorm's own can change at any time, so all of its values are in the hash.
     """
-    norm = option_values("norm", norm_name)
-    del norm["name"]
-    task = {**option_values("task", task_name), "name": USUAL_TASK}
+    norm = option_values("norm", norm_name) if is_own("norm", norm_name) else {}
+    norm.pop("name", None)
+    task = {**(option_values("task", task_name) if is_own("task", task_name) else {}), "name": USUAL_TASK}
     return {**schema_defaults(), "norm": norm, "task": task}
 
 

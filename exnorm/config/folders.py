@@ -1,6 +1,6 @@
 """The folders whose YAML files are the options of a command: exnorm's `conf/`, and those of users and of packages.
 
-Such a folder has folders like `norm/`, `data/`, `task/` and `study/`, with a YAML file for each option, as `conf/` has.
+Such a folder has folders like `norm/`, `data/` and `task/`, with a YAML file for each option, as `conf/` has.
 A user names it in the environment variable EXNORM_CONF or after `exnorm --config-dir`. An installed package names it as
 an entry point: the folder of a package that need not have Python files.
 
@@ -11,11 +11,11 @@ an entry point: the folder of a package that need not have Python files.
 import functools
 import importlib.util
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 
 from exnorm.config.errors import UserError
-from exnorm.config.words import in_hydras_quotes
 
 VARIABLE = "EXNORM_CONF"
 ENTRY_POINTS = "exnorm.conf"
@@ -46,20 +46,17 @@ def conf_folders() -> list[Path]:
 @functools.cache
 def _of_packages() -> tuple[Path, ...]:
     """Return the folders that installed packages name. No code of theirs runs for it."""
-    return tuple(_folder_of(point) for point in metadata.entry_points(group=ENTRY_POINTS))
+    folders = (_folder_of(point) for point in metadata.entry_points(group=ENTRY_POINTS))
+    return tuple(folder for folder in folders if folder is not None)
 
 
-def _folder_of(point: metadata.EntryPoint) -> Path:
+def _folder_of(point: metadata.EntryPoint) -> Path | None:
     top, *rest = point.value.split(".")
     spec = importlib.util.find_spec(top)
     for place in (spec.submodule_search_locations or ()) if spec else ():
         folder = Path(place).joinpath(*rest)
         if folder.is_dir():
             return folder
-    raise UserError(f"entry point {point.name} of {ENTRY_POINTS}: {point.value} is no folder of an installed package")
-
-
-def search_words() -> list[str]:
-    """Return the override with which Hydra finds the options of all folders; none if there is only exnorm's own."""
-    quoted = [in_hydras_quotes(f"file://{folder}") for folder in conf_folders()[1:]]
-    return [f"hydra.searchpath=[{','.join(quoted)}]"] if quoted else []
+    where = f"entry point {point.name} of {ENTRY_POINTS}"
+    print(f"exnorm: warning: {where}: {point.value} is no folder of an installed package", file=sys.stderr)
+    return None

@@ -7,6 +7,7 @@ nothing is registered by hand.
 import copy
 import functools
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from yaml import YAMLError
 from exnorm.config.errors import SHOWN, UserError, nearest, shorten, suggest
 from exnorm.config.folders import conf_dir, conf_folders
 from exnorm.config.schema import EvalConfig, TrainConfig
+from exnorm.config.words import in_hydras_quotes
 
+CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")  # the full name of a class or a module
 OF_STUDIES = ("study", "scale")  # only `exnorm reproduce` reads these folders of conf/; no run composes them
 
 
@@ -28,21 +31,25 @@ def groups() -> list[str]:
 
 def group_options(group: str) -> list[str]:
     """Return the names of the yaml files of a group, sorted."""
-    return sorted({file.stem for folder in conf_folders() for file in (folder / group).glob("*.yaml")})
+    return sorted({file.stem for folder in _folders_of(group) for file in (folder / group).glob("[!.]*.yaml")})
+
+
+def _folders_of(group: str) -> list[Path]:
+    """Return the folders with options of a group. Studies are exnorm's own: their claims are judged together."""
+    return [conf_dir()] if group in OF_STUDIES else conf_folders()
 
 
 def option_file(group: str, name: str) -> Path:
-    """Return the yaml file of an option.
-
-    Raises:
-        UserError: there is none (the message has the nearest name), or there are two.
-    """
-    found = [file for folder in conf_folders() if (file := folder / group / f"{name}.yaml").is_file()]
+    """Return the yaml file of an option; raise UserError with the nearest name if there is none."""
+    found = [file for folder in _folders_of(group) if (file := folder / group / f"{name}.yaml").is_file()]
     if not found:
         raise UserError(unknown_option(group, name, group_options(group)))
-    if len(found) > 1:
-        raise UserError(f"{group} '{name}' is in {found[0]} and in {found[1]}. Give one of the files another name")
     return found[0]
+
+
+def is_own(group: str, name: str) -> bool:
+    """Return whether an option is exnorm's own. The values of its yaml are then the defaults of its code."""
+    return (conf_dir() / group / f"{name}.yaml").is_file()
 
 
 def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
@@ -57,7 +64,37 @@ def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
 
 def is_class(group: str, name: str) -> bool:
     """Return whether the name of a normalizer is that of a class, such as my_package.MyNorm."""
-    return group == "norm" and "." in name
+    return group == "norm" and CLASS.fullmatch(name) is not None
+
+
+def search_words() -> list[str]:
+    """Return the override with which Hydra finds the options of all folders; none if there is only exnorm's own.
+
+    Raises:
+        UserError: a file of another folder is wrong, or has the name of another file.
+    """
+    known: dict[str, Path] = {}
+    own, *others = conf_folders()
+    for file in (file for folder in others for file in sorted(folder.glob("*/[!.]*.yaml"))):
+        name = f"{file.parent.name}/{file.name}"
+        earlier = own / name if (own / name).is_file() else known.setdefault(name, file)
+        if earlier != file:
+            raise UserError(f"{earlier} and {file} have the same name. Give one of them another name")
+        _check_outside(file)
+    quoted = [in_hydras_quotes(f"file://{folder}") for folder in others]
+    return [f"hydra.searchpath=[{','.join(quoted)}]"] if quoted else []
+
+
+def _check_outside(file: Path) -> None:
+    """Raise UserError if a yaml file of another folder lacks what an option of its group needs."""
+    group, values = file.parent.name, file_values(file)
+    key = {"norm": "_target_", "task": "_target_", "data": "module"}.get(group)
+    if group in ("norm", "task", "data", "model") and values.get("name") != file.stem:
+        raise UserError(f"{file}: write name: {file.stem}, as the file is called; it has name: {values.get('name')}")
+    text = values.get(key) if key is not None else None
+    if key is not None and not (isinstance(text, str) and CLASS.fullmatch(f"a.{text}")):
+        example = "my_package.MyClass" if key == "_target_" else "my_package.my_set"
+        raise UserError(f"{file}: write {key}: {example}; it has {key}: {text}")
 
 
 def option_values(group: str, name: str) -> dict[str, Any]:
@@ -91,7 +128,7 @@ def describe(group: str, name: str) -> str:
 
 def first_comment(file: Path) -> str:
     """Return the first comment of a yaml file that is a sentence."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     comments = (line[1:].strip() for line in lines if line.startswith("#"))
     return next((text for text in comments if not text.startswith("@package")), "")
 

@@ -55,6 +55,8 @@ def check_options(words: Iterable[str]) -> None:
     listed = list(words)
     for place, word in enumerate(listed):
         name, equals, value = word.partition("=")
+        if name in ("-cd", "--config-dir"):
+            raise UserError("--config-dir comes before the command: exnorm --config-dir DIR train ...")
         if not word.startswith("-") or name in HYDRA_OPTIONS:
             continue
         following = listed[place + 1] if place + 1 < len(listed) else ""

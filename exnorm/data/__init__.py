@@ -24,20 +24,20 @@ LABELS, MASKS = "labels", "masks"  # what a data set gives for each image
 FOR_MASKS = {"short_sides": None, "long_side": None, "zoom": None, "rotation": 0, "blur": 0}  # their values with labels
 
 
-def data_set(name: str) -> ModuleType:
-    """Return the module of the data set with this `data.name`. A set of another package has `module` in its yaml.
+def data_set(config: Any) -> ModuleType:
+    """Return the module of a data set: `data.module` of a set of another package, else that of `data.name`.
 
     Raises:
         UserError: that module does not exist.
     """
-    module = option_values("data", name).get("module")
     try:
-        return importlib.import_module(module or f"exnorm.data.sets.{name}")
+        return importlib.import_module(config.module or f"exnorm.data.sets.{config.name}")
     except ModuleNotFoundError as problem:
-        if module is None or not f"{module}.".startswith(f"{problem.name}."):
+        if config.module is None or not f"{config.module}.".startswith(f"{problem.name}."):
             raise
         raise UserError(
-            f"data={name}: its module {module} cannot be imported ({problem}). Install its package, or set PYTHONPATH"
+            f"data={config.name}: its module {config.module} cannot be imported ({problem}). Install its package, or "
+            "set PYTHONPATH"
         ) from None
 
 
@@ -64,13 +64,13 @@ def fingerprint(config: Any, *, train: bool = True) -> str:
             f"data.max_bad_fraction={config.max_bad_fraction} is not possible. Give a share of the images, from 0 to "
             "below 1"
         )
-    known = option_values("data", config.name)
+    known = PARTICULAR if config.module else option_values("data", config.name)
     for option in PARTICULAR:
         if config[option] is not None and option not in known:
             raise UserError(f"data.{option}={config[option]}: {config.name} has no such option. Leave it out")
     if config.cache and "exclude" not in known:
         raise UserError(f"data.cache=true: {config.name} has no files to decode. Leave it out")
-    own = data_set(config.name).fingerprint(config, train=train)
+    own = data_set(config).fingerprint(config, train=train)
     if train and config.noise.kind == noise.FILE:
         own += noise_file.fingerprint(config)
     return own + "".join(_fingerprint_for_validation(config, *item) for item in validation.others(config).items())
@@ -93,7 +93,7 @@ def _check_crops(config: Any) -> None:
 
 
 def _check_targets(config: Any) -> None:
-    own = targets_of(config.name)
+    own = config.targets if config.module else targets_of(config.name)
     if config.targets != own:
         raise UserError(f"data.targets={config.targets}, but {config.name} has {own}. Leave data.targets out")
 
@@ -145,14 +145,14 @@ def _fingerprint_for_validation(config: Any, name: str, other: Any) -> str:
             f"data.val={list(config.val)} names {name}, which has {other.targets}. {config.name} has {config.targets}"
         )
     try:
-        return data_set(name).fingerprint(other, train=False)
+        return data_set(other).fingerprint(other, train=False)
     except UserError as problem:
         raise UserError(f"data.val={list(config.val)} names {name}: {problem}") from None
 
 
 def load(config: Any, *, train: bool = True) -> Splits:
     """Return the images of a data set, with label noise in training if `data.noise` sets it."""
-    return noise.with_noise(data_set(config.name).load(config, train=train), config)
+    return noise.with_noise(data_set(config).load(config, train=train), config)
 
 
 def validation_sets(config: Any, splits: Splits) -> dict[str, Images | MaskedImages]:

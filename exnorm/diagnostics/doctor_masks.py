@@ -51,7 +51,7 @@ def examine(config: Any, splits: Splits, named: Mapping[str, Any], count: int, p
 
 
 def _counts(config: Any, split: str, images: MaskedImages, classes: int) -> str:
-    complete = getattr(data_set(config.name), "COMPLETE", {})
+    complete = getattr(data_set(config), "COMPLETE", {})
     name = "train" if split == "train" else config.split or "val"
     own = split in ("train", f"val ({config.name})")
     full = complete.get(name) if own else None

@@ -133,7 +133,7 @@ def _write_masks(predictor: Predictor, path: Path, name: Path, out: Path) -> Non
     image = _open(path)
     mask = predictor.mask(image)
     shades = colours(len(predictor.task.classes))
-    as_labels = getattr(data_set(predictor.config.data.name), "to_label_ids", np.asarray)
+    as_labels = getattr(data_set(predictor.config.data), "to_label_ids", np.asarray)
     parts = {
         "index": Image.fromarray(as_labels(mask)),
         "colour": Image.fromarray(shades[mask]),

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from exnorm.config.errors import UserError
-from exnorm.config.groups import option_values
+from exnorm.config.groups import is_own, option_values
 from exnorm.config.options import imported_class
 from exnorm.models.segmentation import SegmentationNetwork
 from exnorm.surgery import convert
+from exnorm.surgery.layers import changed_options
 
 
 def build_network(build: Callable[[Any], nn.Module], model_config: Any, norm_config: Mapping[str, Any]) -> nn.Module:
@@ -34,12 +35,13 @@ def normalized(network: nn.Module, model_config: Any, norm_config: Mapping[str, 
         UserError: an option that the normalizer refuses, a pattern without a layer, or nothing to convert.
     """
     with _names(model_config, norm_config):
+        cls = imported_class("norm", norm_config["_target_"])
         converted = convert(
             network,
-            imported_class("norm", norm_config["_target_"]),
+            cls,
             replace=tuple(model_config.replace),
             keep=tuple(model_config.keep),
-            **_chosen_options(norm_config),
+            **_chosen_options(cls, norm_config),
         )
         if isinstance(converted, SegmentationNetwork):
             converted.check_pooled_norms()
@@ -55,8 +57,13 @@ def _names(model_config: Any, norm_config: Mapping[str, Any]) -> Iterator[None]:
         raise UserError(f"model={model_config.name} norm={norm_config['name']}: {problem}") from problem
 
 
-def _chosen_options(norm_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that differ from the yaml's. For the others, each layer keeps its own value, such as eps."""
+def _chosen_options(cls: Any, norm_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that differ from the yaml's. For the others, each layer keeps its own value, such as eps.
+
+    A yaml outside of exnorm can have any values. For it, the defaults of the class count.
+    """
+    if not is_own("norm", norm_config["name"]):
+        return changed_options(cls, norm_config)
     defaults = option_values("norm", norm_config["name"])
     given = {key: value for key, value in norm_config.items() if key not in ("name", "_target_")}
     return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from exnorm.config.study_file import SCALES
 from exnorm.report.claims_table import Judged, labelled
 from exnorm.report.published import claims_of
-from exnorm.report.verdicts import CONTRADICTED, IN_PART, SAME, SUPPORTED, UNDECIDED, Comparison, overall
+from exnorm.report.verdicts import CONTRADICTED, IN_PART, MARGIN, SAME, SUPPORTED, UNDECIDED, Comparison, overall
 
 IMAGES = {
     "mini": "on images that exnorm draws",
@@ -18,9 +18,13 @@ HEADINGS = {  # the verdicts that a reader looks for first
     SUPPORTED: "These claims hold",
     IN_PART: "These hold in part",
     CONTRADICTED: "These do not hold",
-    SAME: "Here, what the claim compares differs by less than 0.5 points",
+    SAME: f"Here, what the claim compares differs by less than {MARGIN} points",
 }
 
+OTHERS = {  # by whether the seeds that were run leave it open
+    True: "Undecided, with the seeds that were run",
+    False: "No direction is claimed, or the comparison is not the paper's",
+}
 FEW = 2  # comparisons of a claim that are all shown
 
 
@@ -45,8 +49,10 @@ def _of_scale(scale: str, judged: Sequence[Judged]) -> str:
     for verdict, heading in HEADINGS.items():
         lines = [_line(*row) for row in decided if overall(row[2]) == verdict]
         parts += ["\n".join([f"{heading}:", "", *lines])] if lines else []
-    left = [f"`{claim}` ({item.study.id})" for item, claim, of in found if overall(of) == UNDECIDED]
-    parts += [f"Undecided, with the seeds that were run: {', '.join(left)}."] if left else []
+    for is_open, text in OTHERS.items():
+        left = [row for row in found if row not in decided and (overall(row[2]) == UNDECIDED) is is_open]
+        names = ", ".join(f"`{claim}` ({item.study.id})" for item, claim, _ in left)
+        parts += [f"{text}: {names}."] if left else []
     return "\n\n".join(parts)
 
 

@@ -81,7 +81,7 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
 def elsewhere(study: Study, left: Sequence[Job], results: Path) -> str:
     """Return a text with the number of remaining runs that the record has without a run folder; empty if none."""
     lacks = {job.title for job in lacking(study, left, results)}
-    known = sum(job.title not in lacks for job in left if job.cell is not None)
+    known = sum(job.title not in lacks for job in left if job.cell is not None and not job.diverged())
     return (
         f"; {known} more are in the record, but their run folders are not here, so they run again. --skip-recorded "
         "leaves them out"

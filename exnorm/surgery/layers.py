@@ -3,7 +3,7 @@
 import importlib
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm.layers
@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from exnorm.config.errors import UserError
-from exnorm.config.groups import group_options, is_class, option_values
+from exnorm.config.groups import group_options, is_class, is_own, option_values
 from exnorm.norms import BatchScopeNorm, Norm
 from exnorm.surgery.audit_rows import Audit, AuditRow
 from exnorm.surgery.kinds import CHANNELS_LAST, KINDS, kept_layers, kind_of, normalization_layers
@@ -47,7 +47,8 @@ def norm_class(norm: str | type[Norm]) -> type[Norm]:
         raise UserError(f"unknown norm {norm!r}; allowed: {', '.join(names)}")
     target: str = option_values("norm", norm)["_target_"]
     module, _, name = target.rpartition(".")
-    advice = f"give the full name of a subclass of exnorm.norms.Norm as _target_ in conf/norm/{norm}.yaml"
+    advice = "give the full name of a subclass of exnorm.norms.Norm"
+    advice += "" if is_class("norm", norm) else f" as _target_ in norm/{norm}.yaml"
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as problem:
@@ -95,6 +96,8 @@ def convert(
             replace. The model is unchanged.
     """
     cls = norm_class(norm)
+    if isinstance(norm, str) and not is_class("norm", norm) and not is_own("norm", norm):
+        options = changed_options(cls, option_values("norm", norm)) | options
     _check_request(model, cls, replace, options)
     kept = kept_layers(model, keep)
     places = [place for place in normalization_layers(model) if kind_of(place[2]) in replace and place[2] not in kept]
@@ -189,6 +192,13 @@ def constructor_options(cls: type[Norm]) -> dict[str, Any]:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 found.setdefault(name, parameter.default)
     return found
+
+
+def changed_options(cls: type[Norm], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a yaml that differ from the defaults of the class. For others, a layer keeps its own."""
+    given = {key: value for key, value in values.items() if key not in ("name", "_target_")}
+    defaults = constructor_options(cls)
+    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
 
 
 def _num_features(layer: nn.Module) -> int:
