@@ -88,7 +88,7 @@ def test_a_target_that_is_no_normalizer_is_refused_in_a_line(
     """The message names the file to mend."""
     monkeypatch.setattr(layers, "group_options", lambda group: ["mine"])
     monkeypatch.setattr(layers, "option_values", lambda group, name: {"_target_": target})
-    with pytest.raises(ValueError, match=rf"{problem}.*_target_ in conf/norm/mine\.yaml"):
+    with pytest.raises(ValueError, match=rf"{problem}.*_target_ in norm/mine\.yaml"):
         convert(resnet(), "mine")
 
 

@@ -1,6 +1,7 @@
 """Verdicts on the claims of the papers: what decides them, and what leaves them open."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ from exnorm.report.verdicts import (
     overall,
 )
 from exnorm.runs.records import DIVERGED_AT, Row
+
+
+def at_8x32(scores: Mapping[str, Iterable[float]]) -> list[Row]:
+    """Rows of normalizers at 8x32 with the seeds that decide sn-regular-batch at scale mini."""
+    return [
+        row(f"norm={norm} batch=8x32", seed, value) for norm, of in scores.items() for seed, value in enumerate(of, 10)
+    ]
 
 
 def verdict(tmp_path: Path, study: str, claim: str, rows: list[Row]) -> Any:
@@ -110,11 +118,7 @@ def test_no_difference_is_found_only_where_one_was_looked_for(tmp_path: Path) ->
 def test_fewer_than_five_seeds_are_weak_and_the_claimed_side_is_counted(tmp_path: Path) -> None:
     scores = {"sn": [80.0, 80.1, 80.2, 80.1, 80.0], "bn": [70.0, 70.2, 70.1, 70.3, 70.0], "gn": [80.0] * 5}
     for seeds, said in ((3, "supported (weak)"), (5, "supported")):
-        rows = [
-            row(f"norm={norm} batch=8x32", seed, value)
-            for norm, of in scores.items()
-            for seed, value in enumerate(of[:seeds])
-        ]
+        rows = at_8x32({norm: of[:seeds] for norm, of in scores.items()})
         found = verdict(tmp_path, "sn-table2", "sn-regular-batch", rows)
         assert as_claimed(found) == "2 of 2" and is_weak(found) == (seeds < 5)
         assert labelled([replace(item, p_holm=0.001) for item in found]) == said
@@ -123,7 +127,7 @@ def test_fewer_than_five_seeds_are_weak_and_the_claimed_side_is_counted(tmp_path
 
 def test_a_claim_with_several_comparisons_needs_all_of_them(tmp_path: Path) -> None:
     scores = {"sn": [80.0, 80.1, 80.2], "bn": [70.0, 70.2, 70.1], "gn": [80.0, 80.4, 79.9]}
-    rows = [row(f"norm={norm} batch=8x32", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
+    rows = at_8x32(scores)
     found = verdict(tmp_path, "sn-table2", "sn-regular-batch", rows)
     assert [item.verdict for item in found] == [SUPPORTED, UNDECIDED] and overall(found) == UNDECIDED
 
@@ -176,7 +180,7 @@ def two(difference: float, spread: float, seeds: int = 5) -> list[Row]:
     """SN and BN at 8x32, whose differences have this mean and about this spread; GN is as SN."""
     noise = spread * np.linspace(-1, 1, seeds)
     scores = {"bn": np.full(seeds, 80.0), "sn": 80.0 + difference + noise, "gn": 70.0 + 2 * noise}
-    return [row(f"norm={norm} batch=8x32", seed, value) for norm, of in scores.items() for seed, value in enumerate(of)]
+    return at_8x32(scores)
 
 
 @pytest.mark.parametrize(

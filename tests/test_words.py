@@ -90,7 +90,11 @@ def test_hydras_own_options_pass() -> None:
     """Hydra's parser is private; a new version with other options is noticed here."""
     options = {option for action in get_args_parser()._actions for option in action.option_strings}
     assert options == HYDRA_OPTIONS
-    check_options([*HYDRA_OPTIONS, "--cfg=job", "seed=-1", "norm=en"])
+    own = {"-cd", "--config-dir"}  # of exnorm, because `exnorm list` and the others need the folder, too
+    check_options([*(HYDRA_OPTIONS - own), "--cfg=job", "seed=-1", "norm=en"])
+    for name in own:
+        with pytest.raises(UserError, match="exnorm --config-dir DIR train"):
+            check_options([f"{name}=folder"])
 
 
 @pytest.mark.parametrize("key", sorted(key for key in known_values("train") if not key.startswith("norm.")))
