@@ -81,3 +81,10 @@ def test_a_variable_chooses_the_back_end_of_ones_own_loop(tmp_path: Path) -> Non
     _, err = wrong.communicate(timeout=300)
     assert wrong.returncode == 1 and "unknown back end 'fast'; allowed: auto, eager," in err.splitlines()[-1]
     assert err.splitlines()[-1].endswith("(EXNORM_BACKEND=auto)")
+
+
+def test_the_doctor_compiles_nothing(tmp_path: Path) -> None:
+    """It runs every normalizer, which would take minutes the first time."""
+    text = "import sys; from exnorm.cli import main; sys.argv[1:] = ['doctor']; main()"
+    out, err = ended(start(tmp_path / "doctor.py", text))
+    assert "run forward and backward" in out and "compiling" not in out + err
