@@ -111,10 +111,9 @@ def options(
 ) -> None:
     """Learning to normalize: train, evaluate and compare normalization layers in any backbone."""
     if config_dir is not None:
-        from exnorm.config.folders import VARIABLE
+        from exnorm.config.folders import add_folder
 
-        known = os.environ.get(VARIABLE)
-        os.environ[VARIABLE] = os.pathsep.join([str(config_dir.expanduser().absolute()), *([known] if known else [])])
+        add_folder(config_dir)
 
 
 @app.command(context_settings=TO_HYDRA, add_help_option=False)

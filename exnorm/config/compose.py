@@ -15,8 +15,7 @@ from exnorm.config.explain import check_keys, explain, is_user_error
 from exnorm.config.folders import conf_dir
 from exnorm.config.groups import (
     group_options,
-    is_own,
-    option_values,
+    own_values,
     register_model_names,
     register_option,
     register_schemas,
@@ -108,9 +107,9 @@ def default_values(norm_name: str, task_name: str = USUAL_TASK) -> dict[str, Any
     The norm's name has no default, so it is always in the hash. That of the task is there if it is another task than
     classification. A yaml that is not exnorm's own can change at any time, so all of its values are in the hash.
     """
-    norm = option_values("norm", norm_name) if is_own("norm", norm_name) else {}
+    norm = own_values("norm", norm_name)
     norm.pop("name", None)
-    task = {**(option_values("task", task_name) if is_own("task", task_name) else {}), "name": USUAL_TASK}
+    task = {**own_values("task", task_name), "name": USUAL_TASK}
     return {**schema_defaults(), "norm": norm, "task": task}
 
 

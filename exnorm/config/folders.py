@@ -30,6 +30,12 @@ def conf_dir() -> Path:
     raise UserError(f"there is no conf/train.yaml in {package} or next to it. Reinstall exnorm")
 
 
+def add_folder(folder: Path) -> None:
+    """Add a folder to EXNORM_CONF, for this process and those that it starts."""
+    known = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = os.pathsep.join([str(folder.expanduser().absolute()), *([known] if known else [])])
+
+
 def conf_folders() -> list[Path]:
     """Return exnorm's own folder, those of EXNORM_CONF, and those of installed packages.
 

@@ -62,6 +62,11 @@ def unknown_option(group: str, name: str, options: Iterable[str]) -> str:
     return f"unknown {group} '{name}': {hint}allowed: {shorten(listed)}{further}"
 
 
+def own_values(group: str, name: str) -> dict[str, Any]:
+    """Return the values of an option that is exnorm's own; none of another one, which may have changed or be gone."""
+    return option_values(group, name) if is_own(group, name) else {}
+
+
 def is_class(group: str, name: str) -> bool:
     """Return whether the name of a normalizer is that of a class, such as my_package.MyNorm."""
     return group == "norm" and CLASS.fullmatch(name) is not None

@@ -5,7 +5,7 @@ from typing import Any
 
 from exnorm.config.compose import values_of
 from exnorm.config.errors import UserError
-from exnorm.config.groups import group_options, is_own, option_values
+from exnorm.config.groups import group_options, option_values, own_values
 from exnorm.config.options import USUAL_TASK
 from exnorm.config.schema import WHOLE, TestConfig
 from exnorm.data import MASKS, targets_of
@@ -67,4 +67,4 @@ def check_views(test: Any, task_config: Mapping[str, Any]) -> None:
 def read_task(run_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the task of a run's configuration, with defaults for keys that are newer than the run."""
     task = run_config.get("task", {"name": USUAL_TASK})
-    return {**(option_values("task", task["name"]) if is_own("task", task["name"]) else {}), **task}
+    return {**own_values("task", task["name"]), **task}

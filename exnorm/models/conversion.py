@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from exnorm.config.errors import UserError
-from exnorm.config.groups import is_own, option_values
+from exnorm.config.groups import own_values
 from exnorm.config.options import imported_class
 from exnorm.models.segmentation import SegmentationNetwork
 from exnorm.surgery import convert
-from exnorm.surgery.layers import changed_options
+from exnorm.surgery.layers import changed_options, constructor_options
 
 
 def build_network(build: Callable[[Any], nn.Module], model_config: Any, norm_config: Mapping[str, Any]) -> nn.Module:
@@ -58,12 +58,5 @@ def _names(model_config: Any, norm_config: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _chosen_options(cls: Any, norm_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that differ from the yaml's. For the others, each layer keeps its own value, such as eps.
-
-    A yaml outside of exnorm can have any values. For it, the defaults of the class count.
-    """
-    if not is_own("norm", norm_config["name"]):
-        return changed_options(cls, norm_config)
-    defaults = option_values("norm", norm_config["name"])
-    given = {key: value for key, value in norm_config.items() if key not in ("name", "_target_")}
-    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
+    """Return the options that differ from the defaults: those of the yaml if it is exnorm's own, else of the class."""
+    return changed_options(norm_config, own_values("norm", norm_config["name"]) or constructor_options(cls))

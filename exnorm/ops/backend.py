@@ -32,8 +32,8 @@ def set_backend(name: str) -> str:
     `auto` chooses the fastest one: `triton` on an NVIDIA GPU, `compiled` on a machine that has no GPU but a C++
     compiler, else `eager`. If a back end cannot run on this machine, `eager` replaces it, with a warning.
 
-    `compiled` compiles each new kind of layer once per machine, for up to a minute. Without a call of it, the
-    environment variable EXNORM_BACKEND chooses. Without that, it is `auto`.
+    `compiled` compiles each new kind of layer once per machine, for up to a minute. In a process that never
+    calls this function, the environment variable EXNORM_BACKEND chooses, else it is `auto`.
 
     Raises:
         ValueError: an unknown name.

@@ -107,10 +107,15 @@ def readings(judged: Judged) -> list[str]:
     return [_reading(claim, found) for claim, found in several.items() if any(comparison.n for comparison in found)]
 
 
-def _reading(claim: str, comparisons: Sequence[Comparison]) -> str:
+def counted(comparisons: Sequence[Comparison]) -> str:
+    """Return how many comparisons have which verdict."""
     counts = Counter(comparison.verdict for comparison in comparisons)
     verdicts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-    lines = [f"`{claim}`: of {len(comparisons)} comparisons, {verdicts}."]
+    return f"of {len(comparisons)} comparisons, {verdicts}"
+
+
+def _reading(claim: str, comparisons: Sequence[Comparison]) -> str:
+    lines = [f"`{claim}`: {counted(comparisons)}."]
     for metric in dict.fromkeys(comparison.metric for comparison in comparisons):
         known = {c.mean: c.text for c in comparisons if c.metric == metric and c.mean is not None}
         if len(known) > 1:

@@ -1,12 +1,21 @@
 """The first screen of `results/README.md`: which claims hold, which do not, and by how much, scale by scale."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from exnorm.config.study_file import SCALES
-from exnorm.report.claims_table import Judged, labelled
+from exnorm.report.claims_table import Judged, counted
 from exnorm.report.published import claims_of
-from exnorm.report.verdicts import CONTRADICTED, IN_PART, MARGIN, SAME, SUPPORTED, UNDECIDED, Comparison, overall
+from exnorm.report.verdicts import (
+    CONTRADICTED,
+    IN_PART,
+    MARGIN,
+    SAME,
+    SUPPORTED,
+    UNDECIDED,
+    Comparison,
+    is_weak,
+    overall,
+)
 
 IMAGES = {
     "mini": "on images that exnorm draws",
@@ -36,29 +45,27 @@ def in_short(judged: Sequence[Judged]) -> str:
 
 def _of_scale(scale: str, judged: Sequence[Judged]) -> str:
     found = [
-        (item, claim, comparisons)
+        (overall(comparisons), item, claim, comparisons)
         for item in judged
         for claim, comparisons in item.comparisons.items()
         if any(comparison.n for comparison in comparisons)
     ]
-    decided = [row for row in found if overall(row[2]) in HEADINGS]
-    count = (
-        f"{len(decided)} of {len(found)} claims are decided" if decided else f"none of {len(found)} claims is decided"
-    )
+    decided = sum(verdict in HEADINGS for verdict, *_ in found)
+    count = f"{decided} of {len(found)} claims are decided" if decided else f"none of {len(found)} claims is decided"
     parts = [f"**Scale {scale}, {IMAGES[scale]}:** {count}."]
-    for verdict, heading in HEADINGS.items():
-        lines = [_line(*row) for row in decided if overall(row[2]) == verdict]
+    for wanted, heading in HEADINGS.items():
+        lines = [_line(item, claim, of) for verdict, item, claim, of in found if verdict == wanted]
         parts += ["\n".join([f"{heading}:", "", *lines])] if lines else []
     for is_open, text in OTHERS.items():
-        left = [row for row in found if row not in decided and (overall(row[2]) == UNDECIDED) is is_open]
-        names = ", ".join(f"`{claim}` ({item.study.id})" for item, claim, _ in left)
+        left = [row for row in found if row[0] not in HEADINGS and (row[0] == UNDECIDED) is is_open]
+        names = ", ".join(f"`{claim}` ({item.study.id})" for _, item, claim, _ in left)
         parts += [f"{text}: {names}."] if left else []
     return "\n\n".join(parts)
 
 
 def _line(item: Judged, claim: str, comparisons: Sequence[Comparison]) -> str:
     """Return one claim with its effects."""
-    weak = " (weak)" if labelled(comparisons).endswith("(weak)") else ""
+    weak = " (weak)" if is_weak(comparisons) else ""
     known = [comparison for comparison in comparisons if comparison.runs or comparison.mean is not None]
     if len(known) <= FEW:
         effects = "; ".join(effect_of(comparison) for comparison in known)
@@ -69,8 +76,7 @@ def _line(item: Judged, claim: str, comparisons: Sequence[Comparison]) -> str:
 
 def _reading(comparisons: Sequence[Comparison]) -> str:
     """Return how many comparisons have which verdict, and the lowest and the highest effect in each metric."""
-    counts = Counter(comparison.verdict for comparison in comparisons)
-    texts = [f"of {len(comparisons)} comparisons, " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())]
+    texts = [counted(comparisons)]
     for metric in dict.fromkeys(comparison.metric for comparison in comparisons):
         own = sorted((c for c in comparisons if c.metric == metric), key=lambda c: c.mean or 0.0)
         texts.append(" to ".join(map(effect_of, own[:: max(1, len(own) - 1)])))

@@ -97,7 +97,7 @@ def convert(
     """
     cls = norm_class(norm)
     if isinstance(norm, str) and not is_class("norm", norm) and not is_own("norm", norm):
-        options = changed_options(cls, option_values("norm", norm)) | options
+        options = changed_options(option_values("norm", norm), constructor_options(cls)) | options
     _check_request(model, cls, replace, options)
     kept = kept_layers(model, keep)
     places = [place for place in normalization_layers(model) if kind_of(place[2]) in replace and place[2] not in kept]
@@ -194,10 +194,9 @@ def constructor_options(cls: type[Norm]) -> dict[str, Any]:
     return found
 
 
-def changed_options(cls: type[Norm], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a yaml that differ from the defaults of the class. For others, a layer keeps its own."""
+def changed_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that differ from their defaults. For others, such as eps, each layer keeps its own value."""
     given = {key: value for key, value in values.items() if key not in ("name", "_target_")}
-    defaults = constructor_options(cls)
     return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
 
 
