@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import os
 import pty
 import struct
@@ -19,6 +20,7 @@ from exnorm.config.metrics import metrics_of
 from exnorm.engine.progress import Progress
 from exnorm.engine.schedule import Schedule
 from exnorm.engine.summary import print_evaluations
+from exnorm.runs.output import outlive_output
 
 SUMS = torch.tensor([8.0, 3.0, 4.0, 4.0, 0, 0, 0])  # loss, top-1, top-5, images, and three of noisy labels
 
@@ -94,6 +96,22 @@ def test_a_bar_is_never_wider_than_its_terminal(
     bars = shown.split("\r\033[K")[1:]
     assert len(bars) == 3 and max(map(len, bars)) < columns
     assert all("epoch 1/2, step" in bar for bar in bars)
+
+
+def test_a_bar_ends_with_its_terminal(after_steps: Callable[..., Progress], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when ssh ends between two steps: the training lives on until the signal, and then saves."""
+    main, side = pty.openpty()
+    with os.fdopen(side, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        outlive_output()
+        progress = after_steps(1, of=4)
+        os.close(main)
+        monkeypatch.setattr(time, "monotonic", lambda: 40.0)
+        progress.step(2, 0, SUMS)
+        assert progress.last_shown == 40.0
+        progress.say("a line")
+    assert progress.log_file.read_text() == "a line\n"
 
 
 def test_a_table_in_a_pipe_is_as_wide_as_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

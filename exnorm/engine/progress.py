@@ -48,8 +48,7 @@ class Progress:
         line = f"{self._part(epoch)}, step {step}/{steps}: train loss {loss:.3f}{left}"
         if self.on_terminal:
             filled = 24 * step // steps
-            # A wrapped line could not be erased completely. A terminal of unknown width says 0.
-            columns = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            columns = _terminal_width() - 1  # a wrapped line could not be erased completely
             bar = f"[{'#' * filled}{'.' * (24 - filled)}] "
             shown = (bar + line if len(bar + line) <= columns else line)[:columns]
             print(f"\r\033[K{shown}", end="", file=sys.stderr, flush=True)
@@ -79,6 +78,14 @@ class Progress:
     def _clear(self) -> None:
         if self.on_terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _terminal_width() -> int:
+    """Return the number of columns; 80 where the terminal does not know it or was closed meanwhile."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def _each_set(row: dict[str, float], metric: str) -> dict[str, float]:
