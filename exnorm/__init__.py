@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["audit", "convert", "convert_sync", "freeze", "load", "recalibrate"]
 
 ROOMS = dict.fromkeys(__all__, "exnorm.surgery") | {"load": "exnorm.engine.checkpoint"}
-PACKAGES = ("norms", "ops", "surgery")
+PACKAGES = ("norms", "ops", "surgery", "testing")
 
 
 def __getattr__(name: str) -> Any:

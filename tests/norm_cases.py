@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from exnorm.config.folders import conf_dir
 from exnorm.config.groups import group_options
 from exnorm.norms import BatchScopeNorm, Norm, reference
 from exnorm.surgery import norm_class
+from exnorm.testing import Layer
 
 NORMS = group_options("norm")
 BATCH_NORMS = [name for name in NORMS if issubclass(norm_class(name), BatchScopeNorm)]
@@ -48,19 +49,9 @@ def yaml_options(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if key not in ("name", "_target_")}
 
 
-@torch.no_grad()
-def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Random parameters near 1 (weights) or 0, and random running statistics."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in [*module.named_parameters(), *module.named_buffers()]:
-        leaf = name.rpartition(".")[2]
-        if leaf.startswith("pending") or leaf == "progress" or not value.is_floating_point():
-            continue
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        if leaf == "running_var":
-            value.copy_(0.5 + noise.abs())
-        else:
-            value.copy_(0.4 * noise + (1.0 if leaf == "weight" else 0.0))
+def layer_of(name: str, channels: int = 6) -> Layer:
+    """The class of a norm with options that fit few channels."""
+    return Layer(norm_class(name), channels, SMALL.get(name, {}))
 
 
 def build(
@@ -72,18 +63,7 @@ def build(
     **options: Any,
 ) -> Norm:
     """A norm with random parameters and running statistics."""
-    norm = norm_class(name)(channels, dtype=dtype, **{**SMALL.get(name, {}), **options})
-    randomize(norm, seed)
-    return norm
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A random tensor with a mean and a scale of its own for every sample and channel."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    coefficients = (*shape[:2], *(1,) * (len(shape) - 2))
-    scale = 0.5 + torch.rand(coefficients, generator=generator, dtype=torch.float64)
-    shift = torch.randn(coefficients, generator=generator, dtype=torch.float64)
-    return (shift + scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    return layer_of(name, channels).build(seed=seed, dtype=dtype, **options)
 
 
 def expected(name: str, norm: Norm, x: Tensor, parameters: Parameters | None = None) -> Tensor:
@@ -98,31 +78,3 @@ def expected(name: str, norm: Norm, x: Tensor, parameters: Parameters | None = N
         norm,
         running,
     )
-
-
-def gradients(y: Tensor, x: Tensor, norm: nn.Module, grad: Tensor) -> dict[str, Tensor]:
-    """The gradients of the input ("x") and of every parameter for a gradient of the output."""
-    named = dict(norm.named_parameters())
-    values = torch.autograd.grad(y, [x, *named.values()], grad, allow_unused=True)
-    zeros = [torch.zeros_like(t) for t in (x, *named.values())]
-    return {
-        name: zero if value is None else value for name, value, zero in zip(["x", *named], values, zeros, strict=True)
-    }
-
-
-def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor], *, rtol: float, atol: float) -> None:
-    """Equal names and close values, with the name in the message."""
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        torch.testing.assert_close(
-            value,
-            right[name],
-            rtol=rtol,
-            atol=atol,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-
-
-def state(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a state dict."""
-    return {name: value.clone() for name, value in module.state_dict().items()}

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.utils.checkpoint
-from norm_cases import SHAPES, assert_same, build, draw, gradients, randomize, state
+from norm_cases import SHAPES, build
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -29,6 +29,7 @@ from exnorm.norms.compiled import layer as compiled_layer
 from exnorm.norms.compiled.key import tensors_of
 from exnorm.ops import aot, native
 from exnorm.surgery import convert
+from exnorm.testing.layers import assert_same, draw, gradients, randomize, results, state
 
 torch.set_num_threads(1)
 
@@ -146,7 +147,7 @@ def run_layer(norm: Norm, x: Tensor, grad: Tensor, *, residual: bool = False) ->
     """Output, gradients and buffers after one step; with a residual that depends on the input too."""
     x = x.detach().requires_grad_()
     y = norm(x, x.cos() if residual else None)
-    return {"y": y.detach(), **gradients(y, x, norm, grad), **state(norm)}
+    return results(y, x, norm, grad)
 
 
 # Each pair compiles for half a minute: those that differ in what they read; LN is compiled in the tests below.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from norm_cases import NORMS, assert_same, draw, gradients, randomize, state
+from norm_cases import NORMS
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 
@@ -30,6 +30,7 @@ from exnorm.norms.compiled import layer as compiled_layer
 from exnorm.norms.compiled.key import MOST_OPTIONS
 from exnorm.ops import aot, guardless, native
 from exnorm.surgery import norm_class
+from exnorm.testing.layers import assert_same, draw, randomize, results, state
 
 torch.set_num_threads(1)
 
@@ -140,7 +141,7 @@ def one_step(norm: Norm, backend: str, dtype: torch.dtype, replicas: int = 1) ->
     size = (4, norm.num_features, 3, 3)
     x = draw(*size).to(dtype).requires_grad_()
     y = layer(x)
-    return {"y": y.detach(), **gradients(y, x, layer, draw(*size, seed=4).to(dtype)), **state(layer)}
+    return results(y, x, layer, draw(*size, seed=4).to(dtype))
 
 
 def assert_equal_on_both(norm: Norm, dtype: torch.dtype, replicas: int = 1) -> None:

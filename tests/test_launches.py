@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import classification
-from norm_cases import BATCH_NORMS, NORMS, build, draw
+from norm_cases import BATCH_NORMS, NORMS, build
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exnorm.norms import commit_running_stats, configure_scope
+from exnorm.testing.layers import draw
 
 WAITING = {"_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "equal", "is_nonzero"}
 OUTSIDE_THE_LAYERS = 30

@@ -1,13 +1,12 @@
 """What a layer does when it is made, reset, changed, transformed, traced or fed with nothing: as torch's layers do."""
 
 import io
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from norm_cases import BATCH_NORMS, NORMS, SHAPES, SMALL, assert_same, build, draw, gradients, state
+from norm_cases import BATCH_NORMS, NORMS, SHAPES, SMALL, build
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -15,6 +14,7 @@ from exnorm import ops
 from exnorm.norms import BatchNorm, BatchScopeNorm, GroupNorm, set_progress
 from exnorm.ops import ACTIVATIONS
 from exnorm.surgery import norm_class
+from exnorm.testing.layers import assert_same, draw, results, state
 
 torch.set_num_threads(1)
 every_norm = pytest.mark.parametrize("name", NORMS)
@@ -28,21 +28,6 @@ def back_end() -> Iterator[None]:
     before = ops.get_backend()
     yield
     ops.set_backend(before)
-
-
-@every_norm
-def test_reset_parameters_restores_every_value(name: str) -> None:
-    """Running statistics, ratios, progress and pending sums too, so that a layer can be made without values."""
-    torch.manual_seed(0)
-    fresh = norm_class(name)(6, **SMALL.get(name, {}))
-    norm = norm_class(name)(6, device="meta", **SMALL.get(name, {})).to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in itertools.chain(norm.parameters(), norm.buffers()):
-            tensor.fill_(7)
-    torch.manual_seed(0)
-    norm.reset_parameters()
-    assert_same(dict(norm.named_parameters()), dict(fresh.named_parameters()), rtol=0, atol=0)
-    assert_same(dict(norm.named_buffers()), dict(fresh.named_buffers()), rtol=0, atol=0)
 
 
 @every_norm
@@ -96,22 +81,6 @@ def test_every_activation_may_follow_a_residual(act: str, backend: str) -> None:
         leaves = {"x": inputs[0], "residual": inputs[1], **dict(layer.named_parameters())}
         results.append({"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}})
     assert_same(results[0], results[1], rtol=1e-9, atol=1e-10)
-
-
-@every_norm
-@pytest.mark.parametrize("shape", [(0, 6, 3, 3), (2, 6, 0, 3), (0, 6)])
-@pytest.mark.parametrize("training", [True, False])
-def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(
-    name: str, shape: tuple[int, ...], training: bool
-) -> None:
-    """As torch's layers: detection heads meet images without boxes. The running statistics stay."""
-    norm = build(name, act="relu").train(training)
-    before, x = state(norm), torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-    y = norm(x, torch.zeros(shape, dtype=torch.float64))
-    assert y.shape == shape and y.dtype == x.dtype
-    y.sum().backward()
-    assert all(p.grad is not None and (p.grad == 0).all() for p in (x, *norm.parameters()))
-    assert_same(state(norm), before, rtol=0, atol=0)
 
 
 def test_one_value_per_channel_is_refused_with_what_the_layer_has() -> None:
@@ -203,10 +172,10 @@ def test_second_derivatives_are_right_on_the_plain_back_end(name: str) -> None:
 @every_norm
 def test_the_plain_back_end_equals_the_eager_one(name: str) -> None:
     """Output, gradients and buffers in training, with a residual."""
-    results: list[dict[str, Any]] = []
+    found = []
     for backend in ("eager", "plain"):
         ops.set_backend(backend)
         norm, x = build(name, act="relu"), draw(*SHAPES[4]).requires_grad_()
         y = norm(x, x.cos())
-        results.append({"y": y.detach(), **gradients(y, x, norm, draw(*SHAPES[4], seed=4)), **state(norm)})
-    assert_same(results[1], results[0], rtol=1e-9, atol=1e-10)
+        found.append(results(y, x, norm, draw(*SHAPES[4], seed=4)))
+    assert_same(found[1], found[0], rtol=1e-9, atol=1e-10)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,22 +9,8 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_cases import (
-    BATCH_NORMS,
-    NORMS,
-    REFUSES_ONE_POSITION,
-    SHAPES,
-    assert_same,
-    build,
-    draw,
-    expected,
-    gradients,
-    randomize,
-    state,
-    yaml_options,
-)
+from norm_cases import BATCH_NORMS, NORMS, REFUSES_ONE_POSITION, SHAPES, build, expected, layer_of, yaml_options
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from exnorm.norms import (
     BatchNorm,
@@ -36,12 +21,12 @@ from exnorm.norms import (
     LayerNorm,
     Norm,
     SwitchNorm,
-    commit_running_stats,
-    configure_scope,
     reference,
 )
 from exnorm.norms.mixture import NORMALIZERS
 from exnorm.surgery import constructor_options, convert, norm_class
+from exnorm.testing.compiled_checks import assert_compiles
+from exnorm.testing.layers import assert_same, draw, gradients, randomize, state
 
 torch.set_num_threads(1)
 
@@ -49,11 +34,6 @@ torch.set_num_threads(1)
 STRUCTURAL = {"affine", "act", "channel_dim", "track_running_stats", "device", "dtype"}
 every_norm = pytest.mark.parametrize("name", NORMS)
 every_batch_norm = pytest.mark.parametrize("name", BATCH_NORMS)
-
-
-def running_stats(norm: Norm) -> dict[str, Tensor]:
-    """The running statistics of a norm, if it has them."""
-    return {name: value for name, value in norm.named_buffers() if name.startswith("running")}
 
 
 @every_norm
@@ -83,22 +63,6 @@ def test_output_and_gradients_equal_the_naive_form(name: str, ndim: int, trainin
         got = got if channel_dim == 1 else got.movedim(-1, 1)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         assert_same(gradients(got, x, norm, grad), want_gradients, rtol=1e-8, atol=1e-9)
-
-
-@every_norm
-@pytest.mark.parametrize("act", [None, "relu"])
-def test_gradcheck(name: str, act: str | None) -> None:
-    """Numerical derivatives in float64, of the input and of every parameter, in training."""
-    norm = build(name, act=act)
-    names = [key for key, _ in norm.named_parameters()]
-    x = draw(2, 6, 2, 2).requires_grad_()
-
-    def output(value: Tensor, *parameters: Tensor) -> Tensor:
-        y = torch.func.functional_call(norm, dict(zip(names, parameters, strict=True)), (value,))
-        assert isinstance(y, Tensor)
-        return y
-
-    assert torch.autograd.gradcheck(output, (x, *norm.parameters()), atol=1e-6, fast_mode=True)
 
 
 @every_batch_norm
@@ -131,47 +95,6 @@ def test_looking_at_ratios_moves_no_running_statistics(name: str) -> None:
 
 
 @every_norm
-@pytest.mark.parametrize("training", [True, False])
-def test_channels_last_memory_format_is_kept(name: str, training: bool) -> None:
-    """A channels_last input gives a channels_last output and input gradient, with the contiguous one's values."""
-    norm = build(name).train(training)
-    x = draw(*SHAPES[4]).requires_grad_()
-    value = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    want, got = norm(x), norm(value)
-    (want_grad,) = torch.autograd.grad(want.square().sum(), x)
-    (got_grad,) = torch.autograd.grad(got.square().sum(), value)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    assert got_grad.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(got_grad, want_grad)
-
-
-@every_norm
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("training", [True, False])
-def test_autocast_computes_statistics_in_float32(name: str, dtype: torch.dtype, training: bool) -> None:
-    """Half-precision inputs under autocast: output and gradient in the input's dtype, one rounding from float64."""
-    norm = build(name, dtype=torch.float32).train(training)
-    exact = copy.deepcopy(norm).double()
-    x = draw(*SHAPES[4], dtype=dtype).requires_grad_()
-    grad = draw(*SHAPES[4], seed=5, dtype=dtype)
-    x_exact = x.detach().double().requires_grad_()
-    want = exact(x_exact)
-    want_gradients = gradients(want, x_exact, exact, grad.double())
-    with torch.autocast("cpu", dtype=dtype):
-        y = norm(x)
-    got = gradients(y, x, norm, grad)
-    assert y.dtype == dtype and got["x"].dtype == dtype
-    rounding = torch.finfo(dtype).eps
-    torch.testing.assert_close(y.double(), want, rtol=rounding, atol=1e-5)
-    torch.testing.assert_close(got.pop("x").double(), want_gradients.pop("x"), rtol=rounding, atol=1e-4)
-    assert_same({k: v.double() for k, v in got.items()}, want_gradients, rtol=1e-4, atol=1e-4)
-    for key, value in running_stats(norm).items():
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value.double(), getattr(exact, key), rtol=1e-5, atol=1e-6)
-
-
-@every_norm
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1, 1), (1, 6, 3, 3), (1, 6), (1, 6, 1, 1)])
 @pytest.mark.parametrize("training", [True, False])
 def test_one_position_is_finite_or_refused_with_advice(name: str, shape: tuple[int, ...], training: bool) -> None:
@@ -190,191 +113,13 @@ def test_one_position_is_finite_or_refused_with_advice(name: str, shape: tuple[i
     assert all(p.grad is None or p.grad.isfinite().all() for p in norm.parameters())
 
 
-@every_norm
-@pytest.mark.parametrize("constant", [0.0, 3.0, 1e4])
-def test_constant_inputs_give_finite_outputs_and_gradients(name: str, constant: float) -> None:
-    """A dead plane has variance 0; eps keeps everything finite in float32."""
-    norm = build(name, dtype=torch.float32)
-    x = torch.full((4, 6, 3, 3), constant, requires_grad=True)
-    y = norm(x)
-    y.square().sum().backward()
-    assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
-
-
-@every_norm
-def test_a_mean_of_a_thousand_deviations_stays_accurate(name: str) -> None:
-    """float32 with a mean of 1,000 and a deviation of 1: output and gradient keep two digits."""
-    norm = build(name, dtype=torch.float32)
-    exact = copy.deepcopy(norm).double()
-    x = 1000 + draw(8, 6, 8, 8) / 2
-    x_single, grad = x.float().requires_grad_(), draw(8, 6, 8, 8, seed=5)
-    x_double = x_single.detach().double().requires_grad_()
-    got, want = norm(x_single), exact(x_double)
-    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=2e-3)
-    (got_grad,) = torch.autograd.grad(got, x_single, grad.float())
-    (want_grad,) = torch.autograd.grad(want, x_double, grad)
-    torch.testing.assert_close(got_grad.double(), want_grad, rtol=1e-2, atol=2e-2)
-
-
-class Recorder:
-    """The storages that autograd keeps for backward, those of parameters and buffers left out."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-        self.elements: dict[int, int] = {}
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.elements[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
-
-
-def graph_nodes(root: Any) -> Iterator[Any]:
-    """Every node of an autograd graph."""
-    seen, todo = set(), [root]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo.extend(following for following, _ in node.next_functions)
-            yield node
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in a value, also inside lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-
-
-@every_norm
-@pytest.mark.parametrize("act", [None, "relu"])
-@pytest.mark.parametrize("training", [True, False])
-def test_only_the_input_is_kept_for_backward(name: str, act: str | None, training: bool) -> None:
-    """One activation whatever is mixed, everything else at most N x C x K; nothing hides on the graph's nodes."""
-    samples, channels, kinds = 4, 64, len(NORMALIZERS)
-    options: dict[str, Any] = {"act": act, "dtype": torch.float32}
-    norm = norm_class(name)(channels, **options).train(training)
-    x = torch.randn(samples, channels, 8, 8, requires_grad=True)
-    recorder = Recorder(norm)
-    with torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor):
-        y = norm(x)
-    assert recorder.elements.pop(x.untyped_storage().data_ptr()) == x.numel()
-    assert max(recorder.elements.values(), default=0) <= samples * channels * kinds
-    for node in graph_nodes(y.grad_fn):
-        assert not list(tensors_in(getattr(node, "__dict__", {}))), f"{node} keeps tensors outside save_for_backward"
-    assert not [key for key, value in vars(norm).items() if isinstance(value, Tensor)]
-
-
-@every_norm
-def test_output_can_be_changed_in_place(name: str) -> None:
-    """`x += shortcut` behind a norm works, with the same gradient as out of place."""
-    norm = build(name)
-    x = draw(*SHAPES[4]).requires_grad_()
-    grad = draw(*SHAPES[4], seed=5)
-    want = gradients((norm(x) + 1).relu(), x, norm, grad)
-    y = norm(x)
-    y += 1
-    assert_same(gradients(y.relu_(), x, norm, grad), want, rtol=1e-12, atol=1e-12)
-
-
-@every_norm
-def test_input_is_left_alone(name: str) -> None:
-    """The input's values do not change, not even with a fused activation or behind `requires_grad=False`."""
-    norm = build(name, act="relu")
-    x = draw(*SHAPES[4])
-    before = x.clone()
-    norm(x).sum().backward()
-    with torch.no_grad():
-        norm(x).add_(1)
-    assert torch.equal(x, before)
-
-
-@every_norm
-def test_deepcopy_after_a_forward_and_state_dict_round_trip(name: str) -> None:
-    """A used layer can be copied, and another one with its state dict gives its output."""
-    norm = build(name)
-    x = draw(*SHAPES[4]).requires_grad_()
-    norm(x).sum().backward()
-    other = build(name, seed=9)
-    other.load_state_dict(norm.state_dict(), strict=True)
-    for module in (copy.deepcopy(norm), other):
-        torch.testing.assert_close(module.eval()(x), norm.eval()(x), rtol=0, atol=0)
-    assert not any("pending" in key for key in norm.state_dict())
-
-
-@every_norm
-def test_activation_checkpointing_changes_nothing(name: str) -> None:
-    """Same output, gradients and, with one commit per step, running statistics."""
-    plain, checkpointed = build(name, act="relu"), build(name, act="relu")
-    for norm in (plain, checkpointed):
-        configure_scope(norm)
-    x, grad = draw(*SHAPES[4]).requires_grad_(), draw(*SHAPES[4], seed=5)
-    y = checkpoint(checkpointed, x, use_reentrant=False)
-    assert isinstance(y, Tensor)
-    got = gradients(y, x, checkpointed, grad)
-    assert_same(got, gradients(plain(x), x, plain, grad), rtol=1e-12, atol=1e-12)
-    for norm in (plain, checkpointed):
-        commit_running_stats(norm)
-    assert_same(state(checkpointed), state(plain), rtol=1e-12, atol=1e-12)
-
-
-def assert_compiles(name: str, backend: str, training: bool) -> None:
-    """Compiled and eager layers agree over steps, and steady steps compile nothing."""
-    torch.compiler.reset()
-    norm = build(name, act="relu", dtype=torch.float32).train(training)
-    other = copy.deepcopy(norm)
-    compiled = torch.compile(other, fullgraph=True, backend=backend)
-    for step in range(3):
-        x = draw(*SHAPES[4], seed=step, dtype=torch.float32).requires_grad_()
-        grad = draw(*SHAPES[4], seed=5 + step, dtype=torch.float32)
-        with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            got = compiled(x)
-        want = norm(x)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        assert_same(gradients(got, x, other, grad), gradients(want, x, norm, grad), rtol=1e-3, atol=1e-4)
-    assert_same(state(other), state(norm), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name == "en" else pytest.param(name, marks=pytest.mark.slow) for name in NORMS]
-)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's compiler uses what torch 2.11 deprecates
-def test_compiles_as_one_graph(name: str, training: bool) -> None:
-    """torch.compile(fullgraph=True) traces forward and backward; no recompilation from step to step."""
-    assert_compiles(name, "aot_eager", training)
-
-
 @pytest.mark.slow
 @every_norm
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_with_inductor(name: str, training: bool) -> None:
     """The same with generated code."""
-    assert_compiles(name, "inductor", training)
-
-
-@every_norm
-def test_works_on_the_meta_device(name: str) -> None:
-    """Shapes can be inferred without data."""
-    options: dict[str, Any] = {"device": "meta"}
-    y = norm_class(name)(8, **options)(torch.empty(2, 8, 3, 3, device="meta"))
-    assert y.shape == (2, 8, 3, 3) and y.device.type == "meta"
-
-
-@every_norm
-@pytest.mark.parametrize("shape", [(6,), (2, 6, 1, 1, 1, 1), (2, 5, 3, 3), (0, 5, 3, 3)])
-def test_impossible_inputs_are_refused_with_their_shape(name: str, shape: tuple[int, ...]) -> None:
-    """Too few or many dimensions, other channels."""
-    with pytest.raises(ValueError, match=r"dimensions|channels") as caught:
-        build(name)(torch.zeros(shape))
-    assert str(shape) in str(caught.value)
+    assert_compiles(layer_of(name), training=training, backend="inductor")
 
 
 @every_norm
@@ -543,7 +288,7 @@ def test_en_with_all_weight_on_one_normalizer_equals_it(k: int, training: bool) 
     single = (InstanceNorm, LayerNorm, BatchNorm)[k](6, dtype=torch.float64).train(training)
     values = {"weight": norm.weight[k].detach(), "bias": norm.bias[k].detach()}
     if k == 2:
-        values |= running_stats(norm)
+        values |= {name: value for name, value in norm.named_buffers() if name.startswith("running")}
     single.load_state_dict(values, strict=False)
     x, grad = draw(*SHAPES[4]).requires_grad_(), draw(*SHAPES[4], seed=5)
     got, want = norm(x), single(x)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_cases import draw
 from torch import Tensor
 
 from exnorm import ops
+from exnorm.testing.layers import draw
 
 torch.set_num_threads(1)
 

@@ -173,13 +173,15 @@ def test_a_wrong_class_is_one_line(settings: list[str], said: str, tmp_path: Pat
 def test_an_installed_package_brings_a_normalizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: CliRunner
 ) -> None:
-    """The example is built, installed, listed, trained and loaded, and computes what its formula says."""
+    """The example is built, installed, tested, listed, trained and loaded, and computes what its formula says."""
     site = tmp_path / "site"
     source = shutil.copytree(PLUGIN, tmp_path / "plugin")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--target", str(site), str(source)], check=True, timeout=300)
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)
+    tested = subprocess.run([sys.executable, "-m", "pytest", "-q", str(source)], capture_output=True, text=True)
+    assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout
     listed = run_cli("list", "norms")
     assert "rms  RMS normalization" in listed.stdout, listed.stderr
     run = train(tiny(make_image_folder(tmp_path / "data"), "norm=rms"), tmp_path)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from norm_cases import assert_same, randomize, state
 from torch import Tensor, nn
 
 from exnorm import ops
 from exnorm.norms import BatchNorm, ExemplarNorm, Norm
 from exnorm.surgery import audit, convert, residuals
+from exnorm.testing.layers import assert_same, randomize, state
 
 torch.set_num_threads(1)
 
@@ -187,9 +187,8 @@ def outcome(model: nn.Module) -> dict[str, Tensor]:
         y.square().sum().backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         assert x.grad is not None
-        found |= {
-            f"{training} {name}": t for name, t in ({"y": y.detach(), "x": x.grad} | grads | state(model)).items()
-        }
+        after = {f"state {name}": value for name, value in state(model).items()}
+        found |= {f"{training} {name}": t for name, t in ({"y": y.detach(), "x": x.grad} | grads | after).items()}
     return found
 
 

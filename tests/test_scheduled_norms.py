@@ -8,7 +8,7 @@ import torch
 from engine_cases import last_state, make_image_folder, tiny, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_cases import build, draw
+from norm_cases import build
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from exnorm.config.schema import OptimConfig
 from exnorm.norms import BatchRenorm, SparseSwitchNorm, reference, set_progress
 from exnorm.norms.sparse_switch_norm import sparsestmax
 from exnorm.optim import build_optimizer, set_learning_rate
+from exnorm.testing.layers import draw
 
 logits = st.lists(st.floats(-3, 3), min_size=1, max_size=3).map(lambda z: torch.tensor(z, dtype=torch.float64))
 

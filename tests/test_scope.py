@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from norm_cases import BATCH_NORMS, assert_same, build, draw, gradients, state
+from norm_cases import BATCH_NORMS, build
 from torch import Tensor, nn
 
 from exnorm.norms import BatchNorm, BatchScopeNorm, Norm, commit_running_stats, configure_scope
 from exnorm.norms.statistics import Moments, replica_statistics
+from exnorm.testing.layers import assert_same, draw, gradients, state
 
 torch.set_num_threads(1)
 
@@ -56,19 +57,6 @@ def test_a_mix_without_bn_takes_any_number_of_samples(name: str, training: bool)
 
 
 @every_batch_norm
-@pytest.mark.parametrize("replicas", [2, 4])
-def test_virtual_replicas_equal_separate_calls(name: str, replicas: int) -> None:
-    """R replicas in one pass, in R passes, and in two passes of R/2: outputs, gradients, running statistics."""
-    results = []
-    for in_one_pass in (replicas, 1, replicas // 2):
-        norm = build(name, act="relu")
-        configure_scope(norm, replicas=in_one_pass)
-        results.append(step(norm, *inputs(), passes=replicas // in_one_pass))
-    for other in results[1:]:
-        assert_same(other, results[0], rtol=1e-9, atol=1e-10)
-
-
-@every_batch_norm
 def test_replicas_do_not_see_each_other(name: str) -> None:
     """Another second replica leaves the first one's output alone; without replicas it does not."""
     x, _ = inputs()
@@ -100,19 +88,6 @@ def test_running_statistics_move_once_by_the_mean_over_replicas_and_passes(name:
     torch.testing.assert_close(norm.running_mean, 0.75 * before["running_mean"] + 0.25 * mean_C)
     torch.testing.assert_close(norm.running_var, 0.75 * before["running_var"] + 0.25 * var_C)
     assert int(norm.num_batches_tracked) == int(before["num_batches_tracked"]) + 1
-
-
-@every_batch_norm
-def test_a_second_commit_moves_nothing(name: str) -> None:
-    """Pending statistics are used once."""
-    norm = build(name)
-    configure_scope(norm)
-    norm(inputs()[0])
-    commit_running_stats(norm)
-    before = state(norm)
-    commit_running_stats(norm)
-    for key in ("running_mean", "running_var"):
-        torch.testing.assert_close(norm.state_dict()[key], before[key])
 
 
 @every_batch_norm

@@ -13,7 +13,7 @@ import timm.layers
 import torch
 import torch.distributed as dist
 import torchvision
-from norm_cases import NORMS, assert_same, randomize, state
+from norm_cases import NORMS
 from timm.models.densenet import DenseNet
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from exnorm.norms import BatchNorm, BatchScopeNorm, ExemplarNorm, GroupNorm, Lay
 from exnorm.ops import ACTIVATIONS
 from exnorm.surgery import KINDS, AuditRow, audit, constructor_options, convert, norm_class
 from exnorm.surgery.pairs import activation_name, following_activations
+from exnorm.testing.layers import assert_same, randomize, state
 
 torch.set_num_threads(1)
 

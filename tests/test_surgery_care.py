@@ -14,7 +14,6 @@ import timm.layers
 import timm.utils
 import torch
 import torchvision
-from norm_cases import assert_same, randomize, state
 from timm.layers import is_notrace_module
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -23,6 +22,7 @@ import exnorm
 from exnorm.models import load_weights
 from exnorm.norms import BatchNorm, BatchScopeNorm, ExemplarNorm, GroupNorm, Norm, SwitchNorm
 from exnorm.surgery import audit, audit_rows, convert, layers
+from exnorm.testing.layers import assert_same, randomize, state
 
 torch.set_num_threads(1)
 

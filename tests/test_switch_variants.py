@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import last_state, make_image_folder, tiny, train_here
-from norm_cases import draw
 
 from exnorm.config.errors import UserError
 from exnorm.models import load_ratios
 from exnorm.norms import BatchNorm, InstanceNorm, LayerNorm, Norm, SparseSwitchNorm, SwitchNorm
 from exnorm.norms.reference import statistics
+from exnorm.testing.layers import draw
 
 
 def random_sn(channels: int = 6, kind: type[SwitchNorm] = SwitchNorm, **options: object) -> SwitchNorm:

@@ -16,12 +16,13 @@ os.environ |= {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
 warnings.filterwarnings("ignore", message="overflow encountered in exp")  # sigmoid(-100) is 0
 
 import torch  # noqa: E402
-from norm_cases import NORMS, randomize  # noqa: E402
+from norm_cases import NORMS  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from exnorm import ops  # noqa: E402
 from exnorm.norms import BatchScopeNorm, commit_running_stats, configure_scope  # noqa: E402
 from exnorm.surgery import norm_class  # noqa: E402
+from exnorm.testing.layers import randomize  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
