@@ -115,10 +115,10 @@ def learning_rate(config: Any, *, step: int, steps: int, total_batch: int) -> fl
 
     step: peak x gamma^(milestones passed), milestones being fractions of all steps. cosine: peak x (1 + cos(pi t)) / 2.
     poly: peak x (1 - t)^power. Here t goes from 0 to 1 over the steps after the warm-up. Warm-up: linear from 0 over
-    the fraction `warmup` of all steps.
+    `warmup_steps`, or the fraction `warmup` of all steps.
     """
     peak = peak_lr(config, total_batch=total_batch)
-    warmup_steps = config.warmup * steps
+    warmup_steps = config.warmup * steps if config.warmup_steps is None else config.warmup_steps
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1.0, steps - warmup_steps)

@@ -64,6 +64,8 @@ class DataConfig:
     short_sides: list[int] | None = None  # px; with masks, one of them is drawn for a training image
     long_side: int | None = None  # px; with masks, the most that the longer side may have after resizing
     zoom: list[float] | None = None  # with masks, the range of a random factor on the size of a training image
+    auto_augment: str | None = None  # a policy by its name in timm, such as rand-m9-mstd0.5-inc1 or augmix-m3-w3
+    random_erasing: float = 0.0  # the probability that a rectangle of a training image becomes the mean colour
     rotation: float = 0.0  # degrees; with masks, the largest random rotation to either side
     blur: float = 0.0  # with masks, the probability of a Gaussian blur
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
@@ -97,6 +99,8 @@ class OptimConfig:
     gamma: float = 0.1
     power: float = 0.9  # of poly
     warmup: float = 0.0  # fraction of the epochs, linear from 0
+    warmup_steps: int | None = None  # optimizer steps, in place of warmup
+    clip_norm: float | None = None  # the largest norm that all gradients together may have; null: any
 
 
 @dataclass
@@ -111,6 +115,7 @@ class TrainerConfig:
     passes: int = 1  # forward-backward passes per optimizer step and device (gradient accumulation)
     precision: str = "fp32"  # fp32 | bf16 | fp16
     channels_last: bool = True
+    ema: float | None = None  # decay of an average of the weights, such as 0.9999; it is what is validated and loaded
     compile: bool = False  # torch.compile of the complete model
     cuda_graph: bool = False  # replay the passes of a step from a CUDA graph; for few images per GPU
     deterministic: bool = False  # deterministic algorithms on a GPU

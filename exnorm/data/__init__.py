@@ -21,6 +21,7 @@ PARTICULAR = (
     "num_classes", "num_train", "num_val", "seed", "train_list", "val_list", "source", "origin", "split", "exclude"
 )  # fmt: skip
 LABELS, MASKS = "labels", "masks"  # what a data set gives for each image
+FOR_LABELS = {"auto_augment": None, "random_erasing": 0}  # their values with masks
 FOR_MASKS = {"short_sides": None, "long_side": None, "zoom": None, "rotation": 0, "blur": 0}  # their values with labels
 
 
@@ -99,6 +100,8 @@ def _check_targets(config: Any) -> None:
 
 
 def _check_options_for_labels(config: Any) -> None:
+    if not 0 <= config.random_erasing <= 1:
+        raise UserError(f"data.random_erasing={config.random_erasing:g} is not possible; give a probability, 0 to 1")
     if config.resize < config.image_size:
         raise UserError(
             f"data.resize={config.resize} is smaller than data.image_size={config.image_size}; validation resizes "
@@ -118,6 +121,9 @@ def _check_options_for_masks(config: Any) -> None:
         raise UserError(f"data.cache=true: {config.name} has masks, and only images with labels are kept. Leave it out")
     if config.padding is not None:
         raise UserError(f"data.padding={config.padding}: {config.name} has masks, whose crops need none. Leave it out")
+    for key, unset in FOR_LABELS.items():
+        if config[key] != unset:
+            raise UserError(f"data.{key}={config[key]} changes images alone, and {config.name} has masks. Leave it out")
     zoom, sides = config.zoom, config.short_sides
     checks = {
         "short_sides": (sides is None or (len(sides) and min(sides) >= 1), "sizes in px of at least 1", "[300,450]"),

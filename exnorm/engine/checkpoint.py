@@ -234,7 +234,7 @@ def build_trained(config: Any, state: Mapping[str, Any]) -> nn.Module:
     task = make_task(config.task, state["classes"])
     model = build_network(task.network, config.model, config.norm)
     try:
-        model.load_state_dict({**state["model"], **(state.get("calibrated") or {})})
+        model.load_state_dict({**validated_weights(state), **(state.get("calibrated") or {})})
     except RuntimeError as problem:
         raise UserError(f"the checkpoint belongs to another model: {' '.join(str(problem).split())[:200]}") from None
     return model
@@ -247,7 +247,12 @@ def read_weights(source: str | Path) -> dict[str, Any]:
         UserError: there is no usable checkpoint, or the file has no weights.
     """
     path = Path(source).expanduser()
-    return find(RunFolder(path), "last")["model"] if path.is_dir() else read_file(path)
+    return validated_weights(find(RunFolder(path), "last")) if path.is_dir() else read_file(path)
+
+
+def validated_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weights in a checkpoint that were validated: their average, if the run has `trainer.ema`."""
+    return state["ema"] if "ema" in state else state["model"]
 
 
 def _by_step(folder: RunFolder) -> list[Path]:

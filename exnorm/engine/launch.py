@@ -23,6 +23,7 @@ from exnorm.config.metrics import metrics_of
 from exnorm.config.schema import TestConfig
 from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
+from exnorm.engine.check_recipe import check_recipe
 from exnorm.engine.check_task import check_targets, check_task, check_views, read_task
 from exnorm.engine.processes import missing_gpu, run_workers, visible_gpus
 from exnorm.engine.summary import print_evaluations, print_result, print_shorter
@@ -48,6 +49,7 @@ CHOICES = {
 }
 INITIAL_WEIGHTS = ("init_from", "init_ratios_from")
 POSITIVE = (
+    "optim.warmup_steps",
     "trainer.epochs",
     "trainer.steps",
     "trainer.validate_every",
@@ -184,7 +186,9 @@ def check(config: DictConfig) -> BatchPlan:
     if devices is None:
         replicas, samples = parse_batch(config.batch)
         devices = max(fitting_devices(replicas, samples, limit=visible_gpus() if gpu else 1))
-    return plan_batch(config.batch, devices=devices, passes=config.trainer.passes, sync=sync)
+    plan = plan_batch(config.batch, devices=devices, passes=config.trainer.passes, sync=sync)
+    check_recipe(config, plan)
+    return plan
 
 
 def content_id(source: str, key: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +47,13 @@ class Learner:
     clock: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
     calibrated: Calibrated | None = None
+    clip_norm: float | None = None  # the largest norm of the gradients of a step
+    ema: ModelEmaV3 | None = None  # the average of the weights
+
+    @property
+    def validated(self) -> nn.Module:
+        """The model that is validated: the one with averaged weights, if there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     def read_clock(self) -> float:
         """Add the seconds since the clock was set or last read to the training time; return that of the run."""
@@ -91,6 +99,8 @@ def build_learner(config: Any, plan: BatchPlan, world: World, task: Task) -> Lea
         group=group,
         sums=zero_sums(task, world.device),
         bad_step=torch.tensor(NO_BAD_STEP, device=world.device),
+        clip_norm=config.optim.clip_norm,
+        ema=None if config.trainer.ema is None else ModelEmaV3(model, decay=config.trainer.ema, use_warmup=True),
     )
 
 
@@ -146,6 +156,7 @@ def save(folder: RunFolder, learner: Learner) -> Any:
                 "calibrated": learner.calibrated,
                 "optimizer": learner.optimizer.state_dict(),
                 "scaler": learner.scaler.state_dict(),
+                **({} if learner.ema is None else {"ema": learner.ema.module.state_dict()}),
             },
         )
     learner.world.wait()
@@ -155,6 +166,8 @@ def save(folder: RunFolder, learner: Learner) -> Any:
 def restore(learner: Learner, state: dict[str, Any]) -> None:
     """Restore a checkpoint; the first worker takes the sums of all workers."""
     learner.model.load_state_dict(state["model"])
+    if learner.ema is not None:
+        learner.ema.module.load_state_dict(state["ema"])
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
     learner.step, learner.epoch = state["step"], state["epoch"]

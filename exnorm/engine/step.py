@@ -32,15 +32,29 @@ def train_step(learner: Learner, batch: Batch, *, seed: int, passes: Passes) -> 
         passes: `run_passes`, or a `GraphedPasses`.
     """
     torch.manual_seed(mixed_seed(seed, learner.step, learner.world.rank))  # dropout; no generator state to restore
-    batch_sums, finite = passes(learner, batch)
+    batch_sums, finite = passes(learner, _mixed(learner, batch, seed=seed))
     learner.bad_step = torch.minimum(learner.bad_step, torch.where(finite, NO_BAD_STEP, learner.step + 1))
+    if learner.clip_norm is not None:
+        learner.scaler.unscale_(learner.optimizer)
+        nn.utils.clip_grad_norm_(learner.model.parameters(), learner.clip_norm)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     if not isinstance(passes, GraphedPasses):
         learner.optimizer.zero_grad(set_to_none=True)
     commit_running_stats(learner.model)
+    if learner.ema is not None:
+        learner.ema.update(learner.model, step=learner.step + 1)
     learner.sums += batch_sums
     return batch_sums
+
+
+def _mixed(learner: Learner, batch: Batch, *, seed: int) -> Batch:
+    """Return what the task makes of a batch. The step's replicas have the same seeds on any devices."""
+    images, *targets = batch
+    count = learner.plan.replicas_per_device
+    replicas = range(learner.world.rank * count, (learner.world.rank + 1) * count)
+    seeds = [mixed_seed(seed, learner.step, replica) for replica in replicas]
+    return learner.task.mixed(images, targets, seeds=seeds)
 
 
 def run_passes(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:

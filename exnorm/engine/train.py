@@ -113,7 +113,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     probe = probe_images(images.probe_set, config.logger.probe_images, world)
     ratios: list[LayerRatio] = []
     results: dict[str, float] = {}
-    layers_progress = progress_buffers(learner.model)
+    layers_progress = [*progress_buffers(learner.model), *(progress_buffers(learner.ema) if learner.ema else [])]
     check_every = GPU_CHECK_EVERY if world.device.type == "cuda" else 1
     while learner.epoch < schedule.parts:
         batches.between(learner.step, schedule.start(learner.epoch + 1))
@@ -193,16 +193,16 @@ def validate(
 ) -> tuple[dict[str, float], list[LayerRatio]]:
     """Return the metrics of each validation set and each layer's ratios, by `trainer.inference`."""
     learner.calibrated = calibrate(learner, images.calibration_set, config)
-    with using(learner.model, learner.calibrated or {}):
+    with using(learner.validated, learner.calibrated or {}):
         results = evaluate_all(
-            learner.model,
+            learner.validated,
             images.val_loaders,
             learner.task,
             precision=learner.precision,
             world=learner.world,
             views=Views(config.data.resize),
         )
-        ratios = measure_ratios(learner.model, probe) if probe is not None else []
+        ratios = measure_ratios(learner.validated, probe) if probe is not None else []
     return results, ratios
 
 
@@ -241,7 +241,7 @@ def calibrate(learner: Learner, dataset: SeededImages, config: Any) -> Calibrate
     if config.trainer.inference == "moving_average":
         return None
     return batch_average(
-        learner.model,
+        learner.validated,
         dataset,
         scope=learner.plan.scope,
         batches=config.trainer.calibration_batches,

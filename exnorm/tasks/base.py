@@ -86,6 +86,15 @@ class Task(ABC):
     def transform(self, data_config: Any, purpose: Purpose) -> Transform:
         """Return the transform of an image and, where that is an image too, of its target."""
 
+    def mixed(self, images: Tensor, targets: Sequence[Tensor], *, seeds: Sequence[int]) -> tuple[Tensor, ...]:
+        """Return the samples that a training step learns from: images and their targets, here as they are.
+
+        Args:
+            seeds: one for each replica, each of which has an equal share of consecutive samples. A task that mixes
+                samples stays within a replica, so that the result does not depend on the number of devices.
+        """
+        return images, *targets
+
     @abstractmethod
     def loss(self, output: Any, targets: Sequence[Tensor], *, replicas: int, group: Any = None) -> Tensor:
         """Return the loss of one forward pass in training: the mean over replicas of the loss of each.

@@ -6,13 +6,19 @@ Metrics are sums over samples, divided by the number of samples at the end. A me
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from timm.data.mixup import Mixup
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
+from exnorm.config.errors import UserError
 from exnorm.data.transforms import Transform, eval_transform, train_transform
 from exnorm.models import classifier
 from exnorm.tasks.base import Purpose, Task, ranked
+
+LOSSES = ("cross_entropy", "bce")
 
 
 class Classification(Task):
@@ -25,7 +31,23 @@ class Classification(Task):
 
     def __init__(self, config: Any, classes: Sequence[str]) -> None:
         super().__init__(config, classes)
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
+        smoothing, mixup, cutmix = config["label_smoothing"], config["mixup"], config["cutmix"]
+        if config["loss"] not in LOSSES:
+            raise UserError(f"task.loss={config['loss']} is unknown; allowed: {', '.join(LOSSES)}")
+        for name, value, most in (("label_smoothing", smoothing, 1), ("mixup", mixup, None), ("cutmix", cutmix, None)):
+            if value < 0 or (most is not None and value >= most):
+                below = "" if most is None else f" and below {most}"
+                raise UserError(f"task.{name}={value:g} is not possible; give a number from 0 up{below}")
+        self.criterion = (
+            nn.CrossEntropyLoss(label_smoothing=smoothing)
+            if config["loss"] == "cross_entropy"
+            else BinaryCrossEntropy(smoothing=smoothing)
+        )
+        # Cross entropy smooths mixed labels itself; timm's binary cross entropy takes them as they are.
+        smoothed = 0.0 if config["loss"] == "cross_entropy" else smoothing
+        self.mix: Mixup | None = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=smoothed, num_classes=len(self.classes))
 
     def network(self, model_config: Any) -> nn.Module:
         """Return the backbone with one output for each class."""
@@ -43,19 +65,31 @@ class Classification(Task):
         """Return the classes with their probabilities."""
         return ranked(self.classes, torch.softmax(output[0].double(), 0))
 
+    def mixed(self, images: Tensor, targets: Sequence[Tensor], *, seeds: Sequence[int]) -> tuple[Tensor, ...]:
+        """Mix the images of each replica by mixup or cutmix, in place; the mixed labels are a third target."""
+        if self.mix is None:
+            return images, *targets
+        labels, clean = targets
+        shares = []
+        for seed, part, part_labels in zip(seeds, images.chunk(len(seeds)), labels.chunk(len(seeds)), strict=True):
+            np.random.seed(seed % 2**32)  # timm draws from numpy's generator
+            shares.append(self.mix(part, part_labels)[1])
+        return images, labels, clean, torch.cat(shares)
+
     def loss(self, output: Tensor, targets: Sequence[Tensor], *, replicas: int, group: Any = None) -> Tensor:
         """Return the mean loss over the samples, in float32. Replicas have equal numbers of them."""
-        return self.criterion(output.float(), targets[0])
+        labels, _, *mixed = targets
+        return self.criterion(output.float(), mixed[0] if mixed else labels)
 
     @torch.no_grad()
     def sums(self, output: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """Return sums over the samples, in float64. Some labels may be wrong.
+        """Return sums over the samples, in float64. Some labels may be wrong; a mixed image has its first label.
 
-        The sums are the loss without smoothing, hits in top 1 and in top 5, the number of samples, and the number of
+        The sums are the cross entropy without smoothing, hits in top 1 and in top 5, the number of samples, and that of
         wrong labels. Of the wrong labels: those that the prediction agrees with (fitted), and those for which it is the
         clean label (recovered).
         """
-        logits, (labels, clean) = output.detach().float(), targets
+        logits, (labels, clean, *_) = output.detach().float(), targets
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         noisy = labels != clean
