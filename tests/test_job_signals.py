@@ -50,9 +50,10 @@ def wait_for_epoch(cwd: Path, epoch: int) -> None:
     wait_for(reached, f"the end of epoch {epoch}")
 
 
-def file_time_ns() -> int:
-    """The time that a file would get if it were written now; `time.time_ns()` is some milliseconds ahead of it."""
-    return time.clock_gettime_ns(time.CLOCK_REALTIME_COARSE)
+def file_time_ns(cwd: Path) -> int:
+    """The time that a file gets if it is written now; `time.time_ns()` is some milliseconds ahead of it."""
+    (cwd / "now").touch()
+    return (cwd / "now").stat().st_mtime_ns
 
 
 def train_processes(pid: int) -> list[int]:
@@ -76,7 +77,7 @@ def test_sigterm_to_a_whole_job_saves_a_checkpoint_under_the_default_logger(
     wait_for_epoch(tmp_path, len([row for row in metrics(only_run(tmp_path)) if "val/top1" in row]) + 1)
     assert train_processes(process.pid) == loaders, "a signal to a loader alone is none to the training"
 
-    now_ns = file_time_ns()
+    now_ns = file_time_ns(tmp_path)
     for pid in reversed(descendants(process.pid)):
         os.kill(pid, signal.SIGTERM)
     _, err = process.communicate(timeout=WAIT_S)
@@ -99,7 +100,7 @@ def test_a_warning_of_the_scheduler_saves_a_checkpoint(
     """To the whole job; the end itself may follow before the checkpoint is written."""
     process = start(tiny(images, "trainer.epochs=500", "data.workers=1"), tmp_path)
     wait_for_epoch(tmp_path, 1)
-    now_ns = file_time_ns()
+    now_ns = file_time_ns(tmp_path)
     for pid in reversed(descendants(process.pid)):
         os.kill(pid, signals[0])
     for signum in signals[1:]:
@@ -127,7 +128,7 @@ def test_a_closed_terminal_saves_a_checkpoint(images: Path, tmp_path: Path) -> N
     os.close(terminal)
     threading.Thread(target=drain, args=(os.dup(parent), stop := threading.Event()), daemon=True).start()
     wait_for_epoch(tmp_path, 1)
-    now_ns = file_time_ns()
+    now_ns = file_time_ns(tmp_path)
     stop.set()
     os.close(parent)
     assert process.wait(WAIT_S) == 128 + signal.SIGHUP
