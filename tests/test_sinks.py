@@ -188,10 +188,10 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, *, broken: str = "", key: bool =
 @pytest.mark.parametrize(
     ("fails", "line"),
     [
-        ("start", "bad could not start (MemoryError)"),
-        ("log", "bad could not log (/a/file cannot be written: No space left on device)"),
-        ("table", "bad could not log a table (two)"),
-        ("close", "bad could not finish ('utf-8' codec can't decode bytes in position 0-0: reason)"),
+        ("start", "logger bad could not start (MemoryError)"),
+        ("log", "logger bad could not log (/a/file cannot be written: No space left on device)"),
+        ("table", "logger bad could not log a table (two)"),
+        ("close", "logger bad could not finish ('utf-8' codec can't decode bytes in position 0-0: reason)"),
     ],
 )
 def test_a_failing_sink_is_one_warning_and_the_others_get_everything(

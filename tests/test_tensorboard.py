@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_written_is_one_warning(tmp_path: Path, capsys: py
     sinks.log({"loss": 1.0}, 1)
     sinks.close()
     (line,) = capsys.readouterr().err.splitlines()
-    assert "tb could not start" in line and "tensorboard cannot be written" in line
+    assert "logger tb could not start" in line and "tensorboard cannot be written" in line
 
 
 def test_without_the_package_is_one_line_before_the_run(tmp_path: Path, run_cli: CliRunner) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from exnorm.config.errors import UserError, first_line
 from exnorm.config.options import imported_class
@@ -21,6 +21,7 @@ from exnorm.runs.metrics import MetricsLog, append_text, plain
 from exnorm.runs.subprocesses import stop_signals_blocked
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Takes rows of metrics; `step` counts optimizer steps and never falls.
 
@@ -106,12 +107,10 @@ class WandbSink:
     def __init__(self, folder: RunFolder, *, mode: str, project: str, config: dict[str, Any]) -> None:
         try:
             self.run = self._start(folder, mode, project, config)
+            self.last_step: int = self.run.starting_step
         except Exception:
             self.close(1)
             raise
-        self.last_step: int = self.run.starting_step
-        self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")
 
     def log(self, row: dict[str, Any], step: int) -> None:
         """Log a row at a step. W&B drops rows with a smaller step than before, so the step never decreases."""
@@ -143,7 +142,7 @@ class WandbSink:
             mode = "offline"
         folder.wandb_dir.mkdir(parents=True, exist_ok=True)
         with stop_signals_blocked():  # W&B's service survives a signal to the complete job, and ends with this process
-            return wandb.init(
+            run = wandb.init(
                 project=project,
                 id=wandb_id(folder),
                 name=folder.path.name,
@@ -153,6 +152,9 @@ class WandbSink:
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_machine_info=True),
             )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
 
 
 def wandb_id(folder: RunFolder) -> str:
@@ -237,14 +239,18 @@ def make_sinks(
     if mode != "off":
         starts["W&B"] = partial(WandbSink, folder, mode=mode, project=logger_config["project"], config=config)
     for name, values in logger_config["sinks"].items():
-        starts[name] = partial(start_sink, name, values, folder, config)
+        starts[f"logger {name}"] = partial(start_sink, name, values, folder, config)
     return Sinks(starts)
 
 
 def check_classes(sinks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError if a class of `logger.sinks` cannot be imported, or does not take the options that it has."""
+    """Raise UserError if a class of `logger.sinks` cannot be imported, is no sink, or does not take its options."""
     for name, values in sinks.items():
         cls, options = class_and_options(name, values)
+        if not issubclass(cls, Sink):
+            raise UserError(
+                f"logger.sinks.{name}: {cls.__name__} is no sink. It needs the methods log, table and close"
+            )
         try:
             signature(cls).bind(None, None, **options)
         except TypeError as problem:
