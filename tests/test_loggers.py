@@ -142,7 +142,7 @@ def test_a_sink_of_another_package(words: str, file: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("logger=pathlib.Path", "logger.sinks.Path: Path has to have the methods log, table and close"),
+        ("logger=pathlib.Path", "logger.sinks.Path: Path is no sink. It needs the methods log, table and close"),
         ("logger=my_sinks.Missing", "logger.sinks.Missing._target_=my_sinks.Missing cannot be imported as a class"),
         (
             "logger=[csv,latest] +logger.sinks.latest.fiel=x",
