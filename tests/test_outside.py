@@ -1,5 +1,6 @@
 """Options from outside: folders of a user, installed packages, and classes by their full name."""
 
+import json
 import os
 import re
 import shutil
@@ -170,7 +171,7 @@ def test_a_wrong_class_is_one_line(settings: list[str], said: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_an_installed_package_brings_a_normalizer(
+def test_an_installed_package_brings_a_normalizer_and_a_logger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: CliRunner
 ) -> None:
     """The example is built, installed, tested, listed, trained and loaded, and computes what its formula says."""
@@ -184,6 +185,7 @@ def test_an_installed_package_brings_a_normalizer(
     assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout
     listed = run_cli("list", "norms")
     assert "rms  RMS normalization" in listed.stdout, listed.stderr
-    run = train(tiny(make_image_folder(tmp_path / "data"), "norm=rms"), tmp_path)
+    run = train(tiny(make_image_folder(tmp_path / "data"), "norm=rms", "logger=[csv,latest]"), tmp_path)
+    assert json.loads((run / "latest.json").read_text())["epoch"] == 2
     done = subprocess.run([sys.executable, "-c", LOAD, str(run)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

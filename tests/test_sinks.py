@@ -1,4 +1,4 @@
-"""The copies of the metrics: a CSV file that grows columns, and a W&B that never stops a run."""
+"""The copies of the metrics: a CSV file that grows columns, W&B, and no sink that stops a run."""
 
 import csv
 import shutil
@@ -16,6 +16,9 @@ from exnorm.runs.folder import RunFolder
 from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.sinks import CsvSink, WandbSink, make_sinks
 
+LOGGER = {"csv": True, "wandb": "off", "project": "p", "sinks": {}}
+SEEN: dict[str, list[Any]] = {}  # what each `Witness` was called with, by its name
+
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as stream:
@@ -24,13 +27,45 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def csv_of(folder: RunFolder) -> Callable[[dict[str, Any], int], None]:
     """What logs a row as the trainer does: into metrics.jsonl, then into a CSV file that has just been opened."""
-    log, [sink] = MetricsLog(folder.metrics_file), make_sinks(folder, {"csv": True, "wandb": "off", "project": "p"})
+    log, made = MetricsLog(folder.metrics_file), make_sinks(folder, LOGGER)
 
     def write(row: dict[str, Any], step: int) -> None:
         log.append({"step": step, **row})
-        sink.log(row, step)
+        made.log(row, step)
 
     return write
+
+
+class Witness:
+    """A sink of another package; it writes down what it is called with, and fails where it is told to."""
+
+    def __init__(self, folder: RunFolder, run_config: dict[str, Any], *, name: str, fails: str = "") -> None:
+        self.name, self.fails = name, fails
+        SEEN[name] = []
+        self._note("start", run_config)
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        self._note("log", row["loss"], step)
+        row.clear()
+
+    def table(self, name: str, columns: Any, rows: Any, step: int) -> None:
+        self._note("table", rows, step)
+
+    def close(self, exit_code: int = 0) -> None:
+        self._note("close", exit_code)
+
+    def _note(self, what: str, *values: Any) -> None:
+        SEEN[self.name].append((what, *values))
+        if what == self.fails:
+            raise ERRORS[what]
+
+
+ERRORS = {
+    "start": MemoryError(),
+    "log": OSError(28, "No space left on device", "/a/file"),
+    "table": AssertionError("two\nlines"),
+    "close": UnicodeDecodeError("utf-8", b"", 0, 1, "reason"),
+}
 
 
 def test_a_new_metric_is_a_new_column(tmp_path: Path) -> None:
@@ -150,20 +185,49 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, *, broken: str = "", key: bool =
     return called
 
 
+@pytest.mark.parametrize(
+    ("fails", "line"),
+    [
+        ("start", "logger bad could not start (MemoryError)"),
+        ("log", "logger bad could not log (/a/file cannot be written: No space left on device)"),
+        ("table", "logger bad could not log a table (two)"),
+        ("close", "logger bad could not finish ('utf-8' codec can't decode bytes in position 0-0: reason)"),
+    ],
+)
+def test_a_failing_sink_is_one_warning_and_the_others_get_everything(
+    fails: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if it changes a row. It is called once more, to close it."""
+    entries = {name: {"_target_": "test_sinks.Witness", "name": name} for name in ("first", "bad", "last")}
+    entries["bad"]["fails"] = fails
+    made = make_sinks(RunFolder(tmp_path), {**LOGGER, "sinks": entries}, run_config={"a": 1})
+    for step in (1, 2):
+        MetricsLog(tmp_path / "metrics.jsonl").append({"step": step, "loss": step / 2})
+        made.log({"loss": step / 2}, step)
+        made.table("t", ["a"], [[1]], step)
+    made.close(130)
+    assert capsys.readouterr().err == f"exnorm: warning: {line}. The run continues without it\n"
+    table = ("table", [[1]])
+    everything = [("start", {"a": 1}), ("log", 0.5, 1), (*table, 1), ("log", 1.0, 2), (*table, 2), ("close", 130)]
+    assert SEEN["first"] == SEEN["last"] == everything
+    assert [row["loss"] for row in read_csv(tmp_path / "metrics.csv")] == ["0.5", "1.0"]
+    calls = [call[0] for call in everything]
+    after = [] if fails == "start" else ["close"]
+    assert [call[0] for call in SEEN["bad"]] == [*calls[: calls.index(fails) + 1], *after]
+
+
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
 def test_a_failing_wandb_is_one_warning_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
 ) -> None:
     fake_wandb(monkeypatch, broken=broken)
-    made = make_sinks(RunFolder(tmp_path), {"csv": True, "wandb": "offline", "project": "p"})
+    made = make_sinks(RunFolder(tmp_path), {**LOGGER, "wandb": "offline"})
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in (1, 2):
         log.append({"step": step, "loss": 1.0})
-        for sink in made:
-            sink.log({"loss": 1.0}, step)
-    for sink in made:
-        sink.table("t", ["a"], [[1]], step=2)
-        sink.close()
+        made.log({"loss": 1.0}, step)
+    made.table("t", ["a"], [[1]], step=2)
+    made.close()
     assert len(read_csv(tmp_path / "metrics.csv")) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("exnorm: warning: W&B could not")
@@ -173,10 +237,10 @@ def test_a_wandb_that_cannot_be_imported_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    sink = WandbSink(RunFolder(tmp_path), mode="offline", project="p", config={})
-    sink.log({"loss": 1.0}, 1)
-    sink.table("t", ["a"], [[1]], step=1)
-    sink.close()
+    made = make_sinks(RunFolder(tmp_path), {**LOGGER, "csv": False, "wandb": "offline"})
+    made.log({"loss": 1.0}, 1)
+    made.table("t", ["a"], [[1]], step=1)
+    made.close()
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -216,7 +280,7 @@ def test_the_steps_of_wandb_never_fall_and_its_id_lasts_as_long_as_the_folder(
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="off, offline or online"):
-        make_sinks(RunFolder(tmp_path), {"csv": False, "wandb": "on", "project": "p"})
+        make_sinks(RunFolder(tmp_path), {**LOGGER, "wandb": "on"})
 
 
 def test_wandb_is_not_imported_before_it_is_used() -> None:

@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from exnorm.config.cache import cache_folder
 from exnorm.config.errors import UserError
 from exnorm.config.groups import (
+    BY_CLASS,
     group_options,
     is_class,
     option_values,
@@ -18,6 +18,8 @@ from exnorm.config.groups import (
     register_option,
     unknown_option,
 )
+from exnorm.config.loggers import check_loggers
+from exnorm.config.words import chosen
 
 LIST_MODELS = "import timm; print('\\n'.join(timm.list_models()))"
 
@@ -51,14 +53,17 @@ def write_cache(path: Path, text: str) -> None:
 
 
 def register_requested(overrides: Iterable[str]) -> None:
-    """Register what has no yaml, of `model=NAME`, `norm=NAME` and sweeps over them: timm's models, and classes.
+    """Register what has no yaml, of `model=NAME`, `norm=NAME`, `logger=NAME` and sweeps: timm's models, and classes.
 
     Raises:
-        UserError: timm has no such model; the message gives the nearest names.
+        UserError: timm has no such model, and the message gives the nearest names; or a wrong logger.
     """
     words = list(overrides)
-    for name in filter(partial(is_class, "norm"), requested("norm", words)):
-        register_option("norm", name, option_values("norm", name))
+    check_loggers(words)
+    for group in BY_CLASS:
+        for name in requested(group, words):
+            if is_class(group, name):
+                register_option(group, name, option_values(group, name))
     known = group_options("model")
     wanted = [name for name in requested("model", words) if name not in known]
     if not wanted:
@@ -71,23 +76,7 @@ def register_requested(overrides: Iterable[str]) -> None:
 
 
 def requested(group: str, overrides: Iterable[str]) -> list[str]:
-    """Return the names in `model=a` and `model=a,b`; skip what Hydra cannot parse, because Hydra reports it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Glob
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    names: list[str] = []
-    for text in overrides:
-        if not text.startswith(f"{group}="):
-            continue
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            continue
-        value = override.value()
-        if override.is_sweep_override():
-            names += [] if isinstance(value, Glob) else override.sweep_string_iterator()
-        elif isinstance(value, str) and value:
-            names.append(value)
-    return names
+    """Return the names in `model=a`, `model=a,b` and `logger=[a,b]`."""
+    values = chosen(group, overrides)
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return [name for name in names if isinstance(name, str) and name]

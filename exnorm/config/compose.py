@@ -21,6 +21,7 @@ from exnorm.config.groups import (
     register_schemas,
     search_words,
 )
+from exnorm.config.loggers import check_sinks
 from exnorm.config.options import UNTYPED, USUAL_TASK, check_options, split_norm
 from exnorm.config.schema import TrainConfig
 from exnorm.config.words import with_home
@@ -81,9 +82,10 @@ def calibration_data(wanted: Any, own: Any) -> Any:
 
 
 def check_train(config: DictConfig) -> None:
-    """Raise UserError for an unknown key, an unresolvable value, or an option of norm or task with a wrong type."""
+    """Raise UserError for an unknown key, an unresolvable value, or a wrong option of norm, task or a sink."""
     values = resolved(config, "train")
     check_keys(values, "train")
+    check_sinks(values["logger"]["sinks"])
     for group in UNTYPED:
         check_options(group, values.get(group, {}))
 

@@ -29,6 +29,7 @@ FOLLOWED = {  # users set the second key of a pair
     "data.schedule": "optim.schedule",
     "data.lr_per_256": "optim.lr_per_256",
 }
+FREE = ("norm.", "model.options", "logger.sinks.")  # keys below these are checked elsewhere
 SIMILAR = 0.66  # from this similarity on, one word counts as a misspelling of the other
 NOUNS = {
     r"converted to Integer": "an integer",
@@ -107,7 +108,7 @@ def several_values(override: str, config_name: str) -> str:
     """Explain a comma outside of a sweep: it may mean several runs, a list, or a path with a comma."""
     key, _, value = override.partition("=")
     line = f"{override} has several values. Add -m to run one after the other"
-    if isinstance(known_values(config_name).get(key), list):
+    if isinstance(known_values(config_name).get(key), list) or key == "logger":
         return f"{line}, or for a list type '{key}=[{value}]'"
     return f"{line}, or for one value with a comma type {quoted(key, value)}" if key in PATHS else line
 
@@ -125,6 +126,8 @@ def unknown_key(key: str, config_name: str = "train") -> str:
         return f"unknown key '{key}': a study is a set of runs. Type exnorm reproduce STUDY --scale mini"
     if key.startswith("model.options"):
         return f"unknown key '{key}'. To pass another argument to the model, add a plus, such as +model.options.width=2"
+    if key.startswith("logger.sinks."):
+        return f"unknown key '{key}'. To pass another argument to a sink, add a plus, such as +{key}=VALUE"
     having = [name for name in group_options("norm") if option in option_values("norm", name)]
     if group == "norm" and having and config_name == "train":
         return f"unknown key '{key}' for this norm: {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
@@ -205,5 +208,5 @@ def check_keys(values: dict[str, Any], config_name: str) -> None:
     """Raise UserError for a key that the schema does not have; Hydra's `+key=value` would accept it."""
     known = known_values(config_name)
     for key in dotted(values):
-        if key not in known and key != "norm" and not key.startswith(("norm.", "model.options")):
+        if key not in known and key != "norm" and not key.startswith(FREE):
             raise UserError(unknown_key(key, config_name))

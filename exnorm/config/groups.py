@@ -21,6 +21,7 @@ from exnorm.config.schema import EvalConfig, TrainConfig
 from exnorm.config.words import in_hydras_quotes
 
 CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")  # the full name of a class or a module
+BY_CLASS = ("norm", "logger")  # groups that take the full name of a class
 OF_STUDIES = ("study", "scale")  # only `exnorm reproduce` reads these folders of conf/; no run composes them
 
 
@@ -68,8 +69,8 @@ def own_values(group: str, name: str) -> dict[str, Any]:
 
 
 def is_class(group: str, name: str) -> bool:
-    """Return whether the name of a normalizer is that of a class, such as my_package.MyNorm."""
-    return group == "norm" and CLASS.fullmatch(name) is not None
+    """Return whether the name of a normalizer or a logger is that of a class, such as my_package.MyNorm."""
+    return group in BY_CLASS and CLASS.fullmatch(name) is not None
 
 
 def search_words() -> list[str]:
@@ -105,7 +106,8 @@ def _check_outside(file: Path) -> None:
 def option_values(group: str, name: str) -> dict[str, Any]:
     """Return the values written in the yaml of an option. A class has no yaml, and no values but its name."""
     if is_class(group, name):
-        return {"name": name, "_target_": name}
+        sinks = {name.rpartition(".")[2]: {"_target_": name}}
+        return {"sinks": sinks} if group == "logger" else {"name": name, "_target_": name}
     return file_values(option_file(group, name))
 
 

@@ -1,5 +1,6 @@
 """Check `norm` and `task`, which have no schema: their yaml in `conf/` gives the defaults and types of options."""
 
+import importlib
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -20,22 +21,24 @@ def split_norm(norm: DictConfig | dict[str, Any]) -> tuple[str, str, dict[str, A
 
 
 def imported_class(group: str, target: str) -> Any:
-    """Return the class that `_target_` of `norm` or `task` names. An error inside its module keeps its traceback.
+    """Return the class that `_target_` of a group names. An error inside its module keeps its traceback.
 
     Raises:
         UserError: there is no such class.
     """
-    from hydra.utils import get_class  # most commands read configurations and import no class
-
+    module, _, name = target.rpartition(".")
     try:
-        return get_class(target)
-    except (ImportError, ValueError) as problem:
-        if isinstance(problem.__cause__, ModuleNotFoundError | None):
-            raise UserError(
-                f"{group}._target_={target} cannot be imported as a class; give module.Class. "
-                "For a module in the current folder set PYTHONPATH=."
-            ) from problem
-        raise
+        found = getattr(importlib.import_module(module), name, None) if module else None
+    except ModuleNotFoundError as problem:
+        if not f"{module}.".startswith(f"{problem.name}."):  # another module, which this one imports
+            raise
+        found = None
+    if not isinstance(found, type):
+        raise UserError(
+            f"{group}._target_={target} cannot be imported as a class; give module.Class. "
+            "For a module in the current folder set PYTHONPATH=."
+        )
+    return found
 
 
 def check_options(group: str, chosen: DictConfig | dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The typed schema of a run: every key that a user can set, except those of `norm` and `task`, typed by their yaml.
 
 Never change a default here or its meaning. The hash of a run (`exnorm.runs.identity`) leaves out values that equal
-their default, so a new option does not change the hashes of earlier runs.
+their default, so a new option does not change the hashes of earlier runs. `logger` and `ops` are in no hash.
 """
 
 from dataclasses import dataclass, field
@@ -129,11 +129,12 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides `metrics.jsonl`."""
+    """Where metrics go besides `metrics.jsonl`. Each file in `conf/logger/` turns on what it is named after."""
 
-    csv: bool = True
-    wandb: str = "offline"  # off | offline | online
+    csv: bool = False
+    wandb: str = "off"  # off | offline | online
     project: str = "exnorm"
+    sinks: dict[str, Any] = field(default_factory=dict)  # further sinks by name: _target_ and options of its class
     probe_images: int = 64  # validation images on which the ratios of every layer are measured
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
+from typing import Any
 
 from exnorm.config.errors import UserError
 
@@ -44,6 +45,28 @@ def with_home(word: str) -> str:
     if not all(PLAIN.fullmatch(part) for part in values):
         values = [in_hydras_quotes(part) for part in values]
     return f"{key}={','.join(values)}"
+
+
+def chosen(group: str, overrides: Iterable[str]) -> list[Any]:
+    """Return the values of `GROUP=VALUE`, one for each job of a sweep; skip what Hydra cannot parse or search for."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    values: list[Any] = []
+    for text in overrides:
+        if not text.startswith(f"{group}="):
+            continue
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            continue
+        if not override.is_sweep_override():
+            values.append(override.value())
+        elif not isinstance(override.value(), Glob):
+            values += chosen(group, [f"{group}={value}" for value in override.sweep_string_iterator()])
+    return values
 
 
 def check_options(words: Iterable[str]) -> None:

@@ -38,6 +38,7 @@ from exnorm.runs.folder import (
 from exnorm.runs.identity import config_hash, run_dir
 from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.provenance import collect, uncommitted_patch
+from exnorm.runs.sinks import check_classes
 
 CHOICES = {
     "trainer.device": ("auto", "cpu", "cuda"),
@@ -170,6 +171,8 @@ def check(config: DictConfig) -> BatchPlan:
         if (value := OmegaConf.select(config, key)) is not None:
             _check_positive(value, key)
     check_task(config)
+    sinks: Any = OmegaConf.to_container(config.logger.sinks, resolve=True)
+    check_classes(sinks)
     if not all(0 < fraction <= 1 for fraction in config.trainer.snapshots):
         raise UserError(
             f"trainer.snapshots={list(config.trainer.snapshots)}: give fractions of the epochs, above 0 and up to 1"

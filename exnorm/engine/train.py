@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from exnorm.norms import progress_buffers
 from exnorm.optim import learning_rate, set_learning_rate
 from exnorm.runs.folder import RunFolder, write_json_atomic
 from exnorm.runs.metrics import MetricsLog, plain, validated
-from exnorm.runs.sinks import Sink, make_sinks
+from exnorm.runs.sinks import Sinks, make_sinks
 from exnorm.tasks import Views, named
 
 ROW_EVERY = 100  # optimizer steps between rows inside an epoch
@@ -94,7 +94,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
 
     # Metrics, up to the last checkpoint
     metrics: MetricsLog | None = None
-    sinks: list[Sink] = []
+    sinks = Sinks({})
     if world.is_first:
         metrics = MetricsLog(folder.metrics_file)
         metrics.cut_back(learner.step, learner.epoch)
@@ -106,8 +106,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     def log(row: dict[str, Any]) -> None:
         if metrics is not None:
             metrics.append({"step": learner.step, "epoch": learner.epoch + 1, **row})
-            for sink in sinks:
-                sink.log({"epoch": learner.epoch + 1, **row}, learner.step)
+            sinks.log({"epoch": learner.epoch + 1, **row}, learner.step)
 
     # Steps
     probe = probe_images(images.probe_set, config.logger.probe_images, world)
@@ -148,8 +147,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         results, ratios = validate(learner, images, probe, config)
         row = {**named(task.summarize(sums), "train"), **results, "lr": learner.optimizer.param_groups[0]["lr"]}
         log({**row, **as_metrics(ratios), "images_per_s": images_done / train_s if images_done else None})
-        for sink in sinks:
-            sink.table("ratios", LayerRatio._fields, ratios, learner.step)
+        sinks.table("ratios", LayerRatio._fields, ratios, learner.step)
         progress.epoch(learner.epoch, row, mean_ratios(ratios))
         learner.sums.zero_()
         learner.epoch += 1
@@ -160,8 +158,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
             stop(sinks, signum)
 
     # Record
-    for sink in sinks:
-        sink.close()
+    sinks.close()
     if world.is_first:
         bad_images.tidy()
         record = {
@@ -181,10 +178,9 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         write_json_atomic(folder.record_file, plain(record))
 
 
-def stop(sinks: Sequence[Sink], signum: int) -> NoReturn:
+def stop(sinks: Sinks, signum: int) -> NoReturn:
     """End a run because of a signal; its checkpoint is written."""
-    for sink in sinks:
-        sink.close(128 + signum)
+    sinks.close(128 + signum)
     raise Stopped(signum)
 
 

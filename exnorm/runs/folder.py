@@ -2,7 +2,7 @@
 
 config.yaml  provenance.json  metrics.jsonl (the original)  record.json (final numbers, written last)
 metrics.csv  wandb/  wandb-id.txt  checkpoints/  log.txt  error.txt (one line, while the last attempt failed)  .lock
-noisy_labels.csv  bad_images.csv  evaluations.jsonl  class_ratios-*.csv (if there are any)
+noisy_labels.csv  bad_images.csv  evaluations.jsonl  class_ratios-*.csv  tensorboard/ (if there are any)
 """
 
 import errno
@@ -50,6 +50,7 @@ class RunFolder:
         self.csv_file = self.path / "metrics.csv"
         self.noisy_labels_file = self.path / "noisy_labels.csv"
         self.bad_images_file = self.path / "bad_images.csv"
+        self.tensorboard_dir = self.path / "tensorboard"
         self.wandb_dir = self.path / "wandb"
         self.wandb_id_file = self.path / "wandb-id.txt"
         self.log_file = self.path / "log.txt"

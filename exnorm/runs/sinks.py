@@ -1,4 +1,7 @@
-"""Copies of the metrics for other programs: a CSV file, Weights & Biases. If a copy fails, the run continues."""
+"""Copies of the metrics for other programs: a CSV file, Weights & Biases, and what else `logger` names.
+
+If a copy fails, the run continues: `Sinks` guards all of them. A sink only does its work and may raise any Exception.
+"""
 
 import csv
 import io
@@ -6,17 +9,29 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from exnorm.config.errors import UserError
+from exnorm.config.errors import UserError, first_line
+from exnorm.config.options import imported_class
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.metrics import MetricsLog, append_text, plain
 from exnorm.runs.subprocesses import stop_signals_blocked
 
 
+@runtime_checkable
 class Sink(Protocol):
-    """Takes rows of metrics; `step` counts optimizer steps and never falls."""
+    """Takes rows of metrics; `step` counts optimizer steps and never falls.
+
+    A class of `logger.sinks` is called with the run folder, the run's configuration and its own options:
+
+        MySink(folder: RunFolder, run_config: dict[str, Any], **options)
+
+    This happens at each start of a run, after the rows of `metrics.jsonl` were cut back to the last checkpoint. So
+    `MetricsLog.read(folder.metrics_file)` returns the rows that count. An earlier sink of the run may have seen more.
+    """
 
     def log(self, row: dict[str, Any], step: int) -> None:
         """Take one row."""
@@ -27,7 +42,7 @@ class Sink(Protocol):
         ...
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish; an exit code means that the run stopped early. Nothing is logged afterwards."""
+        """Finish; an exit code means that the run stopped early or that this sink failed. Nothing is logged after."""
         ...
 
 
@@ -35,8 +50,7 @@ class CsvSink:
     """One line per row of `metrics.jsonl`, one column per metric.
 
     The file is never read, because a spreadsheet may have saved it with other separators. It is rewritten from
-    `metrics.jsonl` at each start and for each new metric. If it cannot be written, one warning is printed and the run
-    continues.
+    `metrics.jsonl` at each start and for each new metric.
 
     Args:
         truth: `metrics.jsonl`, to which each row is written first.
@@ -45,27 +59,21 @@ class CsvSink:
     def __init__(self, path: Path | str, *, truth: Path) -> None:
         self.path, self.truth = Path(path), truth
         self.columns: list[str] = []
-        self.lost = False
-        self._guard(self._write_anew)
+        self._write_anew()
 
     def log(self, row: dict[str, Any], step: int) -> None:
         """Append a row; NaN and infinity become empty cells."""
         full = {"step": step, **row}
         if all(key in self.columns for key in full):
-            self._guard(lambda: append_text(self.path, csv_text([cells(full, self.columns)])))
+            append_text(self.path, csv_text([cells(full, self.columns)]))
         else:
-            self._guard(self._write_anew)
+            self._write_anew()
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Write `tables/<name>.csv` with the step as its first column."""
         path = self.path.parent / "tables" / f"{name.replace('/', '_')}.csv"
-        text = csv_text([["step", *columns], *([step, *map(plain, row)] for row in rows)])
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(path, text)
-
-        self._guard(write)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, csv_text([["step", *columns], *([step, *map(plain, row)] for row in rows)]))
 
     def close(self, exit_code: int = 0) -> None:
         """Do nothing: every row is already on disk."""
@@ -76,15 +84,6 @@ class CsvSink:
         if rows or self.path.exists():
             lines = [self.columns] if rows else []
             write_text_atomic(self.path, csv_text([*lines, *(cells(row, self.columns) for row in rows)]))
-
-    def _guard(self, write: Callable[[], None]) -> None:
-        if self.lost:
-            return
-        try:
-            write()
-        except OSError as problem:
-            self.lost = True
-            warn(f"{self.path} cannot be written ({problem.strerror}). metrics.jsonl has all metrics")
 
 
 def cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
@@ -102,43 +101,40 @@ def csv_text(rows: Sequence[Sequence[Any]]) -> str:
 class WandbSink:
     """A W&B run with its files in the run folder; online only on request and with a key.
 
-    Any error of W&B becomes one warning. The sink is then off, and the run continues. Each resumption writes a new
-    offline file with the same id; `wandb sync` joins them in order.
+    Each resumption writes a new offline file with the same id; `wandb sync` joins them in order.
     """
 
     def __init__(self, folder: RunFolder, *, mode: str, project: str, config: dict[str, Any]) -> None:
-        self.run: Any = None
-        self.last_step = 0
-        self._guard("start", lambda: self._start(folder, mode, project, config))
+        try:
+            self.run = self._start(folder, mode, project, config)
+            self.last_step: int = self.run.starting_step
+        except Exception:
+            self.close(1)
+            raise
 
     def log(self, row: dict[str, Any], step: int) -> None:
         """Log a row at a step. W&B drops rows with a smaller step than before, so the step never decreases."""
         self.last_step = max(step, self.last_step)
-        self._use("log", lambda run: run.log({**row, "step": step}, step=self.last_step))
+        self.run.log({**row, "step": step}, step=self.last_step)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Log a W&B table."""
+        import wandb
+
         self.last_step = max(step, self.last_step)
-
-        def send(run: Any) -> None:
-            import wandb
-
-            data: list[Any] = [[plain(item) for item in row] for row in rows]
-            run.log({name: wandb.Table(columns=list(columns), data=data)}, step=self.last_step)
-
-        self._use("log a table", send)
+        data: list[Any] = [[plain(item) for item in row] for row in rows]
+        self.run.log({name: wandb.Table(columns=list(columns), data=data)}, step=self.last_step)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run; with an exit code, leave it open for resuming."""
         if not exit_code:
-            self._use("finish", lambda run: run.finish())
-        self.run = None
+            self.run.finish()
         with suppress(Exception):  # W&B's service may be gone; its exit hook would then print a traceback
             import wandb
 
             wandb.teardown(exit_code)
 
-    def _start(self, folder: RunFolder, mode: str, project: str, config: dict[str, Any]) -> None:
+    def _start(self, folder: RunFolder, mode: str, project: str, config: dict[str, Any]) -> Any:
         import wandb
 
         if mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -146,7 +142,7 @@ class WandbSink:
             mode = "offline"
         folder.wandb_dir.mkdir(parents=True, exist_ok=True)
         with stop_signals_blocked():  # W&B's service survives a signal to the complete job, and ends with this process
-            self.run = wandb.init(
+            run = wandb.init(
                 project=project,
                 id=wandb_id(folder),
                 name=folder.path.name,
@@ -156,21 +152,9 @@ class WandbSink:
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_machine_info=True),
             )
-        self.last_step = self.run.starting_step
-        self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")
-
-    def _use(self, what: str, action: Callable[[Any], None]) -> None:
-        if self.run is not None:
-            self._guard(what, lambda: action(self.run))
-
-    def _guard(self, what: str, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as problem:  # noqa: BLE001 - by contract: W&B never stops a run
-            self.run = None
-            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-            warn(f"W&B could not {what} ({reason}). The run continues without it")
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
 
 
 def wandb_id(folder: RunFolder) -> str:
@@ -185,22 +169,101 @@ def warn(text: str) -> None:
     print(f"exnorm: warning: {text}", file=sys.stderr, flush=True)
 
 
+class Sinks:
+    """All sinks of a run. One that fails prints one warning and is off from then on; the run and the others continue.
+
+    Args:
+        starts: functions that make the sinks, by the names for warnings.
+    """
+
+    def __init__(self, starts: Mapping[str, Callable[[], Sink]]) -> None:
+        self._running: dict[str, Sink] = {}
+        self._failed: list[Sink] = []
+        for name, start in starts.items():
+            self._guard(name, "start", partial(self._start, name, start))
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """Pass a row on; see `Sink.log`."""
+        self._each("log", lambda sink: sink.log(dict(row), step))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Pass a table on; see `Sink.table`."""
+        self._each("log a table", lambda sink: sink.table(name, columns, rows, step))
+
+    def close(self, exit_code: int = 0) -> None:
+        """Close all sinks, at last those that failed; see `Sink.close`."""
+        self._each("finish", lambda sink: sink.close(exit_code))
+        for sink in self._failed:
+            with suppress(Exception):  # its warning is printed
+                sink.close(exit_code or 1)
+
+    def _start(self, name: str, start: Callable[[], Sink]) -> None:
+        self._running[name] = start()
+
+    def _each(self, what: str, act: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._running.items()):
+            self._guard(name, what, partial(act, sink))
+
+    def _guard(self, name: str, what: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as problem:  # noqa: BLE001 - by contract: no sink stops a run
+            if name in self._running:
+                self._failed.append(self._running.pop(name))
+            warn(f"{name} could not {what} ({reason_of(problem)}). The run continues without it")
+
+
+def reason_of(problem: Exception) -> str:
+    """Return one line for an exception, with the file of a system error."""
+    if isinstance(problem, OSError) and problem.filename is not None:
+        return f"{problem.filename} cannot be written: {problem.strerror}"
+    return first_line(problem)
+
+
 def make_sinks(
     folder: RunFolder,
     logger_config: Mapping[str, Any],
     *,
     run_config: dict[str, Any] | None = None,
-) -> list[Sink]:
-    """Return the sinks that `logger` asks for; the CSV begins with the rows that `metrics.jsonl` has.
+) -> Sinks:
+    """Start the sinks that `logger` asks for; the CSV begins with the rows that `metrics.jsonl` has.
 
-    W&B shows `run_config` as the run's configuration. Raise UserError for an unknown `logger.wandb`.
+    W&B and other sinks get `run_config` as the run's configuration. Raise UserError for an unknown `logger.wandb`.
     """
-    mode = logger_config["wandb"]
+    mode, config = logger_config["wandb"], run_config or {}
     if mode not in ("off", "offline", "online"):
         raise UserError(f"logger.wandb={mode} is unknown: type off, offline or online")
-    sinks: list[Sink] = []
+    starts: dict[str, Callable[[], Sink]] = {}
     if logger_config["csv"]:
-        sinks.append(CsvSink(folder.csv_file, truth=folder.metrics_file))
+        starts["CSV"] = partial(CsvSink, folder.csv_file, truth=folder.metrics_file)
     if mode != "off":
-        sinks.append(WandbSink(folder, mode=mode, project=logger_config["project"], config=run_config or {}))
-    return sinks
+        starts["W&B"] = partial(WandbSink, folder, mode=mode, project=logger_config["project"], config=config)
+    for name, values in logger_config["sinks"].items():
+        starts[f"logger {name}"] = partial(start_sink, name, values, folder, config)
+    return Sinks(starts)
+
+
+def check_classes(sinks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError if a class of `logger.sinks` cannot be imported, is no sink, or does not take its options."""
+    for name, values in sinks.items():
+        cls, options = class_and_options(name, values)
+        if not issubclass(cls, Sink):
+            raise UserError(
+                f"logger.sinks.{name}: {cls.__name__} is no sink. It needs the methods log, table and close"
+            )
+        try:
+            signature(cls).bind(None, None, **options)
+        except TypeError as problem:
+            raise UserError(f"logger.sinks.{name}: {cls.__name__}(folder, run_config, ...): {problem}") from None
+
+
+def start_sink(name: str, values: Mapping[str, Any], folder: RunFolder, run_config: dict[str, Any]) -> Sink:
+    """Return the sink that an entry of `logger.sinks` describes."""
+    cls, options = class_and_options(name, values)
+    return cls(folder, run_config, **options)
+
+
+def class_and_options(name: str, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Split an entry of `logger.sinks` into its class and the options for the class's constructor."""
+    options = {str(key): value for key, value in values.items()}
+    return imported_class(f"logger.sinks.{name}", options.pop("_target_")), options
