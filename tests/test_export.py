@@ -132,6 +132,16 @@ def test_every_norm_is_exported_and_each_image_has_its_own_result(norm: str, for
 
 @slow
 @exporting
+@pytest.mark.parametrize("form", ["onnx", "torch_export"])
+def test_what_an_exporter_refuses_is_one_line(form: str, tmp_path: Path) -> None:
+    """Here a network that cannot take an image of 32 px at all."""
+    needs(form)
+    with pytest.raises(UserError, match=r"cannot export model=resnet18 norm=in \(InstanceNorm needs more than 1 pos"):
+        FORMATS[form].write(exported("model=resnet18", "norm=in"), tmp_path / FORMATS[form].name)
+
+
+@slow
+@exporting
 @pytest.mark.parametrize("norm", ["bn", "en"])
 def test_a_resnet18_is_exported_to_onnx(norm: str, tmp_path: Path) -> None:
     """Stem, residuals and strides of a network as people have it, at 64 px."""

@@ -87,7 +87,7 @@ def _explained(exported: Exported, exporter: str) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
+        reason = first_line(problem.__cause__ or problem)  # the ONNX exporter puts advice of its own around it
         raise UserError(
-            f"{exporter} cannot export {exported.name} ({first_line(problem)}). Type --format safetensors to export "
-            "the weights"
+            f"{exporter} cannot export {exported.name} ({reason}). Type --format safetensors to export the weights"
         ) from problem
