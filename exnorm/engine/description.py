@@ -40,7 +40,6 @@ def describe(folder: RunFolder, config: Any, state: Mapping[str, Any]) -> dict[s
         "preprocessing": preprocessing(config),
     }
     return {
-        "format": "pt",  # expected by readers of safetensors
         "exnorm_version": __version__,
         "run": str((read_json(folder.provenance_file) or {}).get("config_hash", "")),
         "step": str(state["step"]),

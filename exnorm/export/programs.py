@@ -19,7 +19,7 @@ from torch.export import Dim
 from exnorm.config.errors import UserError, first_line
 from exnorm.export.exported import Exported, Loaded, write_synced
 
-OPSET = 20  # the newest one that torch's exporter writes without a conversion
+OPSET = 20  # the default of the exporter in torch 2.15, said here so that it does not change with torch
 INPUT, OUTPUT = "images", "logits"
 DESCRIPTION = "exnorm.json"  # in a .pt2 file
 

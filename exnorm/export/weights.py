@@ -50,7 +50,7 @@ def write_safetensors(exported: Exported, path: Path) -> None:
         name: tensor.detach().clone(memory_format=torch.contiguous_format)  # two names of one tensor become two tensors
         for name, tensor in exported.model.state_dict().items()
     }
-    write_synced(path, save(tensors, metadata=exported.description))
+    write_synced(path, save(tensors, metadata={"format": "pt", **exported.description}))  # as other programs write it
 
 
 def read_safetensors(path: Path) -> Loaded:
@@ -64,10 +64,14 @@ def write_hub_folder(exported: Exported, path: Path) -> None:
     Raises:
         UserError: timm cannot build the network.
     """
-    check_hub(exported)
+    model: Any = exported.model
+    if not hasattr(model, "pretrained_cfg"):
+        raise UserError(
+            f"--format hf: timm cannot build the network of {exported.name} task={exported.config.task.name}. Type "
+            "--format safetensors, and read the file with exnorm.load"
+        )
     path.mkdir()
     write_safetensors(exported, path / WEIGHTS)
-    model: Any = exported.model
     options: Any = OmegaConf.to_container(exported.config.model.options, resolve=True)
     data = exported.config.data
     save_config_for_hf(
@@ -92,24 +96,11 @@ def write_hub_folder(exported: Exported, path: Path) -> None:
     write_text_atomic(path / CARD, _card(exported))
 
 
-def check_hub(exported: Exported) -> None:
-    """Refuse a network that timm cannot build.
-
-    Raises:
-        UserError: the message says what to type instead.
-    """
-    if not hasattr(exported.model, "pretrained_cfg"):
-        raise UserError(
-            f"--format hf: timm cannot build the network of {exported.name} task={exported.config.task.name}. Type "
-            "--format safetensors, and read the file with exnorm.load"
-        )
-
-
 def read_hub_folder(path: Path) -> Loaded:
     """Return the network in a folder, by the lines in its README."""
     names: dict[str, Any] = {"folder": str(path)}
     lines = (path / CARD).read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
-    exec(lines.replace(HERE, ""), names)
+    exec(lines.replace(HERE, ""), names)  # `recipe` wrote them a moment ago
     return Loaded(names["model"])
 
 
