@@ -30,12 +30,12 @@ class Agreement(NamedTuple):
     Attributes:
         difference: the largest difference of the logits.
         logit: the largest absolute logit of the model.
-        same_top1: the share of images, or of positions of masks, with the same most likely class.
+        same_class: the share of images, or of positions of masks, with the same most likely class.
     """
 
     difference: float
     logit: float
-    same_top1: float
+    same_class: float
 
 
 class Sample(NamedTuple):

@@ -91,7 +91,7 @@ def export(run_path: Path, form: str, *, at: str = "last", out: Path | None = No
         rename_synced(part, target)
     return (
         f"{target}: {size / 1e6:.1f} MB{loaded.note}. On {what} the logits differ by at most {found.difference:.1e} "
-        f"(largest logit: {found.logit:.3g}), and {found.same_top1:.2%} of the most likely classes are equal"
+        f"(largest logit: {found.logit:.3g}), and {found.same_class:.2%} of the most likely classes are equal"
     )
 
 
