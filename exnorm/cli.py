@@ -14,6 +14,7 @@ import typer
 
 from exnorm import cli_look
 from exnorm.cli_bench import bench
+from exnorm.cli_export import export
 from exnorm.config.errors import BUG
 
 if TYPE_CHECKING:
@@ -355,5 +356,5 @@ def report(
     print(write_report(what, scale, out, runs=runs, results=results))
 
 
-for command in (cli_look.ratios, cli_look.predict, cli_look.compare, cli_look.explain):
+for command in (cli_look.ratios, cli_look.predict, cli_look.compare, cli_look.explain, export):
     app.command()(command)

@@ -9,6 +9,7 @@ import torch
 from norm_cases import BATCH_NORMS, NORMS, SHAPES, SMALL, build
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.export import Dim
 
 from exnorm import ops
 from exnorm.norms import BatchNorm, BatchScopeNorm, GroupNorm, set_progress
@@ -154,6 +155,19 @@ def test_the_old_onnx_exporter_writes_nothing_that_onnx_does_not_know(name: str)
     graph, *_ = utils._model_to_graph(norm, (draw(*SHAPES[4]).float(),))
     kinds = {node.kind() for node in graph.nodes()}
     assert kinds and all(kind.startswith("onnx::") for kind in kinds)
+
+
+@every_norm
+def test_an_exported_program_has_no_operator_of_exnorm(name: str) -> None:
+    """On the back end that compiles, too: a saved program runs on other machines, where there is no exnorm."""
+    ops.set_backend("compiled")
+    norm, x = build(name, act="relu").eval(), draw(*SHAPES[4])
+    program = torch.export.export(norm, (x, x.cos()), dynamic_shapes=({0: Dim("batch")}, {0: Dim("batch")}))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets and not [target for target in targets if target.startswith("exnorm")]
+    ops.set_backend("eager")
+    few = draw(3, *x.shape[1:], seed=3)
+    torch.testing.assert_close(program.module()(few, few.cos()), norm(few, few.cos()))
 
 
 @every_norm

@@ -157,9 +157,14 @@ def eval_transform(config: Any) -> Transform:
         is_training=False,
         use_prefetcher=True,
         interpolation="bilinear",
-        crop_pct=config.image_size / (config.resize + 0.5),  # timm rounds image_size / crop_pct down
+        crop_pct=crop_pct(config),
     )
     return _transform(config, crop, partial(_uncropped, size=config.image_size, resize=config.resize))
+
+
+def crop_pct(config: Any) -> float:
+    """Return the share of a resized image that validation crops, from which timm gets `resize`."""
+    return config.image_size / (config.resize + 0.5)  # timm rounds image_size / crop_pct down
 
 
 def _uncropped(pixels: np.ndarray, seeds: Sequence[int], *, size: int, resize: int) -> np.ndarray | None:

@@ -24,8 +24,9 @@ from torch import nn
 from exnorm.config.errors import UserError, first_line
 from exnorm.config.schema import TrainConfig
 from exnorm.engine.check_task import read_task
+from exnorm.engine.description import read_exported
 from exnorm.engine.distributed import World
-from exnorm.engine.weight_files import read_file
+from exnorm.engine.weight_files import SAFETENSORS, read_file
 from exnorm.models import build_network
 from exnorm.runs.folder import DISK_FULL, RunFolder, names_file, removes_on_failure, rename_synced
 from exnorm.tasks import make_task
@@ -211,13 +212,16 @@ def load(run_dir: str | Path, *, checkpoint: str = "last") -> nn.Module:
     """Return the trained model of a run, on the CPU in evaluation mode.
 
     Args:
-        run_dir: the run folder.
-        checkpoint: last, best, or a file.
+        run_dir: the run folder, or a safetensors file that `exnorm export` wrote.
+        checkpoint: of a run folder: last, best, or a file.
 
     Raises:
-        UserError: this is not a run folder, or it has no usable checkpoint.
+        UserError: this is not a run folder or such a file, or there is no usable checkpoint.
     """
-    folder = RunFolder(run_dir)
+    path = Path(run_dir)
+    if path.suffix == SAFETENSORS and path.is_file():
+        return build_trained(*read_exported(path)).eval()
+    folder = RunFolder(path)
     return build_trained(read_config(folder), find(folder, checkpoint)).eval()
 
 

@@ -16,6 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from exnorm.config.errors import UserError, first_line
 
+SAFETENSORS = ".safetensors"
 OLD_FORMAT_CLASSES = ("argparse.Namespace",)  # torch lists no classes of a file from before its version 1.6
 
 
@@ -43,7 +44,7 @@ def read_file(path: Path) -> dict[str, Any]:
         UserError: there is no such file, or it does not hold a dict.
     """
     try:
-        state = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+        state = _safetensors(path) if path.suffix == SAFETENSORS else _torch(path)
     except Exception as problem:  # noqa: BLE001 - readers raise many kinds of errors for a strange file
         raise UserError(f"{path} cannot be read as weights ({first_line(problem)})") from None
     if isinstance(state, StandIn):

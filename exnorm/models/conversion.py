@@ -41,7 +41,7 @@ def normalized(network: nn.Module, model_config: Any, norm_config: Mapping[str, 
             cls,
             replace=tuple(model_config.replace),
             keep=tuple(model_config.keep),
-            **_chosen_options(cls, norm_config),
+            **chosen_options(cls, norm_config),
         )
         if isinstance(converted, SegmentationNetwork):
             converted.check_pooled_norms()
@@ -57,6 +57,6 @@ def _names(model_config: Any, norm_config: Mapping[str, Any]) -> Iterator[None]:
         raise UserError(f"model={model_config.name} norm={norm_config['name']}: {problem}") from problem
 
 
-def _chosen_options(cls: Any, norm_config: Mapping[str, Any]) -> dict[str, Any]:
+def chosen_options(cls: Any, norm_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that differ from the defaults: those of the yaml if it is exnorm's own, else of the class."""
     return changed_options(norm_config, own_values("norm", norm_config["name"]) or constructor_options(cls))

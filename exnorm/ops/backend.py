@@ -113,10 +113,13 @@ def implementation(x: Tensor) -> ModuleType:
     """Return the module whose primitives a layer calls for an input: under `torch.compile` the operators.
 
     The eager and the plain back end are formulas that `torch.compile` can trace. For them it is always `running()`. The
-    other back ends read the memory of a tensor. So the eager formulas replace them if there may be none.
+    other back ends read the memory of a tensor. So the eager formulas replace them if there may be none, and also in an
+    exported program, which runs without exnorm.
     """
     if get_backend() in ("eager", "plain"):
         return running()
+    if torch.compiler.is_exporting():
+        return eager
     if torch.compiler.is_compiling():
         from exnorm.ops import library  # registers the operators
 

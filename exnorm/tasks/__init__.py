@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from exnorm.config.errors import UserError
 from exnorm.config.options import imported_class
 from exnorm.tasks.base import Task, Views, named
 
@@ -13,6 +14,9 @@ def make_task(config: Any, classes: Sequence[str]) -> Task:
     """Return the task that `task._target_` names, for the classes of a data set.
 
     Raises:
-        UserError: there is no such class.
+        UserError: there is no such class, or it is not a task.
     """
-    return imported_class("task", config["_target_"])(config, classes)
+    cls = imported_class("task", config["_target_"])
+    if not issubclass(cls, Task):  # the name may come from a file of somebody else
+        raise UserError(f"task._target_={config['_target_']} is not a subclass of exnorm.tasks.Task")
+    return cls(config, classes)
