@@ -28,7 +28,9 @@ from torch import Tensor, nn
 import exnorm
 from exnorm.config.groups import option_values
 from exnorm.config.schema import DataConfig, OptimConfig
+from exnorm.data.augment import policy
 from exnorm.data.transforms import train_transform
+from exnorm.engine import checkpoint
 from exnorm.optim import learning_rate
 from exnorm.tasks import Task, make_task
 
@@ -87,8 +89,10 @@ def test_averaged_weights_are_validated_saved_and_loaded(images: Path, tmp_path:
     record = json.loads((run / "record.json").read_text())
     assert evaluated["val/loss"] == pytest.approx(record["val/loss"], rel=1e-6)
     frozen = ["optim.lr=0", "optim.weight_decay=0", "trainer.epochs=1", f"model.init_from={run}"]
-    later = last_state(train_here(tiny(images, *frozen), tmp_path))
-    assert torch.equal(later["model"]["conv1.0.weight"], after["ema"]["conv1.0.weight"])
+    later = train_here(tiny(images, *frozen), tmp_path)
+    assert torch.equal(last_state(later)["model"]["conv1.0.weight"], after["ema"]["conv1.0.weight"])
+    for source in (run, checkpoints(run)[-1]):
+        assert torch.equal(checkpoint.read_weights(source)["conv1.0.weight"], after["ema"]["conv1.0.weight"])
 
 
 def test_clipped_gradients_bound_each_step(images: Path, tmp_path: Path) -> None:
@@ -115,6 +119,17 @@ def test_mixing_does_not_depend_on_passes_and_devices(devices: int, images: Path
 def task_with(**options: Any) -> Task:
     """Classification with 5 classes."""
     return make_task({**option_values("task", "classification"), **options}, [str(label) for label in range(5)])
+
+
+def test_a_task_file_of_ones_own_may_lack_the_options() -> None:
+    """As one that was written before they existed."""
+    options = option_values("task", "classification")
+    for key in ("loss", "mixup", "cutmix", "label_smoothing"):
+        del options[key]
+    task = make_task(options, [str(label) for label in range(5)])
+    output, labels = torch.randn(8, 5), torch.arange(8) % 5
+    loss = task.loss(output, (labels, labels), replicas=1)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(output, labels))
 
 
 def mixed(task: Task, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -190,6 +205,20 @@ def test_augmentation_is_behind_the_crop_and_erasing_leaves_the_mean(policy: str
     assert any(augmented) is (policy is not None) and any(erased)
 
 
+@pytest.mark.parametrize("name", ["rand-m10-inc1", "rand-m20-inc1", "v0", "original", "3a", "augmix-m10-w1-d3"])
+def test_a_policy_keeps_at_least_one_bit_of_each_colour(name: str) -> None:
+    """With 0 bits, Pillow 13 refuses the image and older ones make it black."""
+    config = OmegaConf.merge(OmegaConf.structured(DataConfig), {"auto_augment": name, "image_size": 32})
+    augment = policy(config)
+    bright = Image.new("RGB", (32, 32), (255, 255, 255))
+    operations: Any = augment.transforms[0]  # pyright: ignore[reportAttributeAccessIssue]
+    parts = [part for group in getattr(operations, "policy", [getattr(operations, "ops", [])]) for part in group]
+    found = [part for part in parts if "Posterize" in part.name]
+    assert found or name == "3a"
+    for part in found:
+        assert np.asarray(part.aug_fn(bright, 0)).max() == 128
+
+
 def test_warm_up_in_steps() -> None:
     """Linear from 0, and the schedule begins behind it."""
     config = OmegaConf.structured(OptimConfig(lr=2.0, schedule="cosine", warmup=0.5, warmup_steps=4))
@@ -205,11 +234,15 @@ def test_warm_up_in_steps() -> None:
         (["optim.warmup_steps=0"], "optim.warmup_steps=0 is not possible; give 1 or more"),
         (["task.loss=hinge"], "task.loss=hinge is unknown; allowed: cross_entropy, bce"),
         (["task.mixup=-1"], "task.mixup=-1 is not possible; give a number from 0 up"),
-        (["task.label_smoothing=1"], "give a number from 0 up and below 1"),
+        (["task.label_smoothing=2"], "task.label_smoothing=2 is not possible; give a number from 0 to 1"),
         (["task.mixup=0.2", "batch=2x3"], "which has 3 here. Choose a batch with an even number"),
         (["task.cutmix=1", "batch=1x8", "trainer.devices=2"], "on one device. Type trainer.devices=1"),
-        (["data.auto_augment=rand-x9"], "data.auto_augment=rand-x9: timm does not know this policy"),
-        (["data.auto_augment=nonsense"], "data.auto_augment=nonsense: timm does not know this policy"),
+        (["data.auto_augment=rand-x9"], "data.auto_augment=rand-x9: timm cannot apply this policy"),
+        (["data.auto_augment=nonsense"], "data.auto_augment=nonsense: timm cannot apply this policy"),
+        (["data.auto_augment=augmix-a0"], "data.auto_augment=augmix-a0: timm cannot apply this policy"),
+        (["optim.warmup_steps=12"], "optim.warmup_steps=12, but the run has 12 steps. Give fewer"),
+        (["task.mixup=inf"], "task.mixup=inf is not possible; give a finite number"),
+        (["optim.lr=nan"], "optim.lr=nan is not possible; give a finite number"),
         (["data.random_erasing=2"], "data.random_erasing=2 is not possible; give a probability, 0 to 1"),
         (["task=segmentation", "data=glyph_scenes", "data.random_erasing=0.5"], "glyph_scenes has masks"),
     ],

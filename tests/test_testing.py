@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from exnorm import ops
 from exnorm.norms import BatchNorm, ExemplarNorm, LayerNorm, Moments, Norm
+from exnorm.surgery import norm_class
 from exnorm.testing import CHECKS, COMPILED_CHECKS, Layer, check_norm
+from exnorm.testing.data_checks import keeps_one_activation
 
 torch.set_num_threads(1)
 COMPILED = {check.__name__ for check in COMPILED_CHECKS}
@@ -30,6 +32,11 @@ def back_end() -> Iterator[None]:
 @pytest.mark.parametrize("name", NORMS)
 def test_every_normalizer_keeps_the_contract(name: str, check: Any) -> None:
     check(layer_of(name))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_wide_layer_with_its_usual_options_keeps_one_activation(name: str) -> None:
+    keeps_one_activation(Layer(norm_class(name), 64))
 
 
 @pytest.mark.slow
@@ -189,6 +196,17 @@ class BreaksGraphs(LayerNorm):
         return y if float(x.detach().sum()) < 1e9 else 2 * y
 
 
+class Unused(LayerNorm):
+    def __init__(self, num_features: int, *, device: Any = None, dtype: Any = None, **options: Any) -> None:
+        super().__init__(num_features, device=device, dtype=dtype, **options)
+        self.extra = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+
+
+class OptionsOfNothing(LayerNorm):
+    def param_options(self) -> dict[str, dict[str, float]]:
+        return {"weight": {"lr": 0.1}}
+
+
 BROKEN: dict[str, type[Norm]] = {
     "keeps_shape_and_dtype": WrongDtype,
     "puts_channels_last": OneLayout,
@@ -201,12 +219,14 @@ BROKEN: dict[str, type[Norm]] = {
     "is_finite_for_one_position_or_refuses_it": WithoutEps,
     "takes_empty_batches": NeedsSamples,
     "refuses_other_shapes": AnyShape,
+    "gives_every_parameter_a_gradient": Unused,
     "leaves_its_input_alone": ChangesItsInput,
     "keeps_one_activation": KeepsItsOutput,
     "survives_copies": CannotBePickled,
     "keeps_no_tensor_as_an_attribute": KeepsATensor,
     "resets_every_value": NotReset,
     "has_the_dtype_and_device_that_it_is_given": OwnDevice,
+    "names_options_of_its_own_parameters": OptionsOfNothing,
     "changes_nothing_in_evaluation": Counts,
     "has_ratios_that_sum_to_one": TwoOnes,
     "replaces_batch_normalization": FewOptions,
@@ -239,6 +259,10 @@ def test_check_norm_says_what_must_hold_and_what_was_found() -> None:
     assert "* changes_nothing_in_evaluation: In evaluation the state stays as it is" in str(caught.value)
     assert caught.value.__cause__ is not None
     check_norm(LayerNorm, compiled=False, channels=5, eps=1e-3)
+    for options in ({"momentum": 0.01}, {"track_running_stats": False}, {"sync": True}):
+        check_norm(BatchNorm, compiled=False, **options)
+    with pytest.raises(ValueError, match="leave out act: the checks try the values of act, affine"):
+        check_norm(LayerNorm, act="relu")
     wrong: Any = nn.BatchNorm2d
     with pytest.raises(TypeError, match=r"takes a subclass of exnorm\.norms\.Norm, not .*BatchNorm2d"):
         check_norm(wrong)

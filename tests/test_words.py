@@ -113,7 +113,7 @@ def test_the_last_word_of_a_key_is_enough_to_find_it(key: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("trainer.ema=1", "unknown key 'trainer.ema': trainer has epochs, steps"),
+        ("trainer.sam=1", "unknown key 'trainer.sam': trainer has epochs, steps"),
         ("trainer.lr=1", "did you mean 'optim.lr'?"),
         ("trainer.epoch=1", "did you mean 'trainer.epochs'?"),
         ("optm.lr=1", "did you mean 'optim.lr'?"),

@@ -19,7 +19,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms
 
-from exnorm.config.errors import UserError, first_line
+from exnorm.data.augment import policy
 
 
 @dataclass(frozen=True)
@@ -72,42 +72,27 @@ def train_transform(config: Any) -> Transform:
     Raises:
         UserError: timm does not know the policy.
     """
-    resized, augmented, as_tensor = _stages(config)
+    behind: list[Any] = [] if config.auto_augment is None else [policy(config)]
+    behind.append(transforms.PILToTensor())
     if config.random_erasing:
         mean: Any = [round(255 * channel) for channel in config.mean]
-        as_tensor = transforms.Compose([as_tensor, transforms.RandomErasing(config.random_erasing, value=mean)])
-    if config.padding is None:
-        return _transform(config, transforms.Compose([resized, augmented, as_tensor]), None)
-    padded = PaddedCrop(config.image_size, config.padding, config.hflip)
-    if config.auto_augment is None and not config.random_erasing:
-        return _transform(config, padded, padded.of_batch)
-    return _transform(config, transforms.Compose([padded.crop, augmented, as_tensor]), None)
-
-
-def _stages(config: Any) -> tuple[Any, Any, Any]:
-    """Return timm's three stages: crop and flip; augmentation by the policy; conversion to a tensor in uint8."""
-    try:
-        stages: Any = create_transform(
-            input_size=config.image_size,
-            is_training=True,
-            use_prefetcher=True,
-            scale=tuple(config.scale),
-            ratio=tuple(config.ratio),
-            hflip=config.hflip,
-            color_jitter=None,  # pyright: ignore[reportArgumentType]
-            auto_augment=config.auto_augment,
-            interpolation="bilinear",
-            mean=tuple(config.mean),
-            separate=True,
-        )
-    except (AssertionError, KeyError, ValueError) as problem:
-        if config.auto_augment is None:
-            raise
-        raise UserError(
-            f"data.auto_augment={config.auto_augment}: timm does not know this policy ({type(problem).__name__}: "
-            f"{first_line(problem)}). Type for example data.auto_augment=rand-m9-mstd0.5-inc1, augmix-m3-w3 or original"
-        ) from problem
-    return stages
+        behind.append(transforms.RandomErasing(config.random_erasing, value=mean))
+    if config.padding is not None:
+        padded = PaddedCrop(config.image_size, config.padding, config.hflip)
+        usual = config.auto_augment is None and not config.random_erasing
+        return _transform(config, transforms.Compose([padded, *behind]), padded.of_batch if usual else None)
+    crop: Any = create_transform(
+        input_size=config.image_size,
+        is_training=True,
+        use_prefetcher=True,
+        scale=tuple(config.scale),
+        ratio=tuple(config.ratio),
+        hflip=config.hflip,
+        color_jitter=None,  # pyright: ignore[reportArgumentType]
+        interpolation="bilinear",
+        separate=True,
+    )
+    return _transform(config, transforms.Compose([crop[0], *behind]), None)
 
 
 def _transform(config: Any, crop: Any, crop_batch: Any) -> Transform:
@@ -126,11 +111,10 @@ class PaddedCrop:
                 transforms.RandomHorizontalFlip(hflip),
             ]
         )
-        self.as_tensor = transforms.PILToTensor()
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return the crop of an image, (3, size, size) in uint8."""
-        return self.as_tensor(self.crop(image))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the crop of an image."""
+        return self.crop(image)
 
     def of_batch(self, pixels: np.ndarray, seeds: Sequence[int]) -> np.ndarray | None:
         """Return the crops of images of `size` pixels, each with the random numbers that its seed gives; else None."""

@@ -21,6 +21,12 @@ def check_recipe(config: Any, plan: BatchPlan) -> None:
         _check_mixing(plan)
 
 
+def check_warmup(optim: Any, *, steps: int) -> None:
+    """Refuse a warm-up that does not end before the training does."""
+    if optim.warmup_steps is not None and optim.warmup_steps >= steps:
+        raise UserError(f"optim.warmup_steps={optim.warmup_steps}, but the run has {steps} steps. Give fewer")
+
+
 def _check_mixing(plan: BatchPlan) -> None:
     if plan.samples % 2:
         raise UserError(

@@ -251,7 +251,8 @@ def read_weights(source: str | Path) -> dict[str, Any]:
         UserError: there is no usable checkpoint, or the file has no weights.
     """
     path = Path(source).expanduser()
-    return validated_weights(find(RunFolder(path), "last")) if path.is_dir() else read_file(path)
+    state = find(RunFolder(path), "last") if path.is_dir() else read_file(path)
+    return validated_weights(state) if path.is_dir() or "ema" in state else state
 
 
 def validated_weights(state: Mapping[str, Any]) -> dict[str, Any]:

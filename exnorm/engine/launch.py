@@ -6,6 +6,7 @@ turns the workers' exit codes into one line or its own exit code.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -35,7 +36,7 @@ from exnorm.runs.folder import (
     write_json_atomic,
     write_text_atomic,
 )
-from exnorm.runs.identity import config_hash, run_dir
+from exnorm.runs.identity import config_hash, flatten, run_dir
 from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.provenance import collect, uncommitted_patch
 from exnorm.runs.sinks import check_classes
@@ -170,6 +171,9 @@ def check(config: DictConfig) -> BatchPlan:
     for key in POSITIVE:
         if (value := OmegaConf.select(config, key)) is not None:
             _check_positive(value, key)
+    for key, value in flatten(OmegaConf.to_container(config, resolve=True)).items():  # pyright: ignore[reportArgumentType]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} is not possible; give a finite number")
     check_task(config)
     sinks: Any = OmegaConf.to_container(config.logger.sinks, resolve=True)
     check_classes(sinks)

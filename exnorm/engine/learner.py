@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from exnorm.engine import checkpoint
 from exnorm.engine.batch import BatchPlan, parse_batch
 from exnorm.engine.calibrate import Calibrated
 from exnorm.engine.distributed import World, replica_group
+from exnorm.engine.ema import AveragedModel
 from exnorm.models import build_network, load_ratios, load_weights
 from exnorm.norms import configure_scope
 from exnorm.optim import build_optimizer
@@ -48,7 +48,7 @@ class Learner:
     best: dict[str, float] = field(default_factory=dict)
     calibrated: Calibrated | None = None
     clip_norm: float | None = None  # the largest norm of the gradients of a step
-    ema: ModelEmaV3 | None = None  # the average of the weights
+    ema: AveragedModel | None = None  # the average of the weights
 
     @property
     def validated(self) -> nn.Module:
@@ -100,7 +100,7 @@ def build_learner(config: Any, plan: BatchPlan, world: World, task: Task) -> Lea
         sums=zero_sums(task, world.device),
         bad_step=torch.tensor(NO_BAD_STEP, device=world.device),
         clip_norm=config.optim.clip_norm,
-        ema=None if config.trainer.ema is None else ModelEmaV3(model, decay=config.trainer.ema, use_warmup=True),
+        ema=None if config.trainer.ema is None else AveragedModel(model, decay=config.trainer.ema),
     )
 
 

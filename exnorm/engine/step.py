@@ -43,7 +43,7 @@ def train_step(learner: Learner, batch: Batch, *, seed: int, passes: Passes) -> 
         learner.optimizer.zero_grad(set_to_none=True)
     commit_running_stats(learner.model)
     if learner.ema is not None:
-        learner.ema.update(learner.model, step=learner.step + 1)
+        learner.ema.update(learner.step + 1)
     learner.sums += batch_sums
     return batch_sums
 

@@ -17,6 +17,7 @@ from exnorm.engine import checkpoint
 from exnorm.engine.banner import describe_run, seconds_per_step
 from exnorm.engine.batch import plan_batch
 from exnorm.engine.calibrate import Calibrated, batch_average, using
+from exnorm.engine.check_recipe import check_warmup
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import evaluate_all
 from exnorm.engine.images import RunImages, facts_of, keep_noise, open_images
@@ -78,6 +79,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
 
     # Description of the run
     schedule = make_schedule(trainer, steps_per_epoch=batches.steps_per_epoch)
+    check_warmup(config.optim, steps=schedule.steps)
     step_s = seconds_per_step(learner, config.data.image_size)
     facts = describe_run(
         learner,
@@ -112,7 +114,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
     probe = probe_images(images.probe_set, config.logger.probe_images, world)
     ratios: list[LayerRatio] = []
     results: dict[str, float] = {}
-    layers_progress = [*progress_buffers(learner.model), *(progress_buffers(learner.ema) if learner.ema else [])]
+    layers_progress = [*progress_buffers(learner.model), *(progress_buffers(learner.ema.module) if learner.ema else [])]
     check_every = GPU_CHECK_EVERY if world.device.type == "cuda" else 1
     while learner.epoch < schedule.parts:
         batches.between(learner.step, schedule.start(learner.epoch + 1))

@@ -19,6 +19,7 @@ from exnorm.models import classifier
 from exnorm.tasks.base import Purpose, Task, ranked
 
 LOSSES = ("cross_entropy", "bce")
+USUAL = {"loss": LOSSES[0], "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0}  # where a yaml of one's own lacks them
 
 
 class Classification(Task):
@@ -31,20 +32,21 @@ class Classification(Task):
 
     def __init__(self, config: Any, classes: Sequence[str]) -> None:
         super().__init__(config, classes)
-        smoothing, mixup, cutmix = config["label_smoothing"], config["mixup"], config["cutmix"]
-        if config["loss"] not in LOSSES:
-            raise UserError(f"task.loss={config['loss']} is unknown; allowed: {', '.join(LOSSES)}")
-        for name, value, most in (("label_smoothing", smoothing, 1), ("mixup", mixup, None), ("cutmix", cutmix, None)):
-            if value < 0 or (most is not None and value >= most):
-                below = "" if most is None else f" and below {most}"
-                raise UserError(f"task.{name}={value:g} is not possible; give a number from 0 up{below}")
+        loss, smoothing, mixup, cutmix = (config.get(key, usual) for key, usual in USUAL.items())
+        if loss not in LOSSES:
+            raise UserError(f"task.loss={loss} is unknown; allowed: {', '.join(LOSSES)}")
+        if not 0 <= smoothing <= 1:
+            raise UserError(f"task.label_smoothing={smoothing:g} is not possible; give a number from 0 to 1")
+        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if alpha < 0:
+                raise UserError(f"task.{name}={alpha:g} is not possible; give a number from 0 up")
         self.criterion = (
             nn.CrossEntropyLoss(label_smoothing=smoothing)
-            if config["loss"] == "cross_entropy"
+            if loss == LOSSES[0]
             else BinaryCrossEntropy(smoothing=smoothing)
         )
         # Cross entropy smooths mixed labels itself; timm's binary cross entropy takes them as they are.
-        smoothed = 0.0 if config["loss"] == "cross_entropy" else smoothing
+        smoothed = 0.0 if loss == LOSSES[0] else smoothing
         self.mix: Mixup | None = None
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=smoothed, num_classes=len(self.classes))

@@ -8,15 +8,28 @@
 `CHECKS` has the single checks, for `pytest.mark.parametrize`; each takes a `Layer`. The checks need torch alone.
 """
 
+import functools
 import inspect
 from typing import Any
 
 from exnorm.norms import Norm
 from exnorm.testing import compiled_checks, data_checks, scope_checks, state_checks
-from exnorm.testing.layers import Check, Layer
+from exnorm.testing.layers import Check, Layer, using_backend
 
 ROOMS = (data_checks, state_checks, scope_checks)
-CHECKS: tuple[Check, ...] = tuple(check for room in ROOMS for check in room.CHECKS)
+SET_BY_CHECKS = ("act", "affine", "channel_dim", "device", "dtype")
+
+
+def _eagerly(check: Check) -> Check:
+    @functools.wraps(check)
+    def run(layer: Layer) -> None:
+        with using_backend("eager"):
+            check(layer)
+
+    return run
+
+
+CHECKS: tuple[Check, ...] = tuple(_eagerly(check) for room in ROOMS for check in room.CHECKS)
 COMPILED_CHECKS: tuple[Check, ...] = compiled_checks.CHECKS
 
 __all__ = ["CHECKS", "COMPILED_CHECKS", "Layer", "check_norm"]
@@ -34,9 +47,12 @@ def check_norm(norm: type[Norm], *, channels: int = 12, compiled: bool = True, *
     Raises:
         AssertionError: with a line for each check that failed, which says what must hold and what was found.
         TypeError: `norm` is not a subclass of `Norm`.
+        ValueError: an option that the checks set themselves.
     """
     if not (inspect.isclass(norm) and issubclass(norm, Norm)):
         raise TypeError(f"check_norm takes a subclass of exnorm.norms.Norm, not {norm!r}")
+    if given := [name for name in SET_BY_CHECKS if name in options]:
+        raise ValueError(f"leave out {', '.join(given)}: the checks try the values of {', '.join(SET_BY_CHECKS)}")
     layer = Layer(norm, channels, options)
     checks = CHECKS + (COMPILED_CHECKS if compiled else ())
     failed = {check: problem for check in checks if (problem := _problem(check, layer)) is not None}

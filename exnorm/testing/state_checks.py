@@ -57,6 +57,16 @@ def has_the_dtype_and_device_that_it_is_given(layer: Layer) -> None:
     assert on_meta(torch.empty(shape, device="meta")).shape == shape
 
 
+def names_options_of_its_own_parameters(layer: Layer) -> None:
+    """`param_options` has names of parameters that the layer has, with `lr_scale` and `weight_decay` alone."""
+    for affine in (True, False):
+        norm = layer.build(affine=affine)
+        for name, options in norm.param_options().items():
+            assert isinstance(getattr(norm, name, None), nn.Parameter), f"{name} is no parameter, with affine={affine}"
+            others = set(options) - {"lr_scale", "weight_decay"}
+            assert not others, f"{name} has the unknown options {', '.join(sorted(others))}"
+
+
 def changes_nothing_in_evaluation(layer: Layer) -> None:
     """In evaluation the state stays as it is, and the same input gives the same output."""
     norm, x = layer.build().eval(), layer.input(4, 3, 5)
@@ -113,6 +123,7 @@ CHECKS: tuple[Check, ...] = (
     keeps_no_tensor_as_an_attribute,
     resets_every_value,
     has_the_dtype_and_device_that_it_is_given,
+    names_options_of_its_own_parameters,
     changes_nothing_in_evaluation,
     has_ratios_that_sum_to_one,
     replaces_batch_normalization,
