@@ -31,7 +31,7 @@ from exnorm.config.errors import UserError
 from exnorm.data.transforms import eval_transform
 from exnorm.engine.checkpoint import read_weights
 from exnorm.export import weights, write
-from exnorm.export.check import CheckFailed, batches, compare
+from exnorm.export.check import CheckFailed, batches, compare, sample
 from exnorm.export.exported import Exported
 from exnorm.export.write import FORMATS, export
 from exnorm.models import build_network, load_weights
@@ -187,6 +187,25 @@ assert "exnorm" not in sys.modules
     logits, text = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(logits, one_by_one(given.model, given.example))
     assert json.loads(text) == given.description
+    (inputs,), _ = torch.export.load(tmp_path / "model.pt2").example_inputs
+    assert torch.equal(inputs, given.example)
+
+
+def test_an_export_contains_no_image_of_the_data_set(run_of_en: Path, tmp_path: Path) -> None:
+    """An exported program holds its example inputs."""
+    given: list[Exported] = []
+
+    def spy(exported: Exported, path: Path) -> None:
+        given.append(exported)
+        path.touch()
+
+    broken = {"torch_export": replace(FORMATS["torch_export"], write=spy)}
+    with mock.patch.dict(write.FORMATS, broken), pytest.raises(CheckFailed):
+        export(run_of_en, "torch_export")
+    (one,) = given
+    pixels = sample(one.config, make_task(one.config.task, last_state(run_of_en)["classes"])).images
+    assert one.example.shape == (2, *pixels.shape[1:])
+    assert not any(torch.equal(example, image) for example in one.example for image in pixels)
 
 
 def run_lines(lines: str, *arguments: str, cwd: Path) -> None:
@@ -414,6 +433,7 @@ def test_a_wrong_file_gets_no_name_and_one_line(
 def test_a_network_is_checked_with_the_sizes_that_it_takes() -> None:
     """Two batch sizes; with free sizes two widths, and none that is too small."""
     images = torch.zeros(64, 3, 40, 40)
+    assert [len(batch) for batch in batches(images[:1], None)] == [1]
     for smallest, width in ((None, 40), (16, 30), (32, 32)):
         shapes = [tuple(batch.shape) for batch in batches(images, smallest)]
         assert shapes == [(1, 3, 40, width), *[(7, 3, 40, 40)] * 9]
@@ -432,6 +452,7 @@ def test_mistakes_are_one_line(run_of_en: Path, cli_here: CliRunner, tmp_path: P
     empty.mkdir(), begun.mkdir()
     (begun / "config.yaml").write_bytes((run_of_en / "config.yaml").read_bytes())
     (tmp_path / "there.onnx").touch()
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pt")
     for arguments, line in (
         ((empty, "--format", "hf"), "is not a run folder: it has no config.yaml. Type exnorm runs to list runs"),
         ((tmp_path / "none", "--format", "hf"), "does not exist. See exnorm export --help"),
@@ -439,6 +460,7 @@ def test_mistakes_are_one_line(run_of_en: Path, cli_here: CliRunner, tmp_path: P
         ((run_of_en, "--format", "tflite"), "'tflite' is not one of 'onnx', 'torch_export', 'safetensors', 'hf'"),
         ((run_of_en,), "Missing option '--format'"),
         ((run_of_en, "--format", "hf", "--checkpoint", "first.pt"), "there is no checkpoint first.pt"),
+        ((run_of_en, "--format", "hf", "--checkpoint", "weights.pt"), "weights.pt is not a checkpoint of a run"),
         ((run_of_en, "--format", "torch_export", "--out", "a.onnx"), "give the name of a file that ends with .pt2"),
         ((run_of_en, "--format", "safetensors", "--out", "no/a.safetensors"), "there is no folder no"),
         ((run_of_en, "--format", "hf", "--out", "no/a"), "no/a: there is no folder no"),

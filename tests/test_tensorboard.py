@@ -98,7 +98,7 @@ def test_without_the_package_is_one_line_before_the_run(tmp_path: Path, run_cli:
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_cli("train", "logger=[csv,tensorboard]", env={"PYTHONPATH": path})
     assert done.returncode == 2
-    line = "exnorm: error: logger=tensorboard needs the package tensorboard. Type pip install tensorboard\n"
+    line = "exnorm: error: logger=tensorboard needs the package tensorboard. Type pip install 'exnorm[tensorboard]'\n"
     assert done.stderr == line and not (tmp_path / "runs").exists()
 
 

@@ -35,7 +35,8 @@ def _check_overlap(names: list[str]) -> None:
     """Raise UserError if a name is given twice, or if two names set the same key."""
     set_by: dict[str, str] = {}
     for name in names:
-        for key in dotted(option_values("logger", name)):
+        values = {key: value for key, value in option_values("logger", name).items() if key != "defaults"}
+        for key in dotted(values):
             if (other := set_by.setdefault(key, name)) != name:
                 both = f"{other} and {name} both set logger.{key}"
                 raise UserError(f"logger={written(names)}: {both}. Leave out one of them")

@@ -32,6 +32,7 @@ from exnorm.runs.folder import DISK_FULL, RunFolder, names_file, removes_on_fail
 from exnorm.tasks import make_task
 
 KEPT = 2
+OF_A_RUN = {"model", "classes", "step"}  # what every checkpoint has
 BEST = "best.pt"
 STEP_FILE = re.compile(r"step-\d+\.pt")
 DAMAGED = ".damaged"
@@ -205,7 +206,10 @@ def find(folder: RunFolder, checkpoint: str) -> dict[str, Any]:
         if state is None:
             raise UserError(f"{folder.path} has no checkpoint that can be read. Train first")
         return state
-    return read(folder.checkpoints / BEST if checkpoint == "best" else Path(checkpoint))
+    state = read(folder.checkpoints / BEST if checkpoint == "best" else Path(checkpoint))
+    if not state.keys() >= OF_A_RUN:
+        raise UserError(f"{checkpoint} is not a checkpoint of a run. Give last, best or a file of its checkpoints")
+    return state
 
 
 def load(run_dir: str | Path, *, checkpoint: str = "last") -> nn.Module:
@@ -219,7 +223,7 @@ def load(run_dir: str | Path, *, checkpoint: str = "last") -> nn.Module:
         UserError: this is not a run folder or such a file, or there is no usable checkpoint.
     """
     path = Path(run_dir)
-    if path.suffix == SAFETENSORS and path.is_file():
+    if path.suffix.lower() == SAFETENSORS and path.is_file():
         return build_trained(*read_exported(path)).eval()
     folder = RunFolder(path)
     return build_trained(read_config(folder), find(folder, checkpoint)).eval()

@@ -44,7 +44,7 @@ def read_file(path: Path) -> dict[str, Any]:
         UserError: there is no such file, or it does not hold a dict.
     """
     try:
-        state = _safetensors(path) if path.suffix == SAFETENSORS else _torch(path)
+        state = _safetensors(path) if path.suffix.lower() == SAFETENSORS else _torch(path)
     except Exception as problem:  # noqa: BLE001 - readers raise many kinds of errors for a strange file
         raise UserError(f"{path} cannot be read as weights ({first_line(problem)})") from None
     if isinstance(state, StandIn):

@@ -56,7 +56,7 @@ def sample(config: Any, task: Task) -> Sample:
         indices = np.linspace(0, len(dataset) - 1, min(IMAGES, len(dataset))).round().astype(int).tolist()
         pixels = dataset.__getitems__([(0, index) for index in indices])[0]
         what = f"{len(pixels)} validation images of {name}"
-    except UserError as problem:
+    except (UserError, ImportError, OSError) as problem:
         random = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, (IMAGES, transform.size, transform.size, 3), generator=random, dtype=torch.uint8)
         what = f"{IMAGES} random images, because data={config.data.name} cannot be read ({first_line(problem)}),"
@@ -71,7 +71,8 @@ def batches(images: Tensor, smallest: int | None) -> Iterator[Tensor]:
     """
     width = images.shape[-1]
     yield images[:1, ..., : width if smallest is None else max(smallest, width * 3 // 4)].contiguous()
-    yield from images[1:].split(BATCH)
+    if len(images) > 1:
+        yield from images[1:].split(BATCH)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ class Exported:
         model: in evaluation mode, on the CPU.
         config: the config of its run.
         description: see `exnorm.engine.description`.
-        example: two images, (2, 3, height, width).
+        example: two images of noise, (2, 3, height, width): an exported program contains its example inputs.
     """
 
     model: nn.Module

@@ -2,7 +2,7 @@
 
 The file is written into a temporary folder beside its place, read from there, and compared with the model. Only a file
 that agrees with the model is renamed to its name. The model is the one that `exnorm.load` returns: with the calibrated
-statistics, if the run has `trainer.inference=batch_average`.
+statistics, if the checkpoint has them.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import torch
 
 from exnorm import ops
 from exnorm.config.errors import UserError, first_line
@@ -71,7 +73,8 @@ def export(run_path: Path, form: str, *, at: str = "last", out: Path | None = No
     model = checkpoint.build_trained(config, state).eval()
     task = make_task(config.task, state["classes"])
     images, what = sample(config, task)
-    exported = Exported(model, config, describe(folder, config, state), images[[0, -1]])
+    noise = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0))  # a program contains it
+    exported = Exported(model, config, describe(folder, config, state), noise)
     if out is None:
         target.parent.mkdir(exist_ok=True)
     with (

@@ -3,6 +3,7 @@
 If a copy fails, the run continues: `Sinks` guards all of them. A sink only does its work and may raise any Exception.
 """
 
+import copy
 import csv
 import io
 import secrets
@@ -207,13 +208,13 @@ class Sinks:
     def _guard(self, name: str, what: str, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as problem:  # noqa: BLE001 - by contract: no sink stops a run
+        except (Exception, SystemExit) as problem:  # noqa: BLE001 - by contract: no sink stops a run
             if name in self._running:
                 self._failed.append(self._running.pop(name))
             warn(f"{name} could not {what} ({reason_of(problem)}). The run continues without it")
 
 
-def reason_of(problem: Exception) -> str:
+def reason_of(problem: BaseException) -> str:
     """Return one line for an exception, with the file of a system error."""
     if isinstance(problem, OSError) and problem.filename is not None:
         return f"{problem.filename} cannot be written: {problem.strerror}"
@@ -239,7 +240,7 @@ def make_sinks(
     if mode != "off":
         starts["W&B"] = partial(WandbSink, folder, mode=mode, project=logger_config["project"], config=config)
     for name, values in logger_config["sinks"].items():
-        starts[f"logger {name}"] = partial(start_sink, name, values, folder, config)
+        starts[f"logger {name}"] = partial(start_sink, name, values, folder, copy.deepcopy(config))
     return Sinks(starts)
 
 

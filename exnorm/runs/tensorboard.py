@@ -24,7 +24,9 @@ try:
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
     from tensorboard.summary.writer.record_writer import RecordWriter
 except ModuleNotFoundError:
-    raise UserError("logger=tensorboard needs the package tensorboard. Type pip install tensorboard") from None
+    raise UserError(
+        "logger=tensorboard needs the package tensorboard. Type pip install 'exnorm[tensorboard]'"
+    ) from None
 
 PURGE_STEP = 0  # TensorBoard drops what it read of a run from this step on
 
@@ -71,7 +73,9 @@ def next_file(folder: Path) -> Path:
 
     TensorBoard reads the files of a folder in the order of their names, which have `tfevents` in them.
     """
-    earlier = sorted(folder.glob("events.out.tfevents.*.exnorm"))
+    earlier = sorted(
+        path for path in folder.glob("events.out.tfevents.*.exnorm") if path.name.split(".")[3].isdecimal()
+    )
     for path in earlier[:-1]:
         path.unlink()
     number = int(earlier[-1].name.split(".")[3]) + 1 if earlier else 0
