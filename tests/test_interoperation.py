@@ -1,17 +1,14 @@
 """Converted models inside other people's tools, each as its documentation says."""
 
 import copy
-import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torchvision
+from process_cases import in_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -74,13 +71,8 @@ def in_process(rank: int, port: int, folder: str) -> None:
 @pytest.mark.slow
 def test_fsdp2_trains_as_ddp_does(tmp_path: Path) -> None:
     """Parameters in shards: the same losses, and the same outputs in evaluation."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start: Callable[..., Any] = mp.spawn
-    start(in_process, args=(port, str(tmp_path)), nprocs=WORLD)
-    for rank in range(WORLD):
-        for (sharded, whole), outputs in torch.load(tmp_path / f"{rank}.pt").values():
+    for of_rank in in_processes(in_process, WORLD, tmp_path):
+        for (sharded, whole), outputs in of_rank.values():
             assert sharded == pytest.approx(whole, rel=1e-5) and len(set(whole)) == 3
             torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from exnorm import ops
+from exnorm.ops import backend
 from exnorm.testing.layers import draw
 
 torch.set_num_threads(1)
@@ -161,3 +162,21 @@ def test_unknown_activation_and_back_end_name_what_exists() -> None:
                 assert ops.set_backend("triton") == "eager"
     finally:
         ops.set_backend(before)
+
+
+def test_a_back_end_for_a_block_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after an error, and in a process that has chosen none: it still chooses by EXNORM_BACKEND then."""
+    monkeypatch.setenv(backend.VARIABLE, "plain")
+    with ops.using_backend("plain"):
+        with ops.using_backend("eager"):
+            assert ops.get_backend() == "eager"
+        with pytest.raises(ZeroDivisionError), ops.using_backend("eager"):
+            raise ZeroDivisionError
+        with pytest.raises(ValueError, match="unknown back end 'tpu'"), ops.using_backend("tpu"):
+            pass
+        assert ops.get_backend() == "plain"
+        with monkeypatch.context() as nobody_has_chosen:
+            nobody_has_chosen.setattr(backend, "_name", None)
+            with ops.using_backend("eager"):
+                pass
+            assert backend._name is None and ops.get_backend() == "plain"

@@ -1,16 +1,14 @@
 """BN's scope: virtual replicas, several passes, and real processes give the same mathematics."""
 
 import copy
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from norm_cases import BATCH_NORMS, build
+from process_cases import in_processes
 from torch import Tensor, nn
 
 from exnorm.norms import BatchNorm, BatchScopeNorm, Norm, commit_running_stats, configure_scope
@@ -177,13 +175,7 @@ def in_process(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Results]]:
     """What two real processes computed, started once for all tests."""
-    folder = tmp_path_factory.mktemp("gloo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start: Callable[..., Any] = mp.spawn
-    start(in_process, args=(port, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return in_processes(in_process, WORLD, tmp_path_factory.mktemp("gloo"))
 
 
 @every_batch_norm

@@ -34,10 +34,8 @@ every_head = pytest.mark.parametrize("head", HEADS)
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
     """Compiled code has tests of its own."""
-    before = ops.get_backend()
-    ops.set_backend("eager")
-    yield
-    ops.set_backend(before)
+    with ops.using_backend("eager"):
+        yield
 
 
 @functools.cache

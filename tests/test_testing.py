@@ -23,10 +23,8 @@ EVERY = {check.__name__: check for check in CHECKS + COMPILED_CHECKS}
 @pytest.fixture(autouse=True)
 def back_end() -> Iterator[None]:
     """The checks choose the compiled back end themselves."""
-    before = ops.get_backend()
-    ops.set_backend("eager")
-    yield
-    ops.set_backend(before)
+    with ops.using_backend("eager"):
+        yield
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -80,7 +80,7 @@ def train_transform(config: Any) -> Transform:
     if config.padding is not None:
         padded = PaddedCrop(config.image_size, config.padding, config.hflip)
         usual = config.auto_augment is None and not config.random_erasing
-        return _transform(config, transforms.Compose([padded, *behind]), padded.of_batch if usual else None)
+        return _transform(config, transforms.Compose([padded.crop, *behind]), padded.of_batch if usual else None)
     crop: Any = create_transform(
         input_size=config.image_size,
         is_training=True,
@@ -100,7 +100,11 @@ def _transform(config: Any, crop: Any, crop_batch: Any) -> Transform:
 
 
 class PaddedCrop:
-    """CIFAR's crop: the shorter side resized to `size`, black padding, a random crop, a random horizontal flip."""
+    """CIFAR's crop: the shorter side resized to `size`, black padding, a random crop, a random horizontal flip.
+
+    Attributes:
+        crop: turns an image into its crop.
+    """
 
     def __init__(self, size: int, padding: int, hflip: float) -> None:
         self.size, self.padding, self.hflip = size, padding, hflip
@@ -111,10 +115,6 @@ class PaddedCrop:
                 transforms.RandomHorizontalFlip(hflip),
             ]
         )
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the crop of an image."""
-        return self.crop(image)
 
     def of_batch(self, pixels: np.ndarray, seeds: Sequence[int]) -> np.ndarray | None:
         """Return the crops of images of `size` pixels, each with the random numbers that its seed gives; else None."""

@@ -63,16 +63,13 @@ def _normalizers() -> str:
     from exnorm.config.groups import group_options
     from exnorm.surgery import norm_class
 
-    names, before = group_options("norm"), ops.get_backend()
-    ops.set_backend("eager")  # a compilation would take minutes
-    try:
+    names = group_options("norm")
+    with ops.using_backend("eager"):  # a compilation would take minutes
         for name in names:
             x = torch.randn(2, 8, 4, 4, requires_grad=True)
             norm_class(name)(8)(x).sum().backward()
             if x.grad is None or not x.grad.isfinite().all():
                 raise RuntimeError(f"{name}: its gradient is not finite")
-    finally:
-        ops.set_backend(before)
     return f"{', '.join(names)} run forward and backward"
 
 

@@ -53,8 +53,7 @@ def _mixed(learner: Learner, batch: Batch, *, seed: int) -> Batch:
     images, *targets = batch
     count = learner.plan.replicas_per_device
     replicas = range(learner.world.rank * count, (learner.world.rank + 1) * count)
-    seeds = [mixed_seed(seed, learner.step, replica) for replica in replicas]
-    return learner.task.mixed(images, targets, seeds=seeds)
+    return learner.task.mixed(images, targets, seeds=(mixed_seed(seed, learner.step, replica) for replica in replicas))
 
 
 def run_passes(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:

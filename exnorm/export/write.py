@@ -69,7 +69,6 @@ def export(run_path: Path, form: str, *, at: str = "last", out: Path | None = No
     config = checkpoint.read_config(folder)
     target = _target(folder, chosen, out)
     state = checkpoint.find(folder, at)
-    ops.set_backend("eager")  # compiling the layers would take longer than the export
     model = checkpoint.build_trained(config, state).eval()
     task = make_task(config.task, state["classes"])
     images, what = sample(config, task)
@@ -78,6 +77,7 @@ def export(run_path: Path, form: str, *, at: str = "last", out: Path | None = No
     if out is None:
         target.parent.mkdir(exist_ok=True)
     with (
+        ops.using_backend("eager"),  # compiling the layers would take longer than the export
         names_file(target),
         TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as temporary,
     ):

@@ -4,6 +4,8 @@ import importlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -48,6 +50,22 @@ def set_backend(name: str) -> str:
         name = "eager"
     _name, _module, _is_default = name, importlib.import_module(f"exnorm.ops.{name}"), False
     return name
+
+
+@contextmanager
+def using_backend(name: str) -> Iterator[None]:
+    """Run a block on a back end. Afterwards the choice is what it was, also if nobody has chosen yet.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _name, _module, _is_default
+    before = _name, _module, _is_default
+    try:
+        set_backend(name)
+        yield
+    finally:
+        _name, _module, _is_default = before
 
 
 def _refuse_unknown(name: str, example: str) -> None:

@@ -5,7 +5,7 @@ saves and logs any task in the same way. `docs/development.md` shows how to add 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,7 +86,7 @@ class Task(ABC):
     def transform(self, data_config: Any, purpose: Purpose) -> Transform:
         """Return the transform of an image and, where that is an image too, of its target."""
 
-    def mixed(self, images: Tensor, targets: Sequence[Tensor], *, seeds: Sequence[int]) -> tuple[Tensor, ...]:
+    def mixed(self, images: Tensor, targets: Sequence[Tensor], *, seeds: Iterable[int]) -> tuple[Tensor, ...]:
         """Return the samples that a training step learns from: images and their targets, here as they are.
 
         Args:

@@ -3,7 +3,7 @@
 Metrics are sums over samples, divided by the number of samples at the end. A mean of batch means is not the mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,13 +67,13 @@ class Classification(Task):
         """Return the classes with their probabilities."""
         return ranked(self.classes, torch.softmax(output[0].double(), 0))
 
-    def mixed(self, images: Tensor, targets: Sequence[Tensor], *, seeds: Sequence[int]) -> tuple[Tensor, ...]:
+    def mixed(self, images: Tensor, targets: Sequence[Tensor], *, seeds: Iterable[int]) -> tuple[Tensor, ...]:
         """Mix the images of each replica by mixup or cutmix, in place; the mixed labels are a third target."""
         if self.mix is None:
             return images, *targets
-        labels, clean = targets
-        shares = []
-        for seed, part, part_labels in zip(seeds, images.chunk(len(seeds)), labels.chunk(len(seeds)), strict=True):
+        (labels, clean), of_replicas, shares = targets, list(seeds), []
+        count = len(of_replicas)
+        for seed, part, part_labels in zip(of_replicas, images.chunk(count), labels.chunk(count), strict=True):
             np.random.seed(seed % 2**32)  # timm draws from numpy's generator
             shares.append(self.mix(part, part_labels)[1])
         return images, labels, clean, torch.cat(shares)

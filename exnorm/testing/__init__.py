@@ -13,8 +13,9 @@ import inspect
 from typing import Any
 
 from exnorm.norms import Norm
+from exnorm.ops import using_backend
 from exnorm.testing import compiled_checks, data_checks, scope_checks, state_checks
-from exnorm.testing.layers import Check, Layer, using_backend
+from exnorm.testing.layers import Check, Layer
 
 ROOMS = (data_checks, state_checks, scope_checks)
 SET_BY_CHECKS = ("act", "affine", "channel_dim", "device", "dtype")

@@ -7,7 +7,8 @@ import warnings
 import torch
 
 from exnorm.norms import set_progress
-from exnorm.testing.layers import Check, Layer, assert_same, step, using_backend
+from exnorm.ops import using_backend
+from exnorm.testing.layers import Check, Layer, assert_same, step
 
 EAGERLY = "runs eagerly"  # what the compiled back end warns of where it has no code for a layer
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from exnorm.norms import Norm
 from exnorm.ops import ACTIVATIONS
-from exnorm.testing.layers import POSITIONS, Check, Layer, assert_same, gradients, refusal, results, step
+from exnorm.testing.layers import POSITIONS, Check, Layer, assert_same, buffers, gradients, refusal, results, step
 
 VALUES_KEPT = 3  # for each sample and channel, in one tensor; the input has one for each position
 HALF = (torch.bfloat16, torch.float16)
@@ -139,7 +139,7 @@ def takes_empty_batches(layer: Layer) -> None:
     """No sample or no position: an output without elements, gradients of 0, and no change of the state."""
     for shape, training in itertools.product(((0, 3, 3), (2, 0, 3), (0,)), (True, False)):
         norm = layer.build(act="relu").train(training)
-        before = {f"buffer {name}": value.clone() for name, value in norm.named_buffers()}
+        before = buffers(norm)
         x = torch.zeros(shape[0], layer.channels, *shape[1:], dtype=torch.float64)
         found = step(norm, x, torch.zeros_like(x), x)
         y = found.pop("y")

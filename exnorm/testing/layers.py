@@ -1,14 +1,12 @@
 """What the checks share: layers with random values, inputs, and comparisons by name."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from exnorm import ops
 from exnorm.norms import BatchScopeNorm, Norm
 
 POSITIONS: tuple[tuple[int, ...], ...] = ((5,), (3, 5), (2, 3, 2))  # of inputs of 3, 4 and 5 dimensions
@@ -75,10 +73,14 @@ def gradients(y: Tensor, x: Tensor, norm: nn.Module, grad: Tensor) -> dict[str, 
     }
 
 
+def buffers(norm: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of each buffer as "buffer <name>"."""
+    return {f"buffer {name}": value.clone() for name, value in norm.named_buffers()}
+
+
 def results(y: Tensor, x: Tensor, norm: nn.Module, grad: Tensor) -> dict[str, Tensor]:
     """Return the output "y", all gradients (of the input as "x"), and each buffer as "buffer <name>"."""
-    buffers = {f"buffer {name}": value.clone() for name, value in norm.named_buffers()}
-    return {"y": y.detach(), **gradients(y, x, norm, grad), **buffers}
+    return {"y": y.detach(), **gradients(y, x, norm, grad), **buffers(norm)}
 
 
 def step(norm: Norm, x: Tensor, grad: Tensor, *others: Tensor) -> dict[str, Tensor]:
@@ -117,14 +119,3 @@ def refusal(call: Callable[[], Any]) -> str | None:
     except ValueError as problem:
         return str(problem)
     return None
-
-
-@contextmanager
-def using_backend(name: str) -> Iterator[None]:
-    """A back end for a while."""
-    before = ops.get_backend()
-    ops.set_backend(name)
-    try:
-        yield
-    finally:
-        ops.set_backend(before)
