@@ -9,7 +9,7 @@ are the same for any number of mixed normalizers. See `exnorm.ops.streaming` for
 """
 
 from exnorm.ops.activations import ACTIVATIONS, through_relu
-from exnorm.ops.backend import BACKENDS, get_backend, implementation, set_backend, using_backend
+from exnorm.ops.backend import BACKENDS, get_backend, implementation, is_exporting, set_backend, using_backend
 from exnorm.ops.layout import expand_coefficients, length, spatial_dims, statistics_dtype
 from exnorm.ops.streaming import affine, moments, needs_plain_autograd, sums
 
@@ -20,6 +20,7 @@ __all__ = [
     "expand_coefficients",
     "get_backend",
     "implementation",
+    "is_exporting",
     "length",
     "moments",
     "needs_plain_autograd",

@@ -136,13 +136,22 @@ def implementation(x: Tensor) -> ModuleType:
     """
     if get_backend() in ("eager", "plain"):
         return running()
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return eager
     if torch.compiler.is_compiling():
         from exnorm.ops import library  # registers the operators
 
         return library
     return running() if has_memory(x) else eager
+
+
+def is_exporting() -> bool:
+    """Return whether `torch.export` traces; can be called under `torch.compile`.
+
+    Inside `torch.compile`, torch 2.11's own `torch.compiler.is_exporting` always returns True.
+    """
+    exporting: bool = torch.compiler._is_exporting_flag
+    return exporting
 
 
 def has_memory(x: Tensor) -> bool:

@@ -20,7 +20,7 @@ from exnorm.ops.layout import cast, expand_coefficients, spatial_dims, statistic
 def is_transformed() -> bool:
     """Whether torch traces or transforms the running code, so that an autograd function would fail or be lost."""
     if torch.compiler.is_compiling():
-        return False
+        return is_nested()  # torch 2.11 would lose the gradients that the autograd functions pass to each other
     return torch.jit.is_tracing() or is_nested() or forward_ad._current_level >= 0
 
 

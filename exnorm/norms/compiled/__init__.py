@@ -23,7 +23,7 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
     """
     backend = ops.get_backend()
     if torch.compiler.is_compiling():
-        if backend != "triton" or norm.scope()[1] is not None or torch.compiler.is_exporting() or plain.is_nested():
+        if backend != "triton" or norm.scope()[1] is not None or ops.is_exporting() or plain.is_nested():
             return None
         from exnorm.norms.fused import operators
 
