@@ -223,13 +223,18 @@ class Visit:
 
     def tests(self) -> None:
         """Run the tests that need a GPU, several at a time: most of their time is compilation."""
-        quiet = ["-q", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-        arguments = [*quiet, "-m", "gpu", "tests/test_gpu.py"]
+        options = ["-v", "--durations=15", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider"]
+        arguments = [*options, "-p", "no:benchmark", "-m", "gpu", "tests/test_gpu.py"]
         if importlib.util.find_spec("xdist") is not None:
             arguments += ["-n", str(min(12, os.cpu_count() or 1))]
-        done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout, done.stderr[-3000:])
-        self.row(passed=done.returncode == 0, said=done.stdout.strip().splitlines()[-1:])
+        command = [sys.executable, "-m", "pytest", *arguments]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        said: list[str] = []
+        for line in process.stdout:  # at once, so that the log names what ran if the time is over
+            print(line, end="", flush=True)
+            said.append(line.strip())
+        self.row(passed=process.wait() == 0, said=said[-1:])
 
     def speed(self, norm: str) -> None:
         """Measure a training step of ResNet-50 at each batch size, also in a CUDA graph."""
@@ -239,8 +244,10 @@ class Visit:
                 self.graph(norm, batch)
 
     def whole(self, norm: str) -> None:
-        """Measure a training step with the complete model under torch.compile."""
+        """Measure a training step with the complete model under torch.compile, also in a CUDA graph."""
         self.measure(norm, self.batches()[0], whole=True)
+        if self.cuda:
+            self.graph(norm, self.batches()[0], whole=True)
 
     def train(self) -> None:
         """Run `exnorm train` here in bf16, in a CUDA graph, in fp16, deterministically, and on segmentation."""
@@ -398,11 +405,11 @@ class Visit:
         size = 32 if self.dry else 224
         self.row(norm=norm, backend=backend.strip(), batch=batch, image_size=size, first_s=first_s, **found)
 
-    def graph(self, norm: str, batch: int) -> None:
+    def graph(self, norm: str, batch: int, *, whole: bool = False) -> None:
         """Measure the training step captured in a CUDA graph."""
         import torch
 
-        step = self.training(norm, batch)
+        step = self.training(norm, batch, whole=whole)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -418,8 +425,8 @@ class Visit:
             return
         milliseconds = self.ms(captured.replay, 20)
         self.row(
-            norm=norm, batch=batch, image_size=32 if self.dry else 224, graph=True, ms=round(milliseconds, 2),
-            images_per_s=round(batch / milliseconds * 1e3, 1),
+            norm=norm, backend="whole model" if whole else "", batch=batch, image_size=32 if self.dry else 224,
+            graph=True, ms=round(milliseconds, 2), images_per_s=round(batch / milliseconds * 1e3, 1),
         )  # fmt: skip
 
     def ms(self, call: Callable[[], Any], repeats: int = 10) -> float:
@@ -453,9 +460,13 @@ class Visit:
 
 
 def _step_of(layer: Any, x: Any, grad: Any) -> Callable[[], None]:
+    import torch
+
     def step() -> None:
         x.grad = None
-        layer(x).backward(grad)
+        with torch.autocast(x.device.type, dtype=x.dtype):  # in which torch's GroupNorm computes in float32
+            y = layer(x)
+        y.backward(grad.to(y.dtype))
 
     return step
 

@@ -78,12 +78,14 @@ GPU_BARS = {
     (256, False, False): 1.03,
     (256, False, True): 0.97,
     (256, True, False): None,
+    (256, True, True): None,
     (32, True, False): 1.0,
     (32, False, False): None,
     (8, True, False): 1.0,
     (8, False, False): None,
 }
 GPU_NORMS = ("en", "sn", "gn", "bn")
+VISIT = pd.Timedelta("1h")  # rows that are closer in time than this were measured on one visit to a GPU
 PEAK_BAR = 1.02
 
 
@@ -91,6 +93,7 @@ def _gpu(path: Path) -> Iterator[str]:
     rows = pd.read_csv(path).query("images_per_s.notna()").astype({"batch": int})
     rows["graph"] = rows.graph.fillna(False).astype(bool)
     rows["whole"] = rows.backend.fillna("").str.endswith("whole model")
+    rows["time"] = pd.to_datetime(rows.time)
     for device, group in rows.groupby("device", sort=False):
         lines = [_gpu_line(group, setting, bar) for setting, bar in GPU_BARS.items()]
         peak = _gpu_ratios(group, (256, False, False), "peak_gib")
@@ -98,30 +101,31 @@ def _gpu(path: Path) -> Iterator[str]:
         yield f"## Training steps on one {device}"
         yield (
             f"`scripts/gpu_visit.py`; ResNet-50, 224 px, bfloat16, channels last, torch {group.torch.iloc[-1]}. Images "
-            "per second over those of timm's model with torch's BN, at the same commit, under the same conditions; the "
-            "range over commits where there are several."
+            "per second over those of timm's model with torch's BN, on the same visit, under the same conditions. Each "
+            "value is the last one measured; `gpu.csv` has the earlier ones, too."
         )
         yield markdown(pd.DataFrame(lines).set_index("step"))
 
 
 def _gpu_line(rows: pd.DataFrame, setting: tuple[int, bool, bool], bar: float | None) -> dict[str, str]:
     batch, graph, whole = setting
-    how = ", CUDA graph" if graph else ", whole-model torch.compile" if whole else ""
+    how = (", whole-model torch.compile" if whole else "") + (", CUDA graph" if graph else "")
     target = "" if bar is None else f"at least {bar}"
     return {"step": f"{batch} images{how}", **_gpu_ratios(rows, setting, "images_per_s"), "bar": target}
 
 
 def _gpu_ratios(rows: pd.DataFrame, setting: tuple[int, bool, bool], column: str) -> dict[str, str]:
-    """Each normalizer's value over stock's at the same commit; the lowest and highest of several commits."""
+    """Each normalizer's last value over the one of stock that was measured next to it on the same visit."""
     batch, graph, whole = setting
     same = rows[(rows.batch == batch) & (rows.graph == graph) & (rows.whole == whole)]
-    values = same.pivot_table(index="commit", columns="norm", values=column, sort=False, aggfunc="last")
+    by_time = same.set_index("time").sort_index()
+    stock = by_time.loc[by_time.norm == "stock", column]
     found = {}
     for norm in GPU_NORMS:
-        there = {"stock", norm} <= set(values.columns)
-        ratios = sorted((values[norm] / values["stock"]).dropna()) if there else []
-        texts = dict.fromkeys(f"{ratio:.2f}" for ratio in (*ratios[:1], *ratios[-1:]))
-        found[norm.upper()] = " to ".join(texts) or "not measured"
+        values = by_time.loc[by_time.norm == norm, column]
+        beside = stock.reindex(values.index, method="nearest", tolerance=VISIT) if len(stock) else values * float("nan")
+        ratios = (values / beside).dropna()
+        found[norm.upper()] = f"{ratios.iloc[-1]:.2f}" if len(ratios) else "not measured"
     return found
 
 

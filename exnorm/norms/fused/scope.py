@@ -16,6 +16,11 @@ from exnorm.ops.triton.launch import Launch
 
 BLOCK: dict[str, Any] = {"BN": 64, "BC": 16, "num_warps": 4}  # narrow, so that 2,048 channels give 128 programs
 NOTHING, RUNNING, PENDING = 0, 1, 2  # the statistics that a forward updates
+BUFFERS = {
+    NOTHING: (),
+    RUNNING: ("running_mean", "running_var", "num_batches_tracked"),
+    PENDING: ("pending_mean", "pending_var", "pending_count"),
+}
 
 
 @triton.jit
@@ -85,15 +90,21 @@ def can_record(norm: Any) -> bool:
     return norm.momentum is not None or norm.deferred or not norm.training
 
 
+def mode_of(norm: Any) -> int:
+    """Return what a forward of a layer updates: nothing, the running statistics, or the pending sums."""
+    if not norm.training or not norm.track_running_stats or norm._buffers.get("running_mean") is None:
+        return NOTHING
+    return PENDING if norm.deferred else RUNNING
+
+
 def recorded(norm: Any, placeholder: Tensor) -> tuple[int, tuple[Tensor, Tensor, Tensor], float]:
     """Return what a forward updates: the mode, the three buffers, and the momentum."""
+    mode = mode_of(norm)
+    if mode == NOTHING:
+        return mode, (placeholder, placeholder, placeholder), 0.0
+    first, second, count = BUFFERS[mode]
     buffers = norm._buffers  # faster than the attributes of nn.Module
-    if not norm.training or not norm.track_running_stats or buffers.get("running_mean") is None:
-        return NOTHING, (placeholder, placeholder, placeholder), 0.0
-    if norm.deferred:
-        return PENDING, (buffers["pending_mean"], buffers["pending_var"], buffers["pending_count"]), 0.0
-    running = (buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"])
-    return RUNNING, running, norm.momentum
+    return mode, (buffers[first], buffers[second], buffers[count]), norm.momentum if mode == RUNNING else 0.0
 
 
 def note_changes(mode: int, buffers: tuple[Tensor, ...]) -> None:
@@ -112,10 +123,24 @@ def statistics_of_scope(norm: Any, mean_NC: Tensor, var_NC: Tensor) -> tuple[Ten
     """Return BN's mean and variance: the batch's, (R, C), which are recorded in training, or the running ones, (C,)."""
     if not norm.uses_batch_statistics():
         return norm.running_mean, norm.running_var
-    samples, channels = mean_NC.shape
-    mean_RC, var_RC = mean_NC.new_empty((norm.replicas, channels)), mean_NC.new_empty((norm.replicas, channels))
-    mode, buffers, momentum = recorded(norm, mean_RC)
-    launch = _statistics_of(samples, norm.replicas, channels, mode)
-    launch(mean_NC, var_NC, mean_RC, var_RC, *buffers, floats=(momentum, 1.0))
+    mode, buffers, momentum = recorded(norm, mean_NC)
+    statistics = record_statistics(mean_NC, var_NC, buffers, mode, momentum, 1.0, norm.replicas)
     note_changes(mode, buffers)
+    return statistics
+
+
+def record_statistics(
+    mean_NC: Tensor,
+    var_NC: Tensor,
+    buffers: tuple[Tensor, Tensor, Tensor],
+    mode: int,
+    momentum: float,
+    unbiased: float,
+    replicas: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the batch's mean and variance, (R, C), and update the buffers, the variance times `unbiased`."""
+    samples, channels = mean_NC.shape
+    mean_RC, var_RC = mean_NC.new_empty((replicas, channels)), mean_NC.new_empty((replicas, channels))
+    launch = _statistics_of(samples, replicas, channels, mode)
+    launch(mean_NC, var_NC, mean_RC, var_RC, *buffers, floats=(momentum, unbiased))
     return mean_RC, var_RC
