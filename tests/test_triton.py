@@ -85,9 +85,9 @@ def test_a_compiled_layer_is_one_operator_with_the_same_results() -> None:
 
 @pytest.mark.slow
 def test_compiled_models_train_as_without_the_compiler() -> None:
-    """Three steps with torch's own compiler, then outputs without gradients; also of frozen layers."""
+    """Steps of several input sizes with torch's own compiler, then outputs without gradients; also frozen layers."""
     rows = run_apart(str(TESTS / "triton_operators.py"), "trainings")
-    assert len(rows) == 8
+    assert len(rows) == 4
     assert not [row for row in rows if max(row["errors"].values()) > 1e-5]
 
 

@@ -37,9 +37,7 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
     if not readable((*learned, *running, *recorded[:2]), x):
         return None
     replicas = norm.replicas if batch else 1
-    count = x.shape[0] // replicas * ops.length(x, norm.channel_dim)
-    unbiased = count / max(count - 1, 1) if isinstance(norm, BatchNorm) else 1.0
-    recording = (mode, norm.momentum if mode == RUNNING else 0.0, unbiased, replicas)
+    recording = (mode, norm.momentum if mode == RUNNING else 0.0, isinstance(norm, BatchNorm), replicas)
     options = (kernels.__name__, kernels.key(norm), replicas, norm.eps, norm.channel_dim, act)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *learned)):
         given = (x, residual, options, recording, len(learned), *learned, *running, *recorded)
@@ -58,10 +56,11 @@ def _run(
 ) -> list[Tensor]:
     """Return the results of `layer`. `statistics` are the running ones that it reads, or the buffers to update."""
     records = recording[0] != NOTHING
-    kind, key, *rest = options
-    results = torch.ops.exnorm.layer(x, residual, learned, [] if records else statistics, kind, list(key), *rest)
+    kind, key, replicas, eps, channel_dim, act = options
+    running = [] if records else statistics
+    results = torch.ops.exnorm.layer(x, residual, learned, running, kind, list(key), replicas, eps, channel_dim, act)
     if records:
-        torch.ops.exnorm.record(*results[1:3], *statistics, *recording)
+        torch.ops.exnorm.record(*results[1:3], *statistics, ops.length(x, channel_dim), *recording)
     return results  # type: ignore[no-any-return]
 
 
@@ -182,13 +181,16 @@ def record(
     mean_to: Tensor,
     var_to: Tensor,
     count: Tensor,
+    length: int,
     into: int,  # a parameter called `mode` would collide with one of torch's
     momentum: float,
-    unbiased: float,
+    unbiased: bool,
     replicas: int,
 ) -> None:
-    """Update a layer's statistics from the moments of its input."""
-    record_statistics(mean_NC, var_NC, (mean_to, var_to, count), into, momentum, unbiased, replicas)
+    """Update a layer's statistics from the moments of its input, which has `length` positions."""
+    size = mean_NC.shape[0] // replicas * length
+    factor = size / max(size - 1, 1) if unbiased else 1.0
+    record_statistics(mean_NC, var_NC, (mean_to, var_to, count), into, momentum, factor, replicas)
 
 
 def _register(run: Callable[..., Any], shapes: Callable[..., Any], changed: tuple[str, ...] = ()) -> None:
