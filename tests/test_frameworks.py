@@ -209,6 +209,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(framework: Framework) -> No
     torch.manual_seed(1)
     framework.run(resumed, epochs=4, resume=checkpoint)
     assert_equal(values(resumed), values(whole))
+    assert torch.equal(logits(resumed), logits(whole))
 
 
 def test_accumulation_has_the_gradient_of_all_passes_and_updates_statistics_in_each(framework: Framework) -> None:
@@ -267,7 +268,9 @@ def test_bfloat16_has_finite_losses_that_fall_and_statistics_in_float32(framewor
 
 
 @pytest.mark.parametrize(
-    ("script", "pattern"), [("lightning_module", r"val/top1\s+│\s+([\d.]+)"), ("hf_trainer", r"'eval_top1': ([\d.]+)")]
+    ("script", "pattern"),
+    [("lightning_module", r"val/top1\s+│\s+([\d.]+)"), ("hf_trainer", r"'eval_top1': ([\d.]+)")],
+    ids=["lightning", "huggingface"],
 )
 def test_the_example_learns_the_digits(script: str, pattern: str, tmp_path: Path) -> None:
     """Before, after, and loaded from the file: below 30 %, above 85 %, the same."""
