@@ -89,6 +89,24 @@ def test_running_statistics_move_once_by_the_mean_over_replicas_and_passes(name:
 
 
 @every_batch_norm
+def test_a_layer_from_the_meta_device_starts_without_pending_statistics(name: str) -> None:
+    """`to_empty` leaves arbitrary values in what no state dict holds; so does `from_pretrained` of transformers."""
+    norm, loaded = build(name), build(name)
+    loaded.to("meta").to_empty(device="cpu")
+    loaded.load_state_dict(norm.state_dict())
+    for pending in ("pending_mean", "pending_var", "pending_count"):
+        getattr(loaded, pending).fill_(7)  # what the memory happened to hold
+    x, _ = inputs()
+    for layer in (norm, loaded):
+        configure_scope(layer)
+        layer(x.chunk(2)[0])
+        configure_scope(layer)  # a second call forgets nothing
+        layer(x.chunk(2)[1])
+        commit_running_stats(layer)
+    assert_same(state(loaded), state(norm), rtol=0, atol=0)
+
+
+@every_batch_norm
 def test_sync_widens_the_scope_to_all_replicas(name: str) -> None:
     """sync=True in one process: the whole batch, whatever replicas are asked for."""
     synced, whole = build(name, sync=True), build(name)

@@ -179,6 +179,8 @@ def batch_scope_norms(model: nn.Module) -> list[BatchScopeNorm]:
 def configure_scope(model: nn.Module, *, replicas: int = 1, group: Any = None) -> None:
     """Set BN's scope of every layer and defer running statistics to `commit_running_stats`.
 
+    The first call sets the pending sums to 0.
+
     Args:
         replicas: replicas in one forward of this device, N / replicas consecutive samples each.
         group: the process group that one replica spans; None if it lies on this device.
@@ -187,6 +189,11 @@ def configure_scope(model: nn.Module, *, replicas: int = 1, group: Any = None) -
     """
     world = world_group()
     for module in batch_scope_norms(model):
+        if module.running_mean is not None and not module.deferred:
+            # A model that was built on the meta device (`to_empty`, `from_pretrained` of transformers) has arbitrary
+            # values here: no state dict holds the pending sums.
+            for pending in (module.pending_mean, module.pending_var, module.pending_count):
+                pending.zero_()
         module.deferred = module.running_mean is not None
         module.replicas, module.group = (1, world) if module.sync else (replicas, group)
 
