@@ -11,7 +11,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c '$(SUPPORTED)' 2>/dev/null && echo "$$python"; done) python3)
 BIN := $(VENV)/bin
-SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 SCALE ?= mini
 WORKERS ?= 2
 STUDIES := $(filter-out $(if $(DATA),,camvid),$(basename $(notdir $(wildcard conf/study/*.yaml))))
