@@ -4,13 +4,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test browser slow results reproduce-all
+.PHONY: help setup quickstart check test docs browser slow results reproduce-all
 
 VENV ?= .venv
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(firstword $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c '$(SUPPORTED)' 2>/dev/null && echo "$$python"; done) python3)
 BIN := $(VENV)/bin
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 SCALE ?= mini
 WORKERS ?= 2
 STUDIES := $(filter-out $(if $(DATA),,camvid),$(basename $(notdir $(wildcard conf/study/*.yaml))))
@@ -37,12 +38,17 @@ reproduce-all: setup ## Every study at scale mini, then tables and figures; goes
 results: setup ## Write tables, figures, verdicts and results/README.md from results/records/
 	$(BIN)/exnorm results
 
-check: setup ## Lint, formatting, types, layers, and that tables and figures are what the records say
+check: setup ## Lint, formatting, types, layers, the documentation, and that tables and figures are what the records say
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/exnorm results --check
+	$(SITE)
+
+docs: setup ## Build the documentation into site/, without network: open site/index.html
+	$(SITE)
+	@echo "open site/index.html, or type $(BIN)/mkdocs serve: that has the search, too"
 
 test: setup ## The tests, without the slow ones
 	$(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadfile
@@ -62,5 +68,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): 4 to 5 minutes and 6 GB the first time ..."
 	@start=$$SECONDS; \
 	"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"; \
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'; \
 	echo "installation: $$((SECONDS - start)) s, $$(du -sh "$(VENV)" | cut -f1)" | tee $@

@@ -6,6 +6,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -52,7 +53,8 @@ def pins() -> dict[str, str]:
 
 def test_every_constraint_is_an_exact_pin_and_every_dependency_has_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    required = project["dependencies"] + extras["dev"] + extras["docs"]
     names = {normalized(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in required}
     assert names <= set(pins()), f"not pinned: {names - set(pins())}"
 
@@ -102,6 +104,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the source distribution, built like the wheel."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a command that has to succeed, without a PYTHONPATH through which it would see the checkout."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -139,3 +150,20 @@ def test_the_installed_wheel_lists_and_trains_outside_the_repository(installed: 
     run(installed / "exnorm", "train", *options, cwd=tmp_path)
     assert len(list(tmp_path.rglob("record.json"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.slow
+def test_a_registry_accepts_the_metadata_and_shows_the_readme(wheel: Path, sdist: Path) -> None:
+    """`twine check` renders the description as registries do; a warning, such as a missing one, is an error."""
+    done = run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", wheel, sdist, cwd=wheel.parent)
+    assert re.findall(r": (PASSED|FAILED)", done.stdout) == ["PASSED", "PASSED"], done.stdout
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_what_its_tests_and_its_documentation_need(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("conf", "docs", "examples", "exnorm", "scripts", "tests")
+    needed = {file.relative_to(ROOT).as_posix() for name in folders for file in (ROOT / name).rglob("*.*")}
+    needed = {name for name in needed if "__pycache__" not in name and (ROOT / name).is_file()}
+    assert needed | {"mkdocs.yml", "README.md", "Makefile", "constraints.txt", "pyproject.toml"} <= names

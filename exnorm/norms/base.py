@@ -29,7 +29,8 @@ class Norm(nn.Module):
         affine: learn `weight` and `bias`; if False, they are 1 and 0.
         act: an activation fused into the affine pass: None or one of `exnorm.ops.ACTIVATIONS`.
         channel_dim: 1 for (N, C, *spatial), -1 for (N, *spatial, C).
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape: inputs of 2 to 5 dimensions; the output has the input's shape, dtype and memory format. An input without
     elements gives an output without elements, and does not change the running statistics.

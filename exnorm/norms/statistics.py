@@ -19,7 +19,8 @@ class Moments(NamedTuple):
     """The moments of one batch and BN's scope in it.
 
     Attributes:
-        mean_NC, var_NC: mean and biased variance of each (sample, channel).
+        mean_NC: mean of each (sample, channel).
+        var_NC: biased variance of each (sample, channel).
         length: L, the number of positions behind each moment.
         replicas: how many replicas this batch holds, of N / replicas consecutive samples each.
         group: the process group that one replica spans, or None if it lies on this device.

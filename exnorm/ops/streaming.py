@@ -158,7 +158,8 @@ def affine(
     Args:
         x: the `Streamed` of `moments`, or a plain tensor if the coefficients do not depend on its moments.
         mean_NC: the mean that `moments` returned; for a plain tensor any centre.
-        scale_NC, shift_NC: of the shape of the mean, or broadcastable to it; `shift` is the preactivation at the mean.
+        scale_NC: of the shape of the mean, or broadcastable to it.
+        shift_NC: the preactivation at the mean, in such a shape, too.
         residual: a tensor of the shape of `x` that is added before the activation, or None.
         act: None or a key of `ACTIVATIONS`, the same as in the call of `moments`; with a residual None or "relu".
     """
