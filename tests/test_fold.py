@@ -2,19 +2,27 @@
 
 import copy
 import io
+import json
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
 import timm.layers
 import torch
+from conftest import CliRunner
+from engine_cases import make_image_folder, tiny, train_here
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import exnorm
+from exnorm import ops
 from exnorm.config.errors import UserError
+from exnorm.export import fold as command
 from exnorm.norms import (
     BatchNorm,
     BatchRenorm,
@@ -29,6 +37,9 @@ from exnorm.ops import ACTIVATIONS
 from exnorm.surgery.folded import Folded
 
 torch.set_num_threads(1)
+slow = pytest.mark.slow
+# Exporters of torch 2.15 call deprecated functions of torch.
+exporting = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 CHANNELS = 6
 KINDS: dict[str, Callable[..., Norm]] = {
     "bn": BatchNorm,
@@ -361,7 +372,7 @@ def test_weights_keep_their_dtype_format_and_gradients() -> None:
     assert model[0].bias.dtype == torch.bfloat16 and not model[0].bias.requires_grad
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "tf_efficientnet_b0", "res2net50_14w_8s", "densenet121"])
 def test_networks_of_timm(name: str) -> None:
     """Depthwise convolutions, TF's padding, splits; in a DenseNet many layers come before their convolution."""
@@ -371,3 +382,109 @@ def test_networks_of_timm(name: str) -> None:
     left = sum(isinstance(module, Norm) for module in folded.modules())
     assert left == (62 if name == "densenet121" else 0)
     assert difference(model, folded, torch.randn(2, 3, 64, 64).double()) < 1e-10
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images of three colours."""
+    return make_image_folder(tmp_path_factory.mktemp("data") / "data", val=25)
+
+
+@pytest.fixture(scope="module")
+def run_of_bn(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of BN with averaged weights."""
+    words = ("norm=bn", "trainer.ema=0.9", "optim.lr=0.3", "trainer.epochs=1")
+    return train_here(tiny(data, *words), tmp_path_factory.mktemp("bn"))
+
+
+AGREES = (
+    r"On 64 validation images of imagefolder the logits differ by at most (\S+) \(largest logit: (\S+)\), and 100\.00% "
+    r"of the most likely classes are equal\n"
+)
+LINES = re.compile(
+    rf"(?P<folded>\d+) of (?P<all>\d+) layers are folded\. {AGREES}"
+    r"Inference of 8 images of 32 x 32 px takes (?P<before>\S+) ms before and (?P<after>\S+) ms after, "
+    r"(?P<ratio>\S+) of the time \(medians of 11 alternating rounds; .+; back end eager\)\n"
+    rf"(?P<path>\S+): \d+\.\d MB(?:, opset 20)?\. {AGREES}\Z"
+)
+
+
+@slow
+def test_the_command_folds_a_run(run_of_bn: Path, run_cli: CliRunner) -> None:
+    """The file is the model that `exnorm.load` returns, with its averaged weights, and it names the folded layers."""
+    done = run_cli("fold", run_of_bn, env={"OMP_NUM_THREADS": "1", "EXNORM_BACKEND": "eager"})
+    assert done.returncode == 0, done.stderr
+    model = exnorm.load(run_of_bn)
+    norms = [name for name, module in model.named_modules() if isinstance(module, Norm)]
+    found = LINES.search(done.stdout)
+    assert found, done.stdout
+    assert int(found["folded"]) == int(found["all"]) == len(norms)
+    assert float(found[3]) < 1e-4 * float(found[4])
+    assert min(float(found[key]) for key in ("before", "after", "ratio")) > 0
+    table = done.stdout.splitlines()
+    assert table[0].split() == ["layer", "is", "now", "why"] and len(table) == len(norms) + 4
+    for line, name in zip(table[1:], norms, strict=False):
+        assert re.fullmatch(rf"{name} +Folded\(BatchNorm(, act='relu')?\) +folded into \S+ *", line), line
+    assert Path(found["path"]) == run_of_bn / "export" / "folded.pt2"
+    extra = {"exnorm.json": ""}
+    program = torch.export.load(found["path"], extra_files=extra)
+    assert json.loads(json.loads(extra["exnorm.json"])["folded"]) == norms
+    assert not any("bn1" in name for name in program.state_dict), "the statistics are in the convolutions"
+    assert difference(model, program.module(), torch.randn(5, 3, 32, 32)) < 1e-4
+    again = run_cli("fold", run_of_bn)
+    assert again.returncode == 2 and again.stdout == ""
+    assert again.stderr == (
+        f"exnorm: error: {found['path']} exists. Remove it, or type --out PATH to write to another place\n"
+    )
+
+
+@slow
+@exporting
+def test_the_command_writes_onnx(run_of_bn: Path, cli_here: CliRunner) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    with ops.using_backend("eager"):
+        done = cli_here("fold", run_of_bn, "--format", "onnx", "--out", "small.onnx")
+    assert done.returncode == 0, done.stderr
+    found = LINES.search(done.stdout)
+    assert found and found["path"] == "small.onnx", done.stdout
+    nodes = {node.op_type for node in onnx.load("small.onnx").graph.node}
+    assert "Conv" in nodes and not nodes & {"Sqrt", "Reciprocal", "Sub", "Mul"}, "no layer computes its coefficients"
+
+
+def test_a_run_without_a_constant_layer_is_one_line(data: Path, tmp_path: Path, cli_here: CliRunner) -> None:
+    run = train_here(tiny(data, "norm=en", "trainer.epochs=1"), tmp_path)
+    done = cli_here("fold", run)
+    assert done.returncode == 2 and done.stdout == ""
+    line = r"exnorm: error: nothing to fold: its scale and shift depend on the input \(\d+ layers\)\n"
+    assert re.fullmatch(line, done.stderr), done.stderr
+
+
+def wrongly(model: nn.Module) -> Any:
+    """The folded model with another classifier."""
+    with torch.no_grad():
+        exnorm.fold(model).fc.weight.mul_(1.1)
+    return model
+
+
+def test_outputs_that_differ_are_one_line(run_of_bn: Path, cli_here: CliRunner, tmp_path: Path) -> None:
+    with mock.patch.object(command, "fold", wrongly):
+        done = cli_here("fold", run_of_bn, "--out", "folded.pt2")
+    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "folded.pt2").exists()
+    assert re.fullmatch(r"exnorm: error: the folded model .*its logits differ by up to \S+, where .*\n", done.stderr)
+
+
+def test_mistakes_are_one_line(run_of_bn: Path, cli_here: CliRunner, tmp_path: Path) -> None:
+    (tmp_path / "there.pt2").touch()
+    for arguments, line in (
+        ((tmp_path,), "is not a run folder: it has no config.yaml"),
+        ((tmp_path / "none",), "does not exist. See exnorm fold --help"),
+        ((run_of_bn, "--format", "safetensors"), "'safetensors' is not one of 'torch_export', 'onnx'"),
+        ((run_of_bn, "--checkpoint", "first.pt", "--out", "a.pt2"), "there is no checkpoint first.pt"),
+        ((run_of_bn, "--out", "there.pt2"), "there.pt2 exists. Remove it"),
+        ((run_of_bn, "--out", "a.onnx"), "give the name of a file that ends with .pt2"),
+    ):
+        done = cli_here("fold", *arguments)
+        assert done.returncode == 2 and done.stdout == "" and line in done.stderr, done.stderr
+        assert done.stderr.startswith("exnorm: error: ") and done.stderr.count("\n") == 1

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from exnorm import ops
-from exnorm.export.check import Agreement, Sample, batches, compare
+from exnorm.export.check import Agreement, CheckFailed, Sample, batches, compare
 from exnorm.export.exported import Exported
 from exnorm.export.write import Format, agreement, chosen_format, new_target, trained, write_checked
 from exnorm.runs.folder import RunFolder
@@ -60,8 +60,11 @@ def fold_run(run_path: Path, form: str, *, at: str, out: Path | None) -> FoldedR
     model = fold(copy.deepcopy(before.model))
     folded = [name for name, module in model.named_modules() if isinstance(module, Folded)]
     after = replace(before, model=model, description={**before.description, "folded": json.dumps(folded)})
-    with ops.using_backend("eager"):
-        found = compare(model, before.model, batches(images.images, before.smallest))
+    try:
+        with ops.using_backend("eager"):
+            found = compare(model, before.model, batches(images.images, before.smallest))
+    except CheckFailed as problem:
+        raise CheckFailed(f"the folded model is another function, and is not written: {problem}") from None
     return FoldedRun(before, after, audit(model), images, found, chosen, target)
 
 

@@ -25,8 +25,6 @@ from exnorm.export.weights import read_hub_folder, read_safetensors, write_hub_f
 from exnorm.runs.folder import RunFolder, check_out, names_file, rename_synced
 from exnorm.tasks import make_task
 
-EXPORTS = "export"  # the folder in a run's folder
-
 
 @dataclass(frozen=True)
 class Format:
@@ -105,8 +103,7 @@ def write_checked(exported: Exported, chosen: Format, target: Path, images: Samp
         UserError: the format cannot hold the model.
         CheckFailed: what was written does not agree with the model. It is removed.
     """
-    if target.parent.name == EXPORTS:
-        target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(exist_ok=True)
     with (
         ops.using_backend("eager"),  # compiling the layers would take longer than the export
         names_file(target),
@@ -140,7 +137,7 @@ def new_target(folder: RunFolder, name: str, out: Path | None, *, is_folder: boo
     Raises:
         UserError: it exists, or it cannot be written.
     """
-    target = folder.path / EXPORTS / name if out is None else out
+    target = folder.path / "export" / name if out is None else out
     if target.exists():
         raise UserError(f"{target} exists. Remove it, or type --out PATH to write to another place")
     if out is not None and is_folder and not out.parent.is_dir():

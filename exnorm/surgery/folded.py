@@ -48,4 +48,4 @@ class Folded(nn.Module):
         return y if self.act is None else self.act(y)
 
     def extra_repr(self) -> str:
-        return f"{self.norm}, into={self.into!r}" + ("" if self.fused_act is None else f", act={self.fused_act!r}")
+        return self.norm + ("" if self.fused_act is None else f", act={self.fused_act!r}")
