@@ -263,6 +263,10 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Reads(lambda m, x: through(m, x) + m.layer.bias.mean(), conv(), BatchNorm(6)),
         "the bias of layer is also used elsewhere",
     ),
+    "weight read from a list": (
+        lambda: Reads(lambda m, x: through(m, x) + next(m.layer.parameters()).mean(), conv(), BatchNorm(6)),
+        "the weight of layer is also used elsewhere",
+    ),
     "tied weight": (
         lambda: tied(Reads(lambda m, x: m.other(through(m, x)), conv(), BatchNorm(6))),
         "the weight of layer is also used elsewhere",
