@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exnorm.engine.checkpoint import load
-    from exnorm.surgery import audit, convert, convert_sync, freeze, recalibrate
+    from exnorm.surgery import audit, convert, convert_sync, fold, freeze, recalibrate
 
 __version__ = "0.1.0"
-__all__ = ["audit", "convert", "convert_sync", "freeze", "load", "recalibrate"]
+__all__ = ["audit", "convert", "convert_sync", "fold", "freeze", "load", "recalibrate"]
 
 ROOMS = dict.fromkeys(__all__, "exnorm.surgery") | {"load": "exnorm.engine.checkpoint"}
 PACKAGES = ("norms", "ops", "surgery", "testing")

@@ -14,7 +14,7 @@ import typer
 
 from exnorm import cli_look
 from exnorm.cli_bench import bench
-from exnorm.cli_export import export
+from exnorm.cli_export import export, fold
 from exnorm.config.errors import BUG
 
 if TYPE_CHECKING:
@@ -356,5 +356,5 @@ def report(
     print(write_report(what, scale, out, runs=runs, results=results))
 
 
-for command in (cli_look.ratios, cli_look.predict, cli_look.compare, cli_look.explain, export):
+for command in (cli_look.ratios, cli_look.predict, cli_look.compare, cli_look.explain, export, fold):
     app.command()(command)

@@ -151,6 +151,7 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
         (["show", "--help"], "norm"),
         (["doctor", "--help"], "machine"),
         (["runs", "--help"], "state"),
+        (["fold", "--help"], "convolutions"),
         (["--version"], "exnorm 0.1.0"),
     ],
 )

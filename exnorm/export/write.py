@@ -12,12 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import nn
 
 from exnorm import ops
 from exnorm.config.errors import UserError, first_line
 from exnorm.engine import checkpoint
 from exnorm.engine.description import describe
-from exnorm.export.check import CheckFailed, batches, compare, sample
+from exnorm.export.check import Agreement, CheckFailed, Sample, batches, compare, sample
 from exnorm.export.exported import Exported, Loaded
 from exnorm.export.programs import read_onnx, read_program, write_onnx, write_program
 from exnorm.export.weights import read_hub_folder, read_safetensors, write_hub_folder, write_safetensors
@@ -63,19 +64,46 @@ def export(run_path: Path, form: str, *, at: str = "last", out: Path | None = No
             cannot hold this model.
         CheckFailed: what was written does not agree with the model. It is removed.
     """
-    chosen = FORMATS[form]
-    _check_packages(form)
+    chosen = chosen_format(form)
     folder = RunFolder(run_path)
+    target = new_target(folder, chosen.name, out, is_folder=chosen.is_folder)
+    exported, images = trained(folder, at)
+    return write_checked(exported, chosen, target, images, exported.model)
+
+
+def chosen_format(form: str) -> Format:
+    """Return a format.
+
+    Raises:
+        UserError: a package that it needs is missing.
+    """
+    needed = FORMATS[form].packages
+    if not all(map(find_spec, needed)):
+        *names, last = needed
+        raise UserError(
+            f"exnorm export --format {form} needs {', '.join(names)} and {last}. Type pip install 'exnorm[export]'"
+        )
+    return FORMATS[form]
+
+
+def trained(folder: RunFolder, at: str) -> tuple[Exported, Sample]:
+    """Return the model of a run's checkpoint, and images for its check."""
     config = checkpoint.read_config(folder)
-    target = _target(folder, chosen, out)
     state = checkpoint.find(folder, at)
     model = checkpoint.build_trained(config, state).eval()
-    task = make_task(config.task, state["classes"])
-    images, what = sample(config, task)
-    noise = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0))  # a program contains it
-    exported = Exported(model, config, describe(folder, config, state), noise)
-    if out is None:
-        target.parent.mkdir(exist_ok=True)
+    images = sample(config, make_task(config.task, state["classes"]))
+    noise = torch.randn(2, *images.images.shape[1:], generator=torch.Generator().manual_seed(0))
+    return Exported(model, config, describe(folder, config, state), noise), images
+
+
+def write_checked(exported: Exported, chosen: Format, target: Path, images: Sample, model: nn.Module) -> str:
+    """Write a file, compare it with a model on images, rename it to its name, and return a line about it.
+
+    Raises:
+        UserError: the format cannot hold the model.
+        CheckFailed: what was written does not agree with the model. It is removed.
+    """
+    target.parent.mkdir(exist_ok=True)
     with (
         ops.using_backend("eager"),  # compiling the layers would take longer than the export
         names_file(target),
@@ -86,38 +114,34 @@ def export(run_path: Path, form: str, *, at: str = "last", out: Path | None = No
         size = sum(file.stat().st_size for file in (part.rglob("*") if chosen.is_folder else [part]))
         try:
             loaded = chosen.read(part)
-            found = compare(loaded.run, model, batches(images, exported.smallest))
+            found = compare(loaded.run, model, batches(images.images, exported.smallest))
         except CheckFailed as problem:
             raise CheckFailed(f"{target} was not written: {problem}") from None
         except Exception as problem:
             raise CheckFailed(f"{target} was not written: it cannot be read back ({first_line(problem)})") from problem
         rename_synced(part, target)
+    return f"{target}: {size / 1e6:.1f} MB{loaded.note}. {agreement(images, found)}"
+
+
+def agreement(images: Sample, found: Agreement) -> str:
+    """Return a sentence on how much two networks agree."""
     return (
-        f"{target}: {size / 1e6:.1f} MB{loaded.note}. On {what} the logits differ by at most {found.difference:.1e} "
-        f"(largest logit: {found.logit:.3g}), and {found.same_class:.2%} of the most likely classes are equal"
+        f"On {images.what} the logits differ by at most {found.difference:.1e} (largest logit: {found.logit:.3g}), and "
+        f"{found.same_class:.2%} of the most likely classes are equal"
     )
 
 
-def _check_packages(form: str) -> None:
-    needed = FORMATS[form].packages
-    if not all(map(find_spec, needed)):
-        *names, last = needed
-        raise UserError(
-            f"exnorm export --format {form} needs {', '.join(names)} and {last}. Type pip install 'exnorm[export]'"
-        )
-
-
-def _target(folder: RunFolder, chosen: Format, out: Path | None) -> Path:
-    """Return the place of the export.
+def new_target(folder: RunFolder, name: str, out: Path | None, *, is_folder: bool) -> Path:
+    """Return the place of an export: `out`, or a name in the run's folder `export`.
 
     Raises:
         UserError: it exists, or it cannot be written.
     """
-    target = folder.path / "export" / chosen.name if out is None else out
+    target = folder.path / "export" / name if out is None else out
     if target.exists():
         raise UserError(f"{target} exists. Remove it, or type --out PATH to write to another place")
-    if out is not None and chosen.is_folder and not out.parent.is_dir():
+    if out is not None and is_folder and not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}")
-    if out is not None and not chosen.is_folder:
-        check_out(out, Path(chosen.name).suffix)
+    if out is not None and not is_folder:
+        check_out(out, Path(name).suffix)
     return target

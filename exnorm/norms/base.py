@@ -45,6 +45,7 @@ class Norm(nn.Module):
     took_over: str | None = None  # the path of the activation that this layer applies instead
     adds_residual_of: str | None = None  # the block whose residual this layer adds
     frozen: bool = False  # stays in evaluation mode, also after `train()`; see `exnorm.freeze`
+    not_folded: str | None = None  # why `exnorm.fold` left this layer
 
     def __init__(
         self,
@@ -120,6 +121,10 @@ class Norm(nn.Module):
         """Return the (C,) mean to subtract if the coefficients do not depend on the input, else None."""
         return None
 
+    def fixed_mean(self) -> Tensor | None:
+        """Like `constant_mean`, but a layer may read the values of its ratios, which takes too long for a forward."""
+        return self.constant_mean()
+
     def moments(self, x: Tensor) -> Moments:
         """Return the moments of an input, for `ratios`. They do not change the running statistics."""
         self.check_input(x)
@@ -129,7 +134,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the normalized input. `residual` is added before the activation, in the same pass if possible."""
         if isinstance(x, fx.Proxy):
-            return _leaf(self, x, residual)
+            return leaf(self, x, residual)
         if residual is None or self._can_add(residual, x):
             return self._forward(x, residual, self.fused_act)
         y = self._forward(x, None, None) + residual
@@ -255,11 +260,11 @@ def fold(
     return scale_NC, torch.addcmul(bias, scale_NC, moments.mean_NC - mean)
 
 
-def _leaf(norm: Norm, x: fx.Proxy, *others: Any) -> Any:
-    """Record the layer as one call in a symbolic trace, as for torch's own layers, with any tracer."""
+def leaf(layer: nn.Module, x: fx.Proxy, *others: Any) -> Any:
+    """Record a layer as one call in a symbolic trace, as for torch's own layers, with any tracer."""
     tracer: Any = x.tracer
     args = (x, *[other for other in others if other is not None])
-    return tracer.create_proxy("call_module", tracer.path_of_module(norm), args, {})
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
 
 
 def check_options(owner: str, **options: Any) -> None:

@@ -142,6 +142,9 @@ class ExemplarNorm(BatchScopeNorm):
         """lambda, (N, K), in the order of `normalizers`."""
         return {"lambda": self._ratios(moments, self._rows(moments))}
 
+    def fixed_mean(self) -> Tensor | None:
+        return None if self.training or self.normalizers != ("bn",) else self.running_mean
+
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
         rows = self._rows(moments)
         ratios = self._ratios(moments, rows).split(1, 1)

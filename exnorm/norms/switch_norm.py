@@ -112,6 +112,14 @@ class SwitchNorm(BatchScopeNorm):
         """The ratios of logits, (K,) or (G, K)."""
         return torch.softmax(logits, -1)
 
+    def fixed_mean(self) -> Tensor | None:
+        mean_C = self.running_mean
+        if self.training or mean_C is None:
+            return None
+        others = [k for k, name in enumerate(self.normalizers) if name != "bn"]
+        ratios = self.ratios(Moments(mean_C[None], mean_C[None], 1)).values()
+        return None if any(ratio[..., others].any() for ratio in ratios) else mean_C
+
     def coefficients(self, moments: Moments) -> tuple[Tensor, Tensor]:
         ratios = self.ratios(moments)
         statistics = mixed_statistics(self, self.normalizers, self._with_in_variance(moments))

@@ -1,6 +1,7 @@
 """Put a normalizer into any model: replace its normalization layers, and report what was replaced."""
 
 from exnorm.surgery.audit_rows import Audit, AuditRow
+from exnorm.surgery.folding import fold
 from exnorm.surgery.kinds import KINDS
 from exnorm.surgery.layers import audit, constructor_options, convert, norm_class
 from exnorm.surgery.modes import convert_sync, freeze, recalibrate
@@ -13,6 +14,7 @@ __all__ = [
     "constructor_options",
     "convert",
     "convert_sync",
+    "fold",
     "freeze",
     "norm_class",
     "recalibrate",

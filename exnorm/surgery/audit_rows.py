@@ -7,6 +7,8 @@ NOTE = (
     "exnorm.convert_sync instead of freeze_batch_norm_2d, update_bn and convert_sync_batchnorm."
 )
 
+FOLDED = "folded into"  # the start of the reason of a folded layer
+
 
 class AuditRow(NamedTuple):
     """One normalization layer of a model: its original type, its replacement (None if it was left), and the reason."""
@@ -22,4 +24,6 @@ class Audit(list[AuditRow]):
 
     def __str__(self) -> str:
         lines = [f"{row.name}: {row.original} -> {row.replacement or 'left'} ({row.reason})" for row in self]
-        return "\n".join(lines + [NOTE] * any(row.replacement is not None for row in self))
+        return "\n".join(
+            lines + [NOTE] * any(row.replacement is not None and not row.reason.startswith(FOLDED) for row in self)
+        )

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options, is_class, is_own, option_values
 from exnorm.norms import BatchScopeNorm, Norm
-from exnorm.surgery.audit_rows import Audit, AuditRow
+from exnorm.surgery.audit_rows import FOLDED, Audit, AuditRow
+from exnorm.surgery.folded import Folded
 from exnorm.surgery.kinds import CHANNELS_LAST, KINDS, kept_layers, kind_of, normalization_layers
 from exnorm.surgery.meta import HOOKS
 from exnorm.surgery.pairs import activation_name, following_activations
-from exnorm.surgery.refusals import refuse_folding
+from exnorm.surgery.refusals import check_bare, refuse_folding
 from exnorm.surgery.residuals import fuse_residuals
 
 _FROZEN = (torchvision.ops.FrozenBatchNorm2d, timm.layers.FrozenBatchNormAct2d)
@@ -26,12 +27,6 @@ _UNFREEZE = (
     "its statistics are frozen; convert the model before it is frozen, or call timm.layers.unfreeze_batch_norm_2d"
 )
 _SYNCHRONIZED = (nn.SyncBatchNorm, timm.layers.SyncBatchNormAct)
-_WRAPPERS = (
-    "DistributedDataParallel",
-    "DataParallel",
-    "FullyShardedDataParallel",
-    "OptimizedModule",
-)
 
 
 def norm_class(norm: str | type[Norm]) -> type[Norm]:
@@ -136,7 +131,10 @@ def _what_there_is(model: nn.Module) -> str:
 
 
 def audit(model: nn.Module) -> Audit:
-    """List every normalization layer of a model: what `convert` replaced, what it left, and why."""
+    """List every normalization layer of a model: what `convert` replaced, what it left, and why.
+
+    After `fold`, also: which layers were folded, and why the others were not.
+    """
     rows = Audit()
     for name, module in model.named_modules():
         kind = kind_of(module)
@@ -149,7 +147,12 @@ def audit(model: nn.Module) -> Audit:
                 f"the activation of {module.took_over}" if module.took_over else "",
             )
             reasons = ("replaced" if note else "built", " and ".join(filter(None, fused)))
-            rows.append(AuditRow(name, note or original, new, ", with ".join(filter(None, reasons))))
+            reason = ", with ".join(filter(None, reasons))
+            reason += f"; not folded: {module.not_folded}" if module.not_folded else ""
+            rows.append(AuditRow(name, note or original, new, reason))
+        elif isinstance(module, Folded):
+            new = f"Folded({module.extra_repr()})"
+            rows.append(AuditRow(name, module.original, new, f"{FOLDED} {module.into}"))
         elif kind is not None:
             pattern = vars(module).get("kept_by")
             asked = f"kind {kind!r} was not asked for (replace=({kind!r},))"
@@ -168,12 +171,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _check_request(model: nn.Module, cls: type[Norm], replace: Sequence[str], options: dict[str, Any]) -> None:
-    for name, module in model.named_modules():
-        if type(module).__name__ in _WRAPPERS:
-            where = f"the submodule {name!r}" if name else "the model"
-            raise UserError(
-                f"{where} is wrapped in {type(module).__name__}; convert the bare model first (model.module), then wrap"
-            )
+    check_bare(model, "convert")
     if isinstance(replace, str) or not set(replace) <= set(KINDS):
         raise UserError(f"replace={replace!r} is not possible; allowed: a tuple of {', '.join(KINDS)}")
     allowed = constructor_options(cls)

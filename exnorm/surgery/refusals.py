@@ -8,7 +8,23 @@ from torch import nn
 from exnorm.config.errors import UserError
 from exnorm.norms import Norm
 
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+)
 _FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm's `reparameterize_model` calls
+
+
+def check_bare(model: nn.Module, verb: str) -> None:
+    """Raise an error if a model or a part of it is wrapped."""
+    for name, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            where = f"the submodule {name!r}" if name else "the model"
+            raise UserError(
+                f"{where} is wrapped in {type(module).__name__}; {verb} the bare model first (model.module), then wrap"
+            )
 
 
 def refuse_folding(model: nn.Module) -> None:
@@ -28,6 +44,6 @@ def refuse_folding(model: nn.Module) -> None:
 
 def _refuse(method: str, norm: str, *args: Any, **kwargs: Any) -> None:
     raise UserError(
-        f"{method} would fold a batch normalization into a convolution, but exnorm's {norm} cannot be folded; use the "
-        "converted model as it is, or reparameterize the model before you convert it"
+        f"{method} would fold a batch normalization into a convolution, but exnorm's {norm} needs exnorm.fold; call "
+        "that on the converted model, or reparameterize the model before you convert it"
     )

@@ -26,6 +26,7 @@ _NOT_PART_OF_THE_FORMULA = (
     "channel_dim",
     "momentum",
     "frozen",
+    "not_folded",
 )
 _SET_BY_THE_TRAINING = ("training", "deferred", "replicas", "group")
 _PLAIN = (
