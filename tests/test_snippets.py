@@ -58,13 +58,14 @@ class Runs(NamedTuple):
     """What the pages call RUN_DIR, DIR and IMAGE."""
 
     classification: Path
+    foldable: Path  # its layers are BN
     segmentation: Path
     folder: Path
     image: Path
 
     def filled(self, words: list[str], *, masks: bool = False) -> list[str]:
         """Return words with the places that they name."""
-        run = str(self.segmentation if masks else self.classification)
+        run = str(self.foldable if words[0] == "fold" else self.segmentation if masks else self.classification)
         places = {"RUN_DIR": run, "RUN_DIR...": run, "IMAGE...": str(self.image), "IMAGE|FOLDER...": str(self.image)}
         folders = {"RUN_DIR": run, "DIR": str(self.folder)}
         texts = [places.get(word, word) for word in words]
@@ -78,11 +79,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     folder = tmp_path_factory.mktemp("snippets")
     noise = ["data.noise.kind=symmetric", "data.noise.rate=0.4"]
-    labels = train_here(["train", "norm=en", *noise, *SMALL, "model=resnet18", "model.name=test_resnet"], folder / "a")
+    resnet = [*SMALL, "model=resnet18", "model.name=test_resnet"]
+    labels = train_here(["train", "norm=en", *noise, *resnet], folder / "a")
+    foldable = train_here(["train", "norm=bn", *resnet], folder / "c")
     scenes = ["task=segmentation", "data=glyph_scenes", *SMALL_DATA["glyph_scenes"]]
     masks = train_here(["train", "norm=en", *scenes, *SMALL], folder / "b")
     Image.new("RGB", (40, 36), (200, 30, 90)).save(folder / "image.png")
-    return Runs(labels, masks, folder, folder / "image.png")
+    return Runs(labels, foldable, masks, folder, folder / "image.png")
 
 
 def command(name: str) -> Any:
@@ -146,7 +149,8 @@ def test_a_block_of_python_runs(
     if "{folder}" in text:
         done = cli_here("export", runs.classification, "--format", "hf", "--out", tmp_path / "hf")
         assert done.returncode == 0, done.stderr
-    head = f"RUN_DIR = {str(runs.classification)!r}\nfolder = {str(tmp_path / 'hf')!r}\n"
+    run = runs.foldable if "exnorm.fold(" in text else runs.classification
+    head = f"RUN_DIR = {str(run)!r}\nfolder = {str(tmp_path / 'hf')!r}\n"
     (tmp_path / "snippet.py").write_text(head + text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -198,7 +202,8 @@ def test_another_command_of_the_pages_runs(line: Line, runs: Runs, tmp_path: Pat
     masks = line.place.startswith("docs/segmentation.md")
     words = runs.filled(line.words, masks=masks)
     words = [word.replace("test.window=713", "test.window=65") for word in words]  # the scenes are smaller
-    shutil.rmtree(runs.classification / "export", ignore_errors=True)  # an export overwrites nothing
+    for run in (runs.classification, runs.foldable):
+        shutil.rmtree(run / "export", ignore_errors=True)  # an export overwrites nothing
     write_studies(tmp_path)
     if line.words[0] in ("table", "claims", "report"):
         words += ["--results", str(ROOT / "results")]
