@@ -476,6 +476,5 @@ def test_a_missing_package_is_told_before_any_work(cli_here: CliRunner, tmp_path
     with mock.patch.object(write, "find_spec", lambda name: None if name == "onnxscript" else object()):
         done = cli_here("export", tmp_path, "--format", "onnx")
     assert done.returncode == 2 and done.stderr == (
-        "exnorm: error: exnorm export --format onnx needs onnx, onnxscript and onnxruntime. Type pip install "
-        "'exnorm[export]'\n"
+        "exnorm: error: the format onnx needs onnx, onnxscript and onnxruntime. Type pip install 'exnorm[export]'\n"
     )

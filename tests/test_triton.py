@@ -84,6 +84,14 @@ def test_a_compiled_layer_is_one_operator_with_the_same_results() -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_layer_may_get_one_tensor_twice() -> None:
+    """As input and residual, or as two parameters: torch 2.11 then lost a gradient, 2.15 refused it."""
+    rows = run_apart(str(TESTS / "triton_operators.py"), "twice")
+    assert len(rows) == 4
+    assert not [row for row in rows if row["error"] > 1e-4]
+
+
+@pytest.mark.slow
 def test_compiled_models_train_as_without_the_compiler() -> None:
     """Steps of several input sizes with torch's own compiler, then outputs without gradients; also frozen layers."""
     rows = run_apart(str(TESTS / "triton_operators.py"), "trainings")

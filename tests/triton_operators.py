@@ -2,6 +2,7 @@
 
     python tests/triton_operators.py SEED LAYERS_OF_EACH_NORM
     python tests/triton_operators.py formula                    what the operator leaves to the formula
+    python tests/triton_operators.py twice                      layers that get one tensor twice
     python tests/triton_operators.py trainings                  trained with torch's own compiler, and without
 
 A process of its own, since TRITON_INTERPRET must be set before the first import of Triton.
@@ -135,11 +136,47 @@ def training(norm: str, *, deferred: bool, frozen: bool) -> dict[str, Any]:
     return {"norm": norm, "deferred": deferred, "frozen": frozen, "errors": errors}
 
 
+class Twice(nn.Module):
+    """A layer whose residual is its own input; with SN also two parameters that are one."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.norm: Any = norm_class(norm)(16, act="relu")
+        if norm == "sn":
+            self.norm.var_weight = self.norm.mean_weight
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        inner = x.sin()
+        return self.norm(inner, inner) + self.norm(x, residual)
+
+
+def same_tensor_twice(norm: str) -> dict[str, Any]:
+    """How far the gradients are apart if a layer gets one tensor twice, also after a call with two tensors."""
+    torch.manual_seed(0)
+    layer = Twice(norm)
+    other = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    x, y = (torch.randn(4, 16, 5, 5) for _ in range(2))
+    grads = []
+    for net, model in ((layer, layer), (compiled, other)):
+        inputs = [t.clone().requires_grad_() for t in (x, y)]
+        net(*inputs).square().sum().backward()
+        net(inputs[0], inputs[0]).square().sum().backward()
+        grads.append([t.grad for t in (*inputs, *model.parameters())])
+    errors = [float((one - two).norm() / one.norm()) for one, two in zip(*grads, strict=True)]
+    return {"norm": norm, "error": max(errors)}
+
+
 def main() -> None:
     ops.set_backend("triton")
     if sys.argv[1] == "formula":
         for norm in ("bn", "gn", "sn", "en"):
             print(json.dumps(left_to_the_formula(norm)), flush=True)
+        return
+    if sys.argv[1] == "twice":
+        for norm in ("bn", "gn", "sn", "en"):
+            print(json.dumps(same_tensor_twice(norm)), flush=True)
         return
     if sys.argv[1] == "trainings":
         for norm, deferred, frozen in (

@@ -80,9 +80,7 @@ def chosen_format(form: str) -> Format:
     needed = FORMATS[form].packages
     if not all(map(find_spec, needed)):
         *names, last = needed
-        raise UserError(
-            f"exnorm export --format {form} needs {', '.join(names)} and {last}. Type pip install 'exnorm[export]'"
-        )
+        raise UserError(f"the format {form} needs {', '.join(names)} and {last}. Type pip install 'exnorm[export]'")
     return FORMATS[form]
 
 
