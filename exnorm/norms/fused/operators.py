@@ -17,7 +17,7 @@ from exnorm import ops
 from exnorm.norms.batch_norm import BatchNorm
 from exnorm.norms.batch_scope import BatchScopeNorm
 from exnorm.norms.fused.layer import KERNELS, kernels_of, readable, run_backward, run_forward
-from exnorm.norms.fused.scope import BUFFERS, NOTHING, RUNNING, mode_of, record_statistics
+from exnorm.norms.fused.scope import NOTHING, record_statistics, recorded
 from exnorm.ops.layout import dense
 
 KINDS = {kernels.__name__: kernels for kernels in KERNELS.values()}
@@ -32,22 +32,22 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, act: str | None) ->
     learned = [t for name in kernels.PARAMETERS if (t := getattr(norm, name)) is not None]
     batch = isinstance(norm, BatchScopeNorm) and norm.uses_batch_statistics()
     running = [norm.running_mean, norm.running_var] if isinstance(norm, BatchScopeNorm) and not batch else []
-    mode = mode_of(norm) if batch else NOTHING
-    recorded = [getattr(norm, name) for name in BUFFERS[mode]]
-    if not readable((*learned, *running, *recorded[:2]), x):
+    mode, buffers, momentum = recorded(norm, x) if batch else (NOTHING, (), 0.0)
+    statistics = running if mode == NOTHING else buffers
+    if not readable((*learned, *statistics[:2]), x):
         return None
     if any(one is other for k, one in enumerate(learned) for other in learned[:k]):
         return None  # tied parameters: see below
     if residual is x:
         residual = residual.view_as(residual)  # torch 2.11 loses a gradient of what a function gets twice
     replicas = norm.replicas if batch else 1
-    recording = (mode, norm.momentum if mode == RUNNING else 0.0, isinstance(norm, BatchNorm), replicas)
+    recording = (mode, momentum, isinstance(norm, BatchNorm), replicas)
     options = (kernels.__name__, kernels.key(norm), replicas, norm.eps, norm.channel_dim, act)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *learned)):
-        given = (x, residual, options, recording, len(learned), *learned, *running, *recorded)
+        given = (x, residual, options, recording, len(learned), *learned, *statistics)
         return _Layer.apply(*given)  # type: ignore[no-any-return]
     # In torch 2.11, torch.compile mistakes the arguments of a function that needs no gradient.
-    return _run(x, residual, options, recording, learned, running or recorded)[0]
+    return _run(x, residual, options, recording, learned, list(statistics))[0]
 
 
 def _run(

@@ -16,11 +16,6 @@ from exnorm.ops.triton.launch import Launch
 
 BLOCK: dict[str, Any] = {"BN": 64, "BC": 16, "num_warps": 4}  # narrow, so that 2,048 channels give 128 programs
 NOTHING, RUNNING, PENDING = 0, 1, 2  # the statistics that a forward updates
-BUFFERS = {
-    NOTHING: (),
-    RUNNING: ("running_mean", "running_var", "num_batches_tracked"),
-    PENDING: ("pending_mean", "pending_var", "pending_count"),
-}
 
 
 @triton.jit
@@ -90,21 +85,15 @@ def can_record(norm: Any) -> bool:
     return norm.momentum is not None or norm.deferred or not norm.training
 
 
-def mode_of(norm: Any) -> int:
-    """Return what a forward of a layer updates: nothing, the running statistics, or the pending sums."""
-    if not norm.training or not norm.track_running_stats or norm._buffers.get("running_mean") is None:
-        return NOTHING
-    return PENDING if norm.deferred else RUNNING
-
-
 def recorded(norm: Any, placeholder: Tensor) -> tuple[int, tuple[Tensor, Tensor, Tensor], float]:
     """Return what a forward updates: the mode, the three buffers, and the momentum."""
-    mode = mode_of(norm)
-    if mode == NOTHING:
-        return mode, (placeholder, placeholder, placeholder), 0.0
-    first, second, count = BUFFERS[mode]
+    if not norm.training or not norm.track_running_stats or norm._buffers.get("running_mean") is None:
+        return NOTHING, (placeholder, placeholder, placeholder), 0.0
     buffers = norm._buffers  # faster than the attributes of nn.Module
-    return mode, (buffers[first], buffers[second], buffers[count]), norm.momentum if mode == RUNNING else 0.0
+    if norm.deferred:
+        return PENDING, (buffers["pending_mean"], buffers["pending_var"], buffers["pending_count"]), 0.0
+    running = (buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"])
+    return RUNNING, running, norm.momentum
 
 
 def note_changes(mode: int, buffers: tuple[Tensor, ...]) -> None:
