@@ -95,7 +95,7 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
 
     (log,) = broken.glob("runs/*/*-sn-*/metrics.jsonl")
     whole_log = log.read_text(encoding="utf-8")
-    log.write_text(whole_log[: len(whole_log) // 2].rpartition("\n")[0] + "\n", encoding="utf-8")
+    log.write_text(whole_log.splitlines(keepends=True)[0], encoding="utf-8")  # the first of two epochs
     damaged = begin(study, broken)
     _, err = damaged.communicate(timeout=60)
     lines = err.splitlines()
