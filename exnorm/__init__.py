@@ -9,13 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exnorm.analysis.ratios import ratios
     from exnorm.engine.checkpoint import load
     from exnorm.surgery import audit, convert, convert_sync, fold, freeze, recalibrate
 
 __version__ = "0.1.0"
-__all__ = ["audit", "convert", "convert_sync", "fold", "freeze", "load", "recalibrate"]
+__all__ = ["audit", "convert", "convert_sync", "fold", "freeze", "load", "ratios", "recalibrate"]
 
-ROOMS = dict.fromkeys(__all__, "exnorm.surgery") | {"load": "exnorm.engine.checkpoint"}
+ROOMS = dict.fromkeys(__all__, "exnorm.surgery") | {
+    "load": "exnorm.engine.checkpoint",
+    "ratios": "exnorm.analysis.ratios",
+}
 PACKAGES = ("norms", "ops", "surgery", "testing")
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
+import exnorm
 from exnorm.analysis.ratios import as_metrics, mean_ratios, measure_ratios
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
@@ -296,3 +298,31 @@ def test_resnet_small_keeps_16_pixels_and_serves_both_tasks() -> None:
     config.pretrained = True
     with pytest.raises(UserError, match="No pretrained weights exist for exnorm_resnet_small"):
         classifier(config, num_classes=7)
+
+
+def test_the_table_of_ratios_has_those_of_every_image_and_group() -> None:
+    """EN's are those of each image alone; SN's are one set for all images, or one for each group of channels."""
+    images = torch.randn(3, 3, 32, 32)
+    model = build("en").train()
+    for module in model.modules():
+        if isinstance(module, Norm):
+            nn.init.normal_(module.fc2_weight)
+    model.get_submodule("layer1").eval()
+    modes = [module.training for module in model.modules()]
+    table = exnorm.ratios(model, images)
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+    assert set(table.image) == {0, 1, 2} and set(table.kind) == {"lambda"} and table.group.isna().all()
+    assert table.groupby(["layer", "image"]).ratio.sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    alone = exnorm.ratios(model, images[1:2])
+    assert alone.ratio.to_numpy() == pytest.approx(table[table.image == 1].ratio.to_numpy(), abs=1e-5)
+    assert not np.allclose(table[table.image == 0].ratio, table[table.image == 1].ratio, atol=1e-3)
+
+    grouped = exnorm.ratios(convert(timm.create_model("test_resnet"), "sn", groups=2), images)
+    assert set(grouped.group) == {0, 1} and grouped.image.isna().all()
+    assert grouped.groupby(["layer", "kind", "group"]).ratio.sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(UserError, match="no layer of this model mixes normalizers"):
+        exnorm.ratios(build("bn"), images)
+    with pytest.raises(RuntimeError):
+        exnorm.ratios(model, torch.randn(1, 4, 32, 32))
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())

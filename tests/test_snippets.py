@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 from conftest import ROOT, CliRunner
-from engine_cases import train_here
+from engine_cases import make_image_folder, train_here
 from omegaconf import OmegaConf
 from snippet_cases import COMMAND, PAGES, Block, Line, blocks, code_words, parsed, shell_lines, single_runs
 
@@ -85,6 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     scenes = ["task=segmentation", "data=glyph_scenes", *SMALL_DATA["glyph_scenes"]]
     masks = train_here(["train", "norm=en", *scenes, *SMALL], folder / "b")
     Image.new("RGB", (40, 36), (200, 30, 90)).save(folder / "image.png")
+    make_image_folder(folder)
     return Runs(labels, foldable, masks, folder, folder / "image.png")
 
 
@@ -158,6 +159,18 @@ def test_a_block_of_python_runs(
     importlib.import_module("snippet")
 
 
+def test_the_data_set_of_the_pages_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The YAML file that `docs/own-data.md` shows, in a folder of the reader."""
+    (text,) = [block.text for block in BLOCKS if block.language == "yaml" and "\nname: my_photos" in block.text]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "my_photos.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("EXNORM_CONF", str(tmp_path))
+    config = compose_train(["data=my_photos"])
+    check_train(config)
+    own, usual = config.data, compose_train(["data=imagefolder"]).data
+    assert (own.name, own.image_size, own.epochs) == ("my_photos", 64, 30) and own.scale == usual.scale
+
+
 @pytest.mark.parametrize("line", TRAINING, ids=[f"{line.place} {' '.join(line.words[1:])}" for line in TRAINING])
 def test_a_training_of_the_pages_composes(line: Line, tmp_path: Path) -> None:
     for words in single_runs(line.words[1:]):
@@ -182,6 +195,8 @@ def test_a_training_of_the_pages_runs(line: Line, tmp_path: Path) -> None:
     words = single_runs(line.words[1:])[0]
     data = next((word.removeprefix("data=") for word in words if word.startswith("data=")), "")
     own = [word for word in words if not word.startswith(("model=", "+model.options."))]
+    if "data.root=DIR" in own:
+        own[own.index("data.root=DIR")] = f"data.root={make_image_folder(tmp_path / 'images')}"
     run = train_here(["train", *own, *SMALL, *SMALL_DATA.get(data, [])], tmp_path)
     assert (run / "record.json").is_file()
 

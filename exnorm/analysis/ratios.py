@@ -1,4 +1,4 @@
-"""The ratios of every layer that mixes normalizers, measured on a probe batch.
+"""The ratios of every layer that mixes normalizers, measured on a batch of images.
 
 Hooks compute the ratios, and no layer stores them: a tensor stored on a module would break deepcopy, EMA and
 `torch.compile`.
@@ -6,19 +6,27 @@ Hooks compute the ratios, and no layer stores them: a tensor stored on a module 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from exnorm.config.errors import UserError
 from exnorm.norms import Norm
+from exnorm.surgery.modes import evaluating
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OF_IMAGES = "lambda"  # the kind of EN's ratios, which each image has for itself
+COLUMNS: Any = {"layer": str, "kind": str, "normalizer": str, "image": "Int64", "group": "Int64", "ratio": float}
 
 
 class LayerRatio(NamedTuple):
     """The share of one normalizer in one layer: mean and deviation over samples (EN) or channel groups (group SN)."""
 
     layer: str
-    ratio: str  # "lambda" for EN; "mean", "var" for SN
+    ratio: str  # OF_IMAGES for EN; "mean", "var" for SN
     normalizer: str
     mean: float
     std: float | None
@@ -31,13 +39,46 @@ def mixing_layers(model: nn.Module) -> dict[str, Norm]:
     }
 
 
+def ratios(model: nn.Module, images: Tensor) -> "pd.DataFrame":
+    """Return the ratios of every layer that mixes normalizers on a batch of images, in evaluation mode.
+
+    The model is called once, and is in its earlier mode afterwards. A layer that is called several times has the ratios
+    of its last call.
+
+    Args:
+        model: a converted model, or one that contains converted models.
+        images: a batch as the model takes it: (N, 3, H, W), normalized, on the model's device.
+
+    Returns:
+        A row for each ratio, with the columns `layer` (its name in the model), `kind` (`lambda` for EN; `mean` and
+        `var` for SN), `normalizer`, `image` (the index in the batch, of EN's ratios), `group` (the channel group, of
+        SN's ratios with several groups) and `ratio`. The ratios of one layer, kind, image and group sum to 1.
+
+    Raises:
+        UserError: no layer of the model mixes normalizers.
+    """
+    import pandas as pd  # here, because a training imports this module and needs no pandas
+
+    layers = mixing_layers(model)
+    if not layers:
+        raise UserError("no layer of this model mixes normalizers. Convert it first: exnorm.convert(model, 'en')")
+    rows = []
+    for layer, kinds in read_ratios(model, images).items():
+        names: Any = layers[layer].normalizers
+        for kind, value in kinds.items():
+            for index, shares in enumerate(value.tolist()) if value.ndim == 2 else [(None, value.tolist())]:
+                place = (index, None) if kind == OF_IMAGES else (None, index)
+                rows += [(layer, kind, name, *place, share) for name, share in zip(names, shares, strict=True)]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
 def measure_ratios(model: nn.Module, images: Tensor) -> list[LayerRatio]:
-    """Return the ratios of every mixing layer on a batch of images, in evaluation mode. The mode is restored."""
+    """Return mean and deviation of the ratios of every mixing layer on a batch, as `ratios` measures them."""
     layers = mixing_layers(model)
     rows = []
-    for layer, ratios in read_ratios(model, images).items():
+    for layer, kinds in read_ratios(model, images).items():
         names: Any = layers[layer].normalizers
-        for ratio, value in ratios.items():
+        for ratio, value in kinds.items():
             several = value.ndim == 2
             mean_K = value.mean(0) if several else value
             std_K = value.std(0, correction=0) if several else None
@@ -49,14 +90,12 @@ def measure_ratios(model: nn.Module, images: Tensor) -> list[LayerRatio]:
 
 @torch.no_grad()
 def read_ratios(model: nn.Module, images: Tensor) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of every mixing layer's `ratios` on a batch, in evaluation mode. The mode is restored."""
+    """Return the tensors of every mixing layer's `ratios` on a batch, in evaluation mode."""
     layers = mixing_layers(model)
     captured: dict[str, dict[str, Tensor]] = {}
     if layers:
-        was_training = model.training
-        with _capture(layers, captured):
-            model.eval()(images)
-        model.train(was_training)
+        with evaluating(model), _capture(layers, captured):
+            model(images)
     return captured
 
 
@@ -84,7 +123,7 @@ def as_metrics(rows: list[LayerRatio]) -> dict[str, float]:
     """
     metrics: dict[str, float] = {}
     for row in rows:
-        kind = "" if row.ratio == "lambda" else f"{row.ratio}/"
+        kind = "" if row.ratio == OF_IMAGES else f"{row.ratio}/"
         key = f"ratio/{row.layer}/{kind}{row.normalizer}"
         metrics[key] = row.mean
         if row.std is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from exnorm.data.loader import Loader, SeededImages, fixed_batches
 from exnorm.data.splits import MaskedImages
 from exnorm.engine.distributed import World
+from exnorm.surgery.modes import evaluating
 from exnorm.tasks.base import Task, Views, named, zero_sums
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,18 +42,16 @@ def evaluate(
     world: World,
     views: Views,
 ) -> dict[str, float]:
-    """Return the task's metrics over all workers' images, as `val/<name>`; the model's mode is restored."""
-    was_training = model.training
-    model.eval()
+    """Return the task's metrics over all workers' images, as `val/<name>`, in evaluation mode."""
     sums = zero_sums(task, world.device)
     rows: list[Tensor] = []
-    for images, *targets in loader:
-        with autocast(world.device, precision):
-            output = task.predict(model, images, targets[0].shape[-2:], views)
-        sums += task.sums(output, targets)
-        if task.has_rows:
-            rows.append(task.rows(output, targets).cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for images, *targets in loader:
+            with autocast(world.device, precision):
+                output = task.predict(model, images, targets[0].shape[-2:], views)
+            sums += task.sums(output, targets)
+            if task.has_rows:
+                rows.append(task.rows(output, targets).cpu())
     metrics = task.summarize(world.sum_(sums))
     if task.has_rows:
         metrics |= task.summarize_rows(_in_order(world.gather(rows)))

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from exnorm.surgery.modes import evaluating
+
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of learned values."""
@@ -15,9 +17,7 @@ def gflops_per_image(model: nn.Module, image_size: int) -> float:
 
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-    was_training = model.training
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.eval()(image)
-    model.train(was_training)
+    with torch.no_grad(), evaluating(model), counter:
+        model(image)
     return counter.get_total_flops() / 2 / 1e9

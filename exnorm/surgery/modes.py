@@ -70,32 +70,41 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], *, device: Any = None) 
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while. Afterwards each module is in its earlier mode, frozen ones too."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def _collecting(model: nn.Module, layers: list[Any]) -> Iterator[None]:
     """Put only these layers into training mode, with reset statistics and a cumulative mean.
 
     All modes are restored at the end. The statistics are restored on an error.
     """
-    modes = {module: module.training for module in model.modules()}
     options = [{name: getattr(layer, name) for name in _COLLECTING if hasattr(layer, name)} for layer in layers]
     values = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.training = True
-        for name, value in _COLLECTING.items():
-            if hasattr(layer, name):
-                setattr(layer, name, value)
-    try:
-        yield
-    except BaseException:
-        for buffer, value in values:
-            buffer.copy_(value)
-        raise
-    finally:
-        for layer, before in zip(layers, options, strict=True):
-            vars(layer).update(before)
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.training = True
+            for name, value in _COLLECTING.items():
+                if hasattr(layer, name):
+                    setattr(layer, name, value)
+        try:
+            yield
+        except BaseException:
+            for buffer, value in values:
+                buffer.copy_(value)
+            raise
+        finally:
+            for layer, before in zip(layers, options, strict=True):
+                vars(layer).update(before)
 
 
 _COLLECTING: dict[str, Any] = {"momentum": None, "deferred": False, "track_running_stats": True}

@@ -1,7 +1,7 @@
 """The interface of a task.
 
 A task says what the network puts out, what is minimized, and how the network is scored. The engine trains, validates,
-saves and logs any task in the same way. `docs/development.md` shows how to add one.
+saves and logs any task in the same way. `docs/own-task.md` shows how to add one.
 """
 
 from abc import ABC, abstractmethod
