@@ -15,7 +15,7 @@ import typer
 from exnorm import cli_look
 from exnorm.cli_bench import bench
 from exnorm.cli_export import export, fold
-from exnorm.config.errors import BUG
+from exnorm.config.errors import BUG, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -120,6 +120,32 @@ def options(
 @app.command(context_settings=TO_HYDRA, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train a model, resume it, or print its result if it is finished."""
+    from exnorm.config.words import check_options, with_home, without_submit
+    from exnorm.engine.job import place_in_job
+
+    words, to_cluster = without_submit(context.args)
+    if to_cluster:
+        from exnorm.studies.submit import submit_training
+
+        check_options(words)
+        submit_training([with_home(word) for word in words], to_cluster)
+        return
+    place = place_in_job()
+    if place is None:
+        train_by_words(words)
+        return
+    from exnorm.engine.in_job import follow, leading
+
+    if place.rank > 0:
+        sys.exit(follow(place))
+    with leading(place):
+        if {"-m", "--multirun"} & set(words):
+            raise UserError("-m: the processes of a job train one run together. Start a job for each run")
+        train_by_words(words)
+
+
+def train_by_words(words: list[str]) -> None:
+    """Pass the words of the command line to Hydra, which composes the configuration and calls `train_task`."""
     import hydra
 
     from exnorm.cli_sweep import SWEEP
@@ -128,8 +154,8 @@ def train(context: typer.Context) -> None:
     from exnorm.config.groups import register_schemas, search_words
     from exnorm.config.words import check_options, with_home
 
-    check_options(context.args)
-    words = [with_home(word) for word in context.args]
+    check_options(words)
+    words = [with_home(word) for word in words]
     register_schemas()
     register_requested(words)
     SWEEP.note_words(words)

@@ -84,7 +84,7 @@ class Queue:
     def __init__(self) -> None:
         self.commands: list[list[list[str]]] = []
 
-    def submit(self, job: submit.Reproduction) -> Any:
+    def submit(self, job: submit.Commands) -> Any:
         self.commands.append(job.commands)
         return type("Queued", (), {"job_id": str(len(self.commands))})
 

@@ -121,6 +121,7 @@ class TrainerConfig:
     deterministic: bool = False  # deterministic algorithms on a GPU
     checkpoint_every: int = 1  # epochs between checkpoints
     checkpoint_every_steps: int | None = None  # steps between further checkpoints inside an epoch
+    max_hours: float | None = None  # hours after which a run stops with a checkpoint; the same command continues it
     snapshots: list[float] = field(default_factory=list)  # fractions of the epochs; checkpoints kept after them
     inference: str = "moving_average"  # moving_average | batch_average: BN's statistics at test time
     calibration_batches: int = 200  # batches of training images for batch_average

@@ -69,6 +69,16 @@ def chosen(group: str, overrides: Iterable[str]) -> list[Any]:
     return values
 
 
+def without_submit(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the words without `--submit KEY=VALUE`, and these values."""
+    rest, options = list(words), list[str]()
+    while "--submit" in rest:
+        place = rest.index("--submit")
+        options += rest[place + 1 : place + 2] or [""]
+        del rest[place : place + 2]
+    return rest, options
+
+
 def check_options(words: Iterable[str]) -> None:
     """Check that every word that begins with a dash is an option of Hydra.
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from exnorm.config.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -49,23 +51,42 @@ class World:
             dist.barrier()
 
 
-def join(device_type: str) -> World:
-    """Join the workers described by the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+def join(device_type: str, *, store: Any = None) -> World:
+    """Join the workers described by the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+
+    Args:
+        store: where they meet; None for MASTER_ADDR and MASTER_PORT.
+    """
     rank, size = (
         int(os.environ.get("RANK", "0")),
         int(os.environ.get("WORLD_SIZE", "1")),
     )
     local_rank = int(os.environ.get("LOCAL_RANK", str(rank)))
-    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", gpu_of(local_rank)) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
             rank=rank,
             world_size=size,
         )
     return World(rank, size, device)
+
+
+def gpu_of(local_rank: int) -> int:
+    """Return the number of a worker's GPU. A cluster may show each process its own GPU only, as number 0.
+
+    Raises:
+        UserError: there are fewer GPUs than workers.
+    """
+    count = torch.cuda.device_count()
+    if local_rank < count:
+        return local_rank
+    if count == 1:
+        return 0
+    raise UserError(f"this process is number {local_rank} on its node, counted from 0, but there are {count} GPUs")
 
 
 def leave() -> None:

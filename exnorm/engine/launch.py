@@ -26,6 +26,7 @@ from exnorm.data import fingerprint
 from exnorm.engine.batch import BatchPlan, fitting_devices, parse_batch, plan_batch
 from exnorm.engine.check_recipe import check_recipe
 from exnorm.engine.check_task import check_targets, check_task, check_views, read_task
+from exnorm.engine.in_job import Job, current_job, train_as_leader
 from exnorm.engine.processes import missing_gpu, run_workers, visible_gpus
 from exnorm.engine.summary import print_evaluations, print_result, print_shorter
 from exnorm.runs.folder import (
@@ -70,6 +71,7 @@ def run(config: DictConfig) -> None:
         RunLocked: another process trains this run.
         SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint written.
     """
+    job = current_job()
     plan = check(config)
     values: Any = OmegaConf.to_container(config, resolve=True)
     hash8 = identity(config, values)
@@ -89,13 +91,16 @@ def run(config: DictConfig) -> None:
     try:
         gpu = on_gpu(config.trainer.device, "trainer.device")
         _note_missing_gpu(config.trainer.device)
-        run_workers(
-            [str(folder.path)],
-            count=plan.devices,
-            on_gpu=gpu,
-            resumes=folder,
-            deterministic=config.trainer.deterministic,
-        )
+        if job is not None:
+            train_as_leader(job, folder, "cuda" if gpu else "cpu", span=plan.span)
+        else:
+            run_workers(
+                [str(folder.path)],
+                count=plan.devices,
+                on_gpu=gpu,
+                resumes=folder,
+                deterministic=config.trainer.deterministic,
+            )
     except UserError as problem:
         if made and _is_worthless(folder, beside=earlier):
             _remove(folder)
@@ -186,10 +191,16 @@ def check(config: DictConfig) -> BatchPlan:
         raise UserError("trainer.precision=fp16 needs a GPU. On a CPU use bf16 or fp32")
     if config.trainer.cuda_graph:
         _check_cuda_graph(config, gpu=gpu)
+    if config.trainer.max_hours is not None and config.trainer.max_hours <= 0:
+        raise UserError(f"trainer.max_hours={config.trainer.max_hours}: give a number above 0, such as 23.5")
     if config.optim.power <= 0:
         raise UserError(f"optim.power={config.optim.power}: give a number above 0, such as 0.9")
     sync = bool(config.norm.get("sync", False))
-    devices = _count_devices(config.trainer.devices, "trainer.devices", gpu)
+    job = current_job()
+    if job is not None:
+        devices = _processes_of(job, config.trainer.devices)
+    else:
+        devices = _count_devices(config.trainer.devices, "trainer.devices", gpu)
     if devices is None:
         replicas, samples = parse_batch(config.batch)
         devices = max(fitting_devices(replicas, samples, limit=visible_gpus() if gpu else 1))
@@ -287,6 +298,14 @@ def _count_devices(wanted: int | None, key: str, gpu: bool) -> int | None:
     if gpu and wanted > visible_gpus():
         raise UserError(f"{key}={wanted}, but {visible_gpus()} GPUs are visible. Use at most {visible_gpus()}")
     return wanted
+
+
+def _processes_of(job: Job, wanted: int | None) -> int:
+    """Return the number of processes of a job, which `trainer.devices` has to agree with."""
+    size = job.place.size
+    if wanted not in (None, size):
+        raise UserError(f"trainer.devices={wanted}, but {size} processes were started. Leave trainer.devices out")
+    return size
 
 
 def _set_aside(folder: RunFolder, earlier: Path) -> None:

@@ -1,5 +1,6 @@
 """The model in training, and functions to build, check, save and restore it. `exnorm.engine.step` trains a step."""
 
+import inspect
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.tasks.base import Task, zero_sums
 
 NO_BAD_STEP = 2**62
+# No forward of DDP copies the first worker's buffers to the others. torch 2.15 warns about the earlier name.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+OWN_BUFFERS: Any = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 @dataclass
@@ -81,7 +85,7 @@ def build_learner(config: Any, plan: BatchPlan, world: World, task: Task) -> Lea
     ddp = None
     if world.size > 1 and not config.trainer.cuda_graph:
         device_ids = [world.device] if world.device.type == "cuda" else None
-        ddp = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        ddp = DistributedDataParallel(model, device_ids=device_ids, **OWN_BUFFERS)
     net: nn.Module = model if ddp is None else ddp
     if config.trainer.compile:
         # Around DDP: torch.compile then splits the backward where DDP starts to exchange gradients.
@@ -121,13 +125,13 @@ def batch_advice(config: Any) -> list[str]:
     ]
 
 
-def check(folder: RunFolder, learner: Learner, signum: int) -> int:
-    """Share a signal or a non-finite loss of one worker with all workers; return the signal.
+def check(folder: RunFolder, learner: Learner, request: int) -> int:
+    """Share a request to stop or a non-finite loss of one worker with all workers; return the request.
 
     Raises:
         UserError: the loss was not finite. The last checkpoint is from before that.
     """
-    signum, negated = learner.world.largest(signum, -int(learner.bad_step))
+    request, negated = learner.world.largest(request, -int(learner.bad_step))
     if -negated != NO_BAD_STEP:
         step = folder.last_step()
         kept = "" if step is None else f"; the checkpoint after step {step} is kept"
@@ -135,7 +139,7 @@ def check(folder: RunFolder, learner: Learner, signum: int) -> int:
             f"{NOT_FINITE} {-negated} (epoch {learner.epoch + 1}){kept}. "
             "Lower optim.lr, add optim.warmup=0.05, or use trainer.precision=fp32 or bf16"
         )
-    return signum
+    return request
 
 
 def save(folder: RunFolder, learner: Learner) -> Any:

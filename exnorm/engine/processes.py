@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from exnorm.config.errors import UserError
+from exnorm.engine.stopping import EXIT_TIME_UP
 from exnorm.engine.worker import CONTROLLED, ERROR_FILE, EXIT_LOCKED, EXIT_USER_ERROR
 from exnorm.runs.folder import RunFolder, RunLocked
 from exnorm.runs.subprocesses import STOP_SIGNALS, heeded_signals, importing_environment, say_in_handler
@@ -30,11 +31,12 @@ except Exception as error:
     count, problem = 0, str(error).strip().splitlines()[0]
 print(json.dumps([count, problem]))
 """
+BY_TIME = " before trainer.max_hours were over"
 POLL_S = 0.1
 GRACE_S = 30  # after one worker stopped, until the others are killed
 CRASH_GRACE_S = 1.0  # after one crashed
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}  # torch requires it
-EXIT_STOPPED = tuple(128 + signum for signum in STOP_SIGNALS)
+EXIT_STOPPED = (EXIT_TIME_UP, *(128 + signum for signum in STOP_SIGNALS))
 
 
 def run_workers(
@@ -49,7 +51,7 @@ def run_workers(
     Raises:
         UserError: a worker refused its settings, or failed.
         RunLocked: another process uses the run folder.
-        SystemExit: 128 + n, after the workers ended because of signal n.
+        SystemExit: 128 + n, after the workers ended because of signal n; EXIT_TIME_UP, because their time was up.
     """
     with tempfile.TemporaryDirectory(prefix="exnorm-") as scratch:
         port = _free_port()
@@ -166,11 +168,17 @@ def _forwarding(workers: list[subprocess.Popen[bytes]], resumes: RunFolder | Non
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if received and any(worker.returncode != 0 for worker in workers):
-        print(f"exnorm: stopped{_then(resumes)}", file=sys.stderr, flush=True)
+        say_stopped(resumes)
         raise SystemExit(128 + received[0])
 
 
-def _then(resumes: RunFolder | None) -> str:
+def say_stopped(resumes: RunFolder | None, why: str = "") -> None:
+    """Print that a run ended early, and what the same command does."""
+    print(f"exnorm: stopped{why}{then(resumes)}", file=sys.stderr, flush=True)
+
+
+def then(resumes: RunFolder | None) -> str:
+    """Return what the same command does after a failure."""
     return "" if resumes is None else f"; the same command {resumes.continues()}"
 
 
@@ -181,10 +189,12 @@ def _explain(rank: int, code: int, scratch: Path, resumes: RunFolder | None) -> 
         raise RunLocked(lines[0])
     if lines:
         raise UserError(lines[0])
+    if code == EXIT_TIME_UP:
+        say_stopped(resumes, BY_TIME)
     if code in EXIT_STOPPED:
         raise SystemExit(code)
     if code < 0:
-        raise UserError(f"worker {rank} was killed by {signal.Signals(-code).name}{_then(resumes)}")
+        raise UserError(f"worker {rank} was killed by {signal.Signals(-code).name}{then(resumes)}")
     raise UserError(f"worker {rank} failed with exit code {code}. Its own message is above")
 
 

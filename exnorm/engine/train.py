@@ -25,6 +25,7 @@ from exnorm.engine.learner import Learner, build_learner, check, restore, save
 from exnorm.engine.progress import Progress
 from exnorm.engine.schedule import Schedule, make_schedule
 from exnorm.engine.step import choose_passes, train_step
+from exnorm.engine.stopping import Stopped
 from exnorm.norms import progress_buffers
 from exnorm.optim import learning_rate, set_learning_rate
 from exnorm.runs.folder import RunFolder, write_json_atomic
@@ -36,22 +37,14 @@ ROW_EVERY = 100  # optimizer steps between rows inside an epoch
 GPU_CHECK_EVERY = 20  # steps between checks of the loss on a GPU; each check waits for the GPU
 
 
-class Stopped(Exception):
-    """A signal ended the run after a checkpoint."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[], int]) -> None:
+def train(folder: RunFolder, config: Any, world: World, stop_requests: Callable[[], int]) -> None:
     """Train or resume the run of a folder; write metrics, checkpoints and finally the record.
 
     Args:
-        stop_signal: returns the number of the signal that asks for an end, 0 while there is none.
+        stop_requests: returns what asks for an end: the number of a signal or TIME_UP; 0 while nothing does.
 
     Raises:
-        Stopped: after a signal, with a checkpoint written.
+        Stopped: after such a request, with a checkpoint written.
         UserError: a setting cannot work, an image is broken, or the loss is not finite.
     """
     trainer = config.trainer
@@ -132,13 +125,13 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
                 log({**named(task.summarize(world.sum_(batch_sums.clone())), "batch"), "lr": rate})
             save_now = trainer.checkpoint_every_steps and learner.step % trainer.checkpoint_every_steps == 0
             if learner.step % check_every == 0 or save_now:
-                signum = check(folder, learner, stop_signal())
+                request = check(folder, learner, stop_requests())
                 bad_images.check()
-                if save_now or signum:
+                if save_now or request:
                     learner.read_clock()
                     save(folder, learner)
-                if signum:
-                    stop(sinks, signum)
+                if request:
+                    stop(sinks, request)
         check(folder, learner, 0)
         bad_images.check()
         train_s = learner.read_clock() - before_s
@@ -154,10 +147,10 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         learner.sums.zero_()
         learner.epoch += 1
         keep_epoch(folder, learner, results[task.metrics[0].key], config, schedule)
-        signum = check(folder, learner, stop_signal())
-        if signum and learner.epoch < schedule.parts:
+        request = check(folder, learner, stop_requests())
+        if request and learner.epoch < schedule.parts:
             save(folder, learner)
-            stop(sinks, signum)
+            stop(sinks, request)
 
     # Record
     sinks.close()
@@ -180,10 +173,11 @@ def train(folder: RunFolder, config: Any, world: World, stop_signal: Callable[[]
         write_json_atomic(folder.record_file, plain(record))
 
 
-def stop(sinks: Sinks, signum: int) -> NoReturn:
-    """End a run because of a signal; its checkpoint is written."""
-    sinks.close(128 + signum)
-    raise Stopped(signum)
+def stop(sinks: Sinks, request: int) -> NoReturn:
+    """End a run early; its checkpoint is written."""
+    stopped = Stopped(request)
+    sinks.close(stopped.exit_code)
+    raise stopped
 
 
 def validate(

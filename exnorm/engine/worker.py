@@ -1,9 +1,9 @@
 """One worker: `python -m exnorm.engine.worker RUN_DIR` trains the run of a folder, on one device.
 
-The controller starts one per device and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; so does the
-user's `torchrun` over several nodes. A worker of the controller ends when its standard input closes, which happens
-when the controller dies for any reason. Exit codes: 0 done, 2 the user's mistake, 3 another process uses the run,
-128 + n after signal n.
+The controller starts one per device and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A worker ends
+when its standard input closes, which happens when the controller dies for any reason. Exit codes: 0 done, 2 the user's
+mistake, 3 another process uses the run, 75 its time is up, 128 + n after signal n. In a job (`exnorm.engine.in_job`)
+there is no controller, and the process that reads the command is a worker itself.
 """
 
 import json
@@ -11,15 +11,17 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from exnorm.config.errors import BUG, UserError, first_line
 from exnorm.engine.shortage import shortage
+from exnorm.engine.stopping import Stopped, StopRequests
 from exnorm.runs.folder import RunFolder, RunLocked
 from exnorm.runs.output import outlive_output, print_anything
-from exnorm.runs.subprocesses import available_cores, end_with_parent, heeded_signals, workers_here
+from exnorm.runs.subprocesses import available_cores, end_with_parent, workers_here
 
 CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
@@ -28,53 +30,82 @@ EXIT_LOCKED = 3
 
 
 def main(arguments: list[str]) -> int:
-    """Run a worker; return its exit code."""
+    """Run a worker of a controller; return its exit code."""
     outlive_output()
     if os.environ.get(CONTROLLED):
         end_with_parent()
     print_anything()
     folder_name, *request = arguments
-    received = _listen() if not request else []
     if request:  # an evaluation has nothing to save: it dies at once, without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    stop_requests = None if request else StopRequests()
 
-    import torch
+    from exnorm.engine import checkpoint, distributed
 
-    from exnorm.engine import checkpoint, distributed, train
-    from exnorm.runs.counted_warnings import counted_warnings
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cores() // workers_here()))
     folder = RunFolder(folder_name)
     try:
-        config = checkpoint.read_config(folder)
-        with counted_warnings(printed=os.environ.get("RANK", "0") == "0"):
-            if request:
+        with shortages_explained(folder):
+            config = checkpoint.read_config(folder)
+            if stop_requests is None:
                 _evaluate(folder, config, json.loads(request[0]))
             else:
-                _train(folder, config, lambda: received[0] if received else 0)
-    except train.Stopped as stopped:
-        return 128 + stopped.signum
+                train_run(folder, config, config.trainer.device, stop_requests, distributed.join)
+    except Stopped as stopped:
+        return stopped.exit_code
     except RunLocked as problem:
         _report(problem)
         return EXIT_LOCKED
     except UserError as problem:
         _report(problem)
         return EXIT_USER_ERROR
-    except torch.OutOfMemoryError as problem:
-        less = "Use more trainer.passes, a smaller batch or trainer.precision=bf16, and no trainer.cuda_graph"
-        _report(UserError(f"the memory of the GPU is full. {less} ({first_line(problem)})"))
-        return EXIT_USER_ERROR
     except Exception as problem:
-        line = shortage(problem, folder)
-        if line is None:
-            problem.add_note(BUG)
-            raise
-        _report(UserError(line))
-        return EXIT_USER_ERROR
+        problem.add_note(BUG)
+        raise
     finally:
         distributed.leave()
     return 0
+
+
+@contextmanager
+def shortages_explained(folder: RunFolder) -> Iterator[None]:
+    """Raise UserError, a line that says what to type, where a machine runs out of memory, disk or open files."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        less = "Use more trainer.passes, a smaller batch or trainer.precision=bf16, and no trainer.cuda_graph"
+        raise UserError(f"the memory of the GPU is full. {less} ({first_line(problem)})") from None
+    except (OSError, RuntimeError) as problem:
+        line = shortage(problem, folder)
+        if line is None:
+            raise
+        raise UserError(line) from None
+
+
+def train_run(
+    folder: RunFolder, config: Any, device: str, stop_requests: StopRequests, join: Callable[[str], Any]
+) -> None:
+    """Train the run of a folder in this process, whose rank is in RANK. The first worker holds the folder's lock.
+
+    Args:
+        join: joins the other workers; its argument is `cuda` or `cpu`.
+    """
+    from exnorm.engine.train import train
+    from exnorm.runs.counted_warnings import counted_warnings
+
+    is_first = os.environ.get("RANK", "0") == "0"
+    lock = folder.lock() if is_first else None
+    if is_first:
+        _say_what_is_compiled()
+    with counted_warnings(printed=is_first):
+        _share_cores()
+        world = join(device_type(device))
+        stop_requests.limit(config.trainer.max_hours)
+        train(folder, config, world, stop_requests)
+        world.wait()
+    if lock is not None:
+        lock.release()
 
 
 def device_type(wanted: str) -> str:
@@ -92,19 +123,12 @@ def device_type(wanted: str) -> str:
     return wanted
 
 
-def _train(folder: Any, config: Any, stop_signal: Any) -> None:
-    from exnorm.engine import distributed
-    from exnorm.engine.train import train
+def _share_cores() -> None:
+    """Take an equal share of the cores, unless the user has chosen a number."""
+    import torch
 
-    is_first = os.environ.get("RANK", "0") == "0"
-    lock = folder.lock() if is_first else None
-    if is_first:
-        _say_what_is_compiled()
-    world = distributed.join(device_type(config.trainer.device))
-    train(folder, config, world, stop_signal)
-    world.wait()
-    if lock is not None:
-        lock.release()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, available_cores() // workers_here()))
 
 
 def _say_what_is_compiled() -> None:
@@ -116,35 +140,31 @@ def _say_what_is_compiled() -> None:
 def _evaluate(folder: Any, config: Any, request: dict[str, Any]) -> None:
     from exnorm.engine import distributed
     from exnorm.engine.evaluate_run import evaluate_run
+    from exnorm.runs.counted_warnings import counted_warnings
 
-    world = distributed.join(device_type(request["device"]))
-    evaluate_run(folder, config, request, world)
-
-
-def _listen() -> list[int]:
-    """Collect the signals that ask for an end; the training checks them between steps."""
-    received: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-
-    for signum in heeded_signals():
-        signal.signal(signum, note)
-    return received
+    with counted_warnings(printed=os.environ.get("RANK", "0") == "0"):
+        _share_cores()
+        world = distributed.join(device_type(request["device"]))
+        evaluate_run(folder, config, request, world)
 
 
 def _report(problem: UserError) -> None:
     error_file = os.environ.get(ERROR_FILE)
     if os.environ.get("EXNORM_TRACEBACK"):
         raise problem
-    text = str(problem)
-    if text.startswith("Caught "):  # a loader process sends its traceback along
-        text = text.rpartition("UserError: ")[2]
-    line = " ".join(text.split())
+    line = in_one_line(problem)
     if error_file:
         Path(error_file).write_text(line, encoding="utf-8", errors="surrogateescape")
     else:
         print(f"exnorm: error: {line}", file=sys.stderr, flush=True)
+
+
+def in_one_line(problem: UserError) -> str:
+    """Return the message of a user's mistake. A loader process sends its traceback along, which is left out."""
+    text = str(problem)
+    if text.startswith("Caught "):
+        text = text.rpartition("UserError: ")[2]
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

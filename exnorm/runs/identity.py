@@ -34,6 +34,7 @@ EXCLUDED = frozenset(
         "trainer.deterministic",
         "trainer.checkpoint_every",
         "trainer.checkpoint_every_steps",
+        "trainer.max_hours",
         "trainer.snapshots",
         "trainer.eval_batch_size",
         "runs",

@@ -1,0 +1,200 @@
+"""Training in a job (`exnorm.engine.job`): the process with rank 0 leads, the others follow.
+
+The leader does what the controller does on one machine: it reads the command, finds or makes the run folder, prints and
+records. The others take the folder, with its configuration, from the leader. All need to see that folder: `runs` is on
+a file system that the nodes share. Each process trains as a worker of a controller does.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from exnorm.config.errors import BUG, UserError, first_line
+from exnorm.engine.job import Place, describe_nodes, in_replica_order
+from exnorm.engine.lifeline import EXIT_FAILED, GRACE_S, HELLO_S, Follower, Leader
+from exnorm.engine.processes import BY_TIME, say_stopped, then
+from exnorm.engine.stopping import EXIT_TIME_UP, Stopped, StopRequests
+from exnorm.engine.worker import in_one_line, shortages_explained, train_run
+from exnorm.runs.folder import RunFolder, write_text_atomic
+
+JOIN_S = 1800  # until all processes of a job have come
+SHARED_S = 60  # until a folder that another node made is seen; NFS may take as long
+ADDRESS = "exnorm/leader"  # where the leader writes its port and token
+GROUP = "exnorm/group"  # the prefix of what torch's process group writes
+
+
+class Job:
+    """The job that this process leads: its place, the store of torch, and the connections to the other processes."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.store = place, _meet(place)
+        self.leader = Leader(place.size)
+        self.store.set(ADDRESS, f"{self.leader.port} {self.leader.token}")
+        count = 1 + len(self.leader.followers(HELLO_S))
+        if count < place.size:
+            raise UserError(
+                f"only {count} of {place.size} processes can reach {place.host} at port {self.leader.port}. The ports "
+                "from 1024 up have to be open between the nodes"
+            )
+
+
+_jobs: list[Job] = []  # at most one
+
+
+@contextmanager
+def leading(place: Place) -> Iterator[None]:
+    """Lead a job inside the block, in which one run may be trained. At its end the other processes end, too."""
+    job = Job(place)
+    _jobs.append(job)
+    message: dict[str, Any] = {"failed": "rank 0 failed"}
+    try:
+        yield
+        message = {"end": True}
+    except SystemExit as end:
+        if not end.code:
+            message = {"end": True}
+        raise
+    finally:
+        job.leader.end(message)
+        _jobs.clear()
+
+
+def current_job() -> Job | None:
+    """Return the job that this process leads, or None."""
+    return _jobs[0] if _jobs else None
+
+
+def train_as_leader(job: Job, folder: RunFolder, device: str, *, span: int) -> None:
+    """Train the run of a folder with all processes of the job.
+
+    Args:
+        device: cuda or cpu, for all processes.
+        span: the number of processes of a replica.
+
+    Raises:
+        UserError: a setting cannot work, or another process failed.
+        SystemExit: the run stopped early, with a checkpoint.
+    """
+    from exnorm.engine import checkpoint
+
+    ordered = in_replica_order([job.place, *job.leader.followers(0)], span=span)
+    nodes = [place.node for place in ordered]
+    for rank, place in enumerate(ordered):
+        message = {
+            "folder": str(folder.path.resolve()),
+            "device": device,
+            "rank": rank,
+            "here": nodes.count(place.node),
+        }
+        if place.rank > 0:
+            job.leader.send(place.rank, {"train": message})
+        else:
+            _set_environment(message)
+    if text := describe_nodes(ordered, span=span):
+        print(text, flush=True)
+    job.leader.on_loss = partial(_keep_error, folder)
+    try:
+        with shortages_explained(folder):
+            config = checkpoint.read_config(folder)
+            train_run(folder, config, device, StopRequests(leads=True), partial(_join, job.store))
+    except Stopped as stopped:
+        say_stopped(folder, BY_TIME if stopped.exit_code == EXIT_TIME_UP else "")
+        raise SystemExit(stopped.exit_code) from None
+    except UserError:
+        raise
+    except Exception:
+        cause = job.leader.cause(GRACE_S)  # if a process is lost, the exchange with it fails here, too
+        if cause is None:
+            raise
+        raise UserError(f"{cause}{then(folder)}") from None
+
+
+def follow(place: Place) -> int:
+    """Do what the leader of the job says, and return the exit code. The leader prints why a job ends."""
+    try:
+        store = _meet(place)
+        port, token = store.get(ADDRESS).decode().split()
+        follower = Follower(place, os.environ["MASTER_ADDR"], int(port), token)
+    except (OSError, UserError) as problem:
+        print(f"exnorm: error: rank {place.rank} on {place.host}: {first_line(problem)}", file=sys.stderr)
+        return EXIT_FAILED
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it trains, Ctrl-C ends it without a traceback
+    message = follower.receive()
+    if "train" not in message:
+        return 0 if "end" in message else EXIT_FAILED
+    try:
+        _follow_in_training(message["train"], store)
+    except Stopped as stopped:
+        code = stopped.exit_code
+    except UserError as problem:
+        follower.fail(in_one_line(problem))
+        return EXIT_FAILED
+    except Exception as problem:  # noqa: BLE001 - printed below, unless it follows from the failure of another process
+        if not follower.job_has_failed(GRACE_S):
+            follower.fail(f"{type(problem).__name__}: {first_line(problem)}")
+            problem.add_note(BUG)
+            traceback.print_exception(problem)
+        return EXIT_FAILED
+    else:
+        code = 0
+    follower.done()
+    return code
+
+
+def _follow_in_training(message: dict[str, Any], store: Any) -> None:
+    from exnorm.engine import checkpoint
+
+    stop_requests = StopRequests()
+    folder = RunFolder(message["folder"])
+    _set_environment(message)
+    end = time.monotonic() + SHARED_S
+    while not folder.config_file.is_file():
+        if time.monotonic() > end:
+            raise UserError(f"{folder.path} is not here. Put the runs where all nodes see them, with runs=DIR")
+        time.sleep(1)
+    with shortages_explained(folder):
+        config = checkpoint.read_config(folder)
+        train_run(folder, config, message["device"], stop_requests, partial(_join, store))
+
+
+def _set_environment(message: dict[str, Any]) -> None:
+    """Set this worker's rank, which may differ from the rank of its process, and the number of workers on its node."""
+    os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(message["rank"]), str(message["here"])
+
+
+def _meet(place: Place) -> Any:
+    """Return the store of torch that all processes of the job share, once all have come.
+
+    Raises:
+        UserError: they have not come in time.
+    """
+    import torch.distributed as dist
+
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
+    except (dist.DistError, RuntimeError, OSError) as problem:
+        raise UserError(
+            f"the {place.size} processes of this job do not find each other at MASTER_ADDR="
+            f"{os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']} ({first_line(problem)})"
+        ) from None
+    return store
+
+
+def _join(store: Any, device: str) -> Any:
+    import torch.distributed as dist
+
+    from exnorm.engine import distributed
+
+    return distributed.join(device, store=dist.PrefixStore(GROUP, store))
+
+
+def _keep_error(folder: RunFolder, cause: str) -> None:
+    with suppress(OSError):
+        write_text_atomic(folder.error_file, f"{cause}\n")
