@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test docs browser slow results reproduce-all
+.PHONY: help setup quickstart check test docs notebooks browser slow results reproduce-all
 
 VENV ?= .venv
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
@@ -49,6 +49,9 @@ check: setup ## Lint, formatting, types, layers, the documentation, and that tab
 docs: setup ## Build the documentation into site/, without network: open site/index.html
 	$(SITE)
 	@echo "open site/index.html, or type $(BIN)/mkdocs serve: that has the search, too"
+
+notebooks: setup ## Run the notebooks of examples/ and store their outputs, figures included (about 2 minutes)
+	$(BIN)/python scripts/notebooks.py
 
 test: setup ## The tests, without the slow ones
 	$(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadfile

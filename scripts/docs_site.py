@@ -1,13 +1,15 @@
 """What the documentation site has: a hook of MkDocs, which mkdocs.yml names.
 
 The site mirrors the repository: `docs/data.md` becomes `docs/data.html` and `README.md` becomes `index.html`. So the
-links between these files are the same on both. The page of the settings is generated (`settings_page.py`).
+links between these files are the same on both. The page of the settings is generated (`settings_page.py`), and so are
+those of the notebooks (`notebook_page.py`): `examples/*.ipynb` becomes a page and image files.
 """
 
 import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from notebook_page import notebook_page
 from settings_page import settings_page
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ OUTSIDE_OF_DOCS = (
     "CHANGELOG.md",
     "examples/*/README.md",
     "examples/*.py",
+    "examples/*.ipynb",
     "results/README.md",
     "results/bench/*",
     "results/figures/*.png",
@@ -42,12 +45,17 @@ def on_files(files: "Files", config: Any) -> "Files":
         name = path.relative_to(ROOT).as_posix()
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     files.append(File.generated(config, SETTINGS, content=settings_page()))
+    for path in sorted(ROOT.glob("examples/*.ipynb")):
+        page, images = notebook_page(path.read_text(encoding="utf-8"), path.stem)
+        files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
+        for name, content in images.items():
+            files.append(File.generated(config, f"examples/{name}", content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: "Files") -> str:
     """Return the text of a page as Python-Markdown needs it; GitHub is less strict."""
-    return with_pages_of_folders(with_lines_before_lists(markdown), page.file.src_uri)
+    return with_pages(with_lines_before_lists(markdown), page.file.src_uri)
 
 
 def with_lines_before_lists(markdown: str) -> str:
@@ -64,11 +72,13 @@ def with_lines_before_lists(markdown: str) -> str:
     return "\n".join(lines)
 
 
-def with_pages_of_folders(markdown: str, name: str) -> str:
-    """Let a link to a folder lead to the README.md in it, as on GitHub."""
+def with_pages(markdown: str, name: str) -> str:
+    """Let a link to a folder lead to the README.md in it, as on GitHub, and a link to a notebook to its page."""
     here = ROOT / PurePosixPath(name).parent
 
     def page_of(found: re.Match[str]) -> str:
+        if found[1].endswith(".ipynb"):
+            return f"{found[1].removesuffix('.ipynb')}.md"
         is_folder = (here / found[1] / "README.md").is_file()
         return f"{found[1].rstrip('/')}/README.md" if is_folder else found[1]
 

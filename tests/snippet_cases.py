@@ -1,6 +1,10 @@
-"""The code of README.md and of docs/: blocks of Python and of the shell, and single words of code in the text."""
+"""The code of README.md and of docs/: blocks of Python and of the shell, and single words of code in the text.
+
+Of a notebook, only the words in its text: tests/test_notebooks.py runs its code.
+"""
 
 import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import NamedTuple
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 ITEM = re.compile(r"([*-]|\d+\.) ")
 COMMAND = re.compile(r"(\w+=\S+ )*(exnorm|make|pip|python|git|source|mkdocs)\b")
 
@@ -83,11 +88,19 @@ def parsed(place: str, text: str) -> Line:
 def code_words() -> list[tuple[str, str]]:
     """Return (page, text) for everything between single backticks in the text of the pages."""
     found = []
-    for page in PAGES:
-        text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for page in [*PAGES, *NOTEBOOKS]:
+        text = re.sub(r"^ *```.*?^ *```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
         prose = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
         found += [(page.relative_to(ROOT).as_posix(), code) for code in re.findall(r"`([^`\n]+)`", prose)]
     return found
+
+
+def text_of(page: Path) -> str:
+    """Return the text of a page. For a notebook, that is the text between its code."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
 
 
 def single_runs(words: list[str]) -> list[list[str]]:

@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import ROOT
+from snippet_cases import NOTEBOOKS
 
 import exnorm
 from exnorm.config.explain import known_values
@@ -82,6 +83,16 @@ def test_every_link_leads_to_a_file_of_the_site(site: Path, pages: dict[Path, Pa
             if not is_elsewhere(address) and urlsplit(address).path:
                 target = (file.parent / unquote(urlsplit(address).path)).resolve()
                 assert target.is_file() and target.is_relative_to(site.resolve()), f"{file}: {address}"
+
+
+def test_a_notebook_is_a_page_with_its_figures_and_links_lead_there(pages: dict[Path, Page]) -> None:
+    """In the repository these links lead to the file, which the site only offers for download on the page itself."""
+    links = {file: {PurePosixPath(urlsplit(link).path).name for link in page.links} for file, page in pages.items()}
+    for notebook in NOTEBOOKS:
+        (own,) = [file for file in pages if file.name == f"{notebook.stem}.html"]
+        figures = {name for name in pages[own].loaded if name.startswith(notebook.stem)}
+        assert figures and all((own.parent / name).is_file() for name in figures)
+        assert [file for file, found in links.items() if notebook.name in found] == [own]
 
 
 def test_what_is_a_list_in_the_files_is_one_on_the_site(pages: dict[Path, Page]) -> None:
