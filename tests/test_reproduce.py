@@ -110,6 +110,33 @@ def test_killed_twice_and_started_again_it_writes_the_same_record(tmp_path: Path
     assert "2 runs and 2 evaluations of them; 2 runs done, 0 and 0 evaluations left: 0.0 hours" in out
 
 
+def test_two_commands_divide_the_runs_and_one_finishes_those_of_a_killed_one(tmp_path: Path) -> None:
+    """No run is started twice, unless its first process was killed."""
+    study, here = tiny_study(tmp_path, ", bn: [norm=bn], gn: [norm=gn]"), tmp_path / "here"
+    here.mkdir()
+    both = [start(["reproduce", study, "--jobs", "1"], here) for _ in range(2)]
+    results = [process.communicate(timeout=600) for process in both]
+    assert [process.returncode for process in both] == [0, 0], results
+    trained = [
+        {line.split("]")[1].split(",")[0] for line in out.splitlines() if line.startswith("[")} for out, _ in results
+    ]
+    assert all(trained) and len(trained[0] | trained[1]) == 8
+    starts = [json.loads(path.read_text()) for path in here.glob("runs/*/*/provenance.json")]
+    assert len(starts) == 4 and not any(start["resumed"] for start in starts)
+    evaluations = [path.read_text().count("\n") for path in here.glob("runs/*/*/evaluations.jsonl")]
+    assert evaluations == [1] * 4
+    assert len({row["cell"] for row in records(here / "results")}) == 8
+
+    shutil.rmtree(here / "runs")
+    both = [start(["reproduce", study, "--jobs", "1"], here) for _ in range(2)]
+    wait_for(lambda: len(list(here.glob("runs/*/*/checkpoints/step-*.pt"))) > 1, "two runs")
+    both[0].kill()
+    both[0].communicate()
+    _, err = both[1].communicate(timeout=600)
+    assert both[1].returncode == 0, err
+    assert len(list(here.glob("runs/*/*/record.json"))) == 4
+
+
 def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
     """On submitit's local cluster, whose jobs are processes: one for each run, with the evaluations of it."""
     study, here = tiny_study(tmp_path), tmp_path / "here"

@@ -3,13 +3,11 @@
 A file begins with a line of JSON, padded to 4,096 bytes, with the number and the checksum of the bytes that follow.
 """
 
-import contextlib
-import fcntl
 import functools
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from exnorm.runs.cache import cache_folder
-from exnorm.runs.folder import flock
+from exnorm.runs.lock import alone
 
 HEADER = 4096  # bytes
 
@@ -49,7 +47,7 @@ def made_once(name: str, shape: tuple[int, ...], count: int, fill: Callable[[Pat
         fill: writes the images into a file, from byte HEADER on. If it raises an error, there is no file.
     """
     path = cache_folder() / name
-    with _alone(path):
+    with alone(path.with_suffix(".lock")):
         if not _is_complete(path):
             part = path.with_suffix(".part")  # the leftover of a process that was killed is overwritten
             with part.open("wb") as file:
@@ -65,14 +63,6 @@ def made_once(name: str, shape: tuple[int, ...], count: int, fill: Callable[[Pat
             part.replace(path)
             _mapped.cache_clear()
     return PixelFile(str(path), shape)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let only one process make a file at a time; the others wait."""
-    with path.with_suffix(".lock").open("w") as lock:
-        flock(lock.fileno(), fcntl.LOCK_EX)
-        yield
 
 
 def _is_complete(path: Path) -> bool:

@@ -17,7 +17,8 @@ from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import eval_loader, evaluate
 from exnorm.engine.images import bad_images_of
 from exnorm.norms import configure_scope
-from exnorm.runs.folder import RunFolder, utc_now
+from exnorm.runs.folder import RunFolder
+from exnorm.runs.lock import utc_now
 from exnorm.runs.metrics import MetricsLog
 from exnorm.tasks import Views, make_task
 

@@ -32,12 +32,12 @@ from exnorm.engine.summary import print_evaluations, print_result, print_shorter
 from exnorm.runs.folder import (
     RunFolder,
     RunLocked,
-    holder,
     read_json,
     write_json_atomic,
     write_text_atomic,
 )
 from exnorm.runs.identity import config_hash, flatten, run_dir
+from exnorm.runs.lock import holder
 from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.provenance import collect, uncommitted_patch
 from exnorm.runs.sinks import check_classes
@@ -101,6 +101,8 @@ def run(config: DictConfig) -> None:
                 resumes=folder,
                 deterministic=config.trainer.deterministic,
             )
+    except RunLocked:
+        raise  # another process has just started the run; what is in the folder is its own
     except UserError as problem:
         if made and _is_worthless(folder, beside=earlier):
             _remove(folder)

@@ -6,29 +6,20 @@ noisy_labels.csv  bad_images.csv  evaluations.jsonl  class_ratios-*.csv  tensorb
 """
 
 import errno
-import fcntl
-import functools
 import json
 import os
 import re
-import socket
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from exnorm.config.errors import UserError
+from exnorm.runs.lock import FileLock, Locked, is_locked
 
 NOT_FINITE = "the loss is not finite at step"  # the beginning of the error of a diverged training
 NAMED = ("model", "norm", "data")
 CONFIG_KEYS = {"trainer": dict, "batch": str, "seed": int, **dict.fromkeys(NAMED, dict)}  # keys that every run has
-LOCK_TRIES = 5  # a process that lists the runs holds a shared lock for an instant
-LOCK_PAUSE_S = 0.05
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -115,80 +106,18 @@ class RunFolder:
             return None
         return int(found[1]) if found else None
 
-    def lock(self) -> "RunLock":
+    def lock(self) -> FileLock:
         """Lock the folder until `release` or the end of a `with`; raise RunLocked if another process has the lock."""
-        return RunLock(self.lock_file)
+        try:
+            return FileLock(self.lock_file)
+        except Locked as problem:
+            raise RunLocked(
+                f"{self.path} is in use by {problem}. Wait for it, stop it, or choose another seed"
+            ) from None
 
     def is_locked(self) -> bool:
         """Return whether a process holds the lock now."""
-        try:
-            handle = os.open(self.lock_file, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-        return False
-
-
-class RunLock:
-    """An exclusive lock on `.lock`, held from construction to `release`; the kernel frees it when the process dies."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        for _ in range(LOCK_TRIES):
-            try:
-                flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(LOCK_PAUSE_S)
-        else:
-            os.close(self._handle)
-            raise RunLocked(f"{path.parent} is in use by {holder(path)}. Wait for it, stop it, or choose another seed")
-        who = {"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, json.dumps(who).encode(), 0)
-        self._held = True
-        os.register_at_fork(after_in_child=self._leave_to_parent)
-
-    def release(self) -> None:
-        """Release the lock; call this only once."""
-        self._held = False
-        os.ftruncate(self._handle, 0)
-        os.close(self._handle)
-
-    def _leave_to_parent(self) -> None:
-        # Otherwise a loader process that outlives a killed trainer would keep the lock.
-        if self._held:
-            os.close(self._handle)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-def flock(handle: int, operation: int) -> None:
-    """Lock an open file as `fcntl.flock` does; on a network file system without locks, warn once and continue."""
-    try:
-        fcntl.flock(handle, operation)
-    except OSError as problem:
-        if problem.errno not in NO_LOCKS:
-            raise
-        _warn_without_locks()
-
-
-@functools.cache
-def _warn_without_locks() -> None:
-    line = "this file system has no locks (flock). Do not start the same run or study twice at the same time"
-    print(f"exnorm: warning: {line}", file=sys.stderr, flush=True)
+        return is_locked(self.lock_file)
 
 
 def lacking_in(config: Any) -> str:
@@ -199,19 +128,6 @@ def lacking_in(config: Any) -> str:
         if not isinstance(config.get(key), kind):
             return key
     return next((f"{key}.name" for key in NAMED if not isinstance(config[key].get("name"), str)), "")
-
-
-def holder(lock_file: Path) -> str:
-    """Return who holds a lock: process, machine and since when."""
-    who = read_json(lock_file)
-    if who is None:
-        return "another process"
-    return f"process {who.get('pid')} on {who.get('host')} since {who.get('started')}"
-
-
-def utc_now() -> str:
-    """Return the time as `2026-01-31T12:00:00Z`."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from exnorm.runs.folder import utc_now
+from exnorm.runs.lock import utc_now
 
 PACKAGES = (
     "exnorm",

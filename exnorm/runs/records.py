@@ -11,15 +11,13 @@ The files of a study are replaced under a lock, each in one step, so that severa
 """
 
 import csv
-import fcntl
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from exnorm.config.errors import UserError
-from exnorm.runs.folder import flock, write_text_atomic
+from exnorm.runs.folder import write_text_atomic
+from exnorm.runs.lock import alone
 from exnorm.runs.sinks import csv_text
 
 KEY = (
@@ -128,7 +126,7 @@ def change_records(results: Path, study: str, change: Callable[[Rows], Rows], *,
     """
     folder = results / "records"
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder / ".lock"):  # NFS can lock files but not folders
         rows = change({kind: read_records(results, study, kind) for kind in COLUMNS})
         for kind, columns in reversed(COLUMNS.items()):
             path = record_file(results, study, kind)
@@ -137,13 +135,3 @@ def change_records(results: Path, study: str, change: Callable[[Rows], Rows], *,
                 write_text_atomic(path, csv_text(lines))
             else:
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # NFS can lock files but not folders
-    try:
-        flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

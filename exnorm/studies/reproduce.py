@@ -2,7 +2,8 @@
 
 The command can be killed at any moment; the same command then continues. It skips finished runs and resumes the others
 from their checkpoints, as `exnorm train` does. A failed run does not stop the others. The record is updated after each
-run.
+run. Several commands, on one machine or on several that share a file system, divide the runs among them: each claims a
+run before it starts it.
 """
 
 import json
@@ -12,8 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from exnorm.config.errors import BUG, UserError
 from exnorm.config.study import Study
 from exnorm.runs.folder import NOT_FINITE, RunFolder
+from exnorm.runs.lock import FileLock, Locked
 from exnorm.runs.provenance import STUDY
 from exnorm.runs.records import record_file
 from exnorm.runs.subprocesses import (
@@ -35,6 +37,8 @@ from exnorm.studies.estimate import estimate_of
 from exnorm.studies.plan import LABELS, Job, RunKey, by_run, trainings_of
 
 LOCK_PAUSE_S = 0.5
+CLAIM_PAUSE_S = 2.0
+CLAIMS = ".claims"  # the folder of the claims, in that of the runs
 ERROR = "exnorm: error: "
 
 
@@ -60,21 +64,17 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
     done = len(jobs) - len(waiting) - len(damaged)
     print(f"{study.id} at scale {study.scale}: {done} of {len(jobs)} runs are done{elsewhere(study, waiting, results)}")
     at_once = at_once or (max(1, available_cores() // study.threads) if study.threads else 1)
-    runner = Runner(study, results, total=len(waiting))
+    runner = Runner(study, results, waiting)
     with runner.forwarding_signals(), ThreadPoolExecutor(at_once) as pool:
-        futures: dict[RunKey, Future[Problems]] = {}
-        for key, group in by_run(waiting).items():
-            source = futures.get(group[-1].needs.run_key) if group[-1].needs else None
-            futures[key] = pool.submit(runner.run_all, group, source)
-        problems = dict(damaged)
-        for future in futures.values():
-            problems |= future.result()
+        for thread in [pool.submit(runner.work) for _ in range(at_once)]:
+            thread.result()
     if runner.signum:
         print(f"exnorm: stopped. Type the same command again to continue with {study.id}", file=sys.stderr)
         return 128 + runner.signum
     print(f"record: {record_file(results, study.id)}. To see it, type exnorm table {study.named} --scale {study.scale}")
-    for title, problem in problems.items():
-        print(f"failed: {title}: {problem}", file=sys.stderr)
+    problems = damaged | runner.problems
+    for title in [job.title for job in jobs if job.title in problems]:
+        print(f"failed: {title}: {problems[title]}", file=sys.stderr)
     return 1 if problems else 0
 
 
@@ -114,17 +114,47 @@ def check_settings(jobs: Iterable[Job]) -> None:
 class Runner:
     """Starts each run as a subprocess, which ends with this process, and forwards signals to it."""
 
-    def __init__(self, study: Study, results: Path, *, total: int) -> None:
-        self.study, self.results, self.total = study, results, total
+    def __init__(self, study: Study, results: Path, jobs: Sequence[Job]) -> None:
+        self.study, self.results, self.total = study, results, len(jobs)
         self.signum = 0
         self.done = 0
+        self.problems: Problems = {}
+        self._waiting = by_run(jobs)
+        self._active: set[RunKey] = set()
         self._processes: set[subprocess.Popen[str]] = set()
         self._changing = threading.Lock()
+        self._taking = threading.Lock()
 
-    def run_all(self, jobs: Sequence[Job], source: "Future[Problems] | None") -> Problems:
+    def work(self) -> None:
+        """Do the jobs of one run after the other, until none is left; other threads and commands do the same."""
+        while (taken := self._take()) is not None:
+            key, jobs, claim = taken
+            with claim:
+                problems = self.run_all(jobs)
+            with self._taking:
+                self.problems |= problems
+                self._active.remove(key)
+
+    def _take(self) -> tuple[RunKey, list[Job], AbstractContextManager[Any]] | None:
+        """Claim a run that no other command works on, once the run that it begins with has ended; None at the end."""
+        while True:
+            with self._taking:
+                if self.signum or not self._waiting:
+                    return None
+                for key, jobs in self._waiting.items():
+                    source = jobs[-1].needs
+                    if source is not None and source.run_key in (self._waiting.keys() | self._active):
+                        continue
+                    claim = claimed(jobs[-1])
+                    if claim is not None:
+                        self._active.add(key)
+                        return key, self._waiting.pop(key), claim
+            time.sleep(CLAIM_PAUSE_S)
+
+    def run_all(self, jobs: Sequence[Job]) -> Problems:
         """Do the jobs of one run: the training, then its evaluations. Return the problems by the title of the job."""
         needed = jobs[-1].needs
-        if source is not None and needed is not None and needed.title in source.result():
+        if needed is not None and needed.title in self.problems:
             return {job.title: "the run that it begins with failed" for job in jobs}
         problems: Problems = {}
         for job in jobs:
@@ -206,7 +236,7 @@ class Runner:
         try:
             self._exnorm(["train", *arguments], job)
         except Failed:
-            if self.signum or not (folder.is_locked() or folder.diverged_at()):
+            if self.signum or not (folder.is_locked() or folder.diverged_at() or folder.read_record()):
                 raise
         else:
             if folder.read_record() is None:
@@ -243,6 +273,17 @@ class Runner:
             told = [line.partition(ERROR)[2] for line in lines if ERROR in line]
             last = [line for line in lines if line.strip() and line != BUG]
             raise Failed((told or last or [f"exit code {code}"])[-1])
+
+
+def claimed(job: Job) -> AbstractContextManager[Any] | None:
+    """Return a claim on the run of a job, held until its end; None if another command has it."""
+    folder = job.folder()
+    if folder is None:  # the run that it begins with has failed
+        return nullcontext()
+    try:
+        return FileLock(job.runs / CLAIMS / f"{folder.path.parent.name}-{folder.path.name}.lock")
+    except Locked:
+        return None
 
 
 def _without_result(verb: str, folder: RunFolder) -> str:
