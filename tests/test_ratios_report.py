@@ -66,6 +66,11 @@ def test_the_spread_over_samples_is_beside_the_mean() -> None:
     assert wide.loc["bn1", ("std", "ln")] == 0.2 and wide.loc["bn1", ("lambda", "ln")] == 0.3
 
 
+def test_a_layer_with_a_slash_in_its_name_keeps_it() -> None:
+    frame = shares([{"step": 1, "epoch": 1, "ratio/a/b/in": 0.5, "ratio/a/b/in/std": 0.1, "ratio/c/d/var/bn": 0.2}])
+    assert frame[["layer", "kind", "normalizer"]].to_numpy().tolist() == [["a/b", "lambda", "in"], ["c/d", "var", "bn"]]
+
+
 def test_the_bars_of_a_layer_are_its_ratios_in_the_colours_of_the_normalizers() -> None:
     figure = stacked(shares(sn_rows()), "title")
     assert isinstance(figure, Figure)

@@ -19,10 +19,12 @@ def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
     for row in rows:
         for key, value in row.items():
             if key.startswith("ratio/") and value is not None:
-                _, layer, *words = key.split("/")
+                _, *words = key.split("/")
                 statistic = words.pop() if words[-1] == "std" else "mean"
-                kind = words[0] if len(words) == 2 else "lambda"
-                found.setdefault((row["epoch"], layer, kind, words[-1]), {})[statistic] = value
+                normalizer = words.pop()
+                kind = words.pop() if len(words) > 1 and words[-1] in ("mean", "var") else "lambda"
+                layer = "/".join(words)  # the name of a module can have a slash
+                found.setdefault((row["epoch"], layer, kind, normalizer), {})[statistic] = value
     keys = pd.DataFrame(found.keys(), columns=["epoch", "layer", "kind", "normalizer"])
     return keys.join(pd.DataFrame(found.values(), columns=["mean", "std"]))
 
