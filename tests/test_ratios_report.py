@@ -111,7 +111,7 @@ def test_the_command_prints_the_table_and_writes_the_figures_without_torch(tmp_p
     assert done.returncode == 0, done.stderr
     assert "0.600" in done.stdout and "BN's mean ratio" not in done.stdout  # the advice is about SN
     figures = sorted(path.name for path in (folder / "figures").iterdir())
-    assert figures == ["ratio_dynamics.png", "ratio_dynamics.svg", "ratios.png", "ratios.svg"]
+    assert figures == ["ratio_dynamics.png", "ratio_dynamics.svg", "ratios.html", "ratios.png", "ratios.svg"]
 
 
 def test_a_run_without_ratios_is_told_why(tmp_path: Path) -> None:
