@@ -6,7 +6,7 @@ from typing import Any
 
 from exnorm.runs.folder import RunFolder
 
-PHONE, DESKTOP = (390, 800), (1280, 900)
+PHONE, DESKTOP = (360, 740), (1280, 900)
 
 
 def look(browser: Any, address: Path | str, size: tuple[int, int]) -> tuple[Any, list[str]]:

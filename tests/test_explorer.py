@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from page_cases import look, run_with
+from page_cases import DESKTOP, PHONE, look, run_with
 
 from exnorm.config.study import load_study
 from exnorm.report.explorer import RatioSet, explorer
@@ -21,7 +21,7 @@ from exnorm.report.ratios import run
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.layer_ratios import CLASS_COLUMNS, read_all_class_ratios
 
-SIZES = [(1280, 900), (360, 740)]
+SIZES = [DESKTOP, PHONE]
 NORMALIZERS = ("in", "ln", "bn")
 LAYERS = ("conv1.1", "layer1.0.bn1", "layer1.0.bn2", "layer2.0.bn1")
 Row = dict[str, Any]

@@ -108,6 +108,7 @@ def test_the_figures_of_a_study_can_be_read_in_any_window(
     browser: Any, size: tuple[int, int], study_file: Callable[[str], Path]
 ) -> None:
     page, _ = look(browser, study_file("en-transfer"), size)
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     names = page.locator("#chosen option").all_inner_texts()
     for name in names:
         page.select_option("#chosen", name)
