@@ -376,7 +376,7 @@ def report(
     runs: Annotated[Path, typer.Option(help="Folder with the study's runs.")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="Folder with the records.")] = Path("results"),
 ) -> None:
-    """Write a report as one HTML file: table, verdicts, figures, and the runs behind every number."""
+    """Write a report as one HTML file: table, verdicts, figures, ratios of layers, and the runs behind every number."""
     from exnorm.report.html_report import write_report
 
     print(write_report(what, scale, out, runs=runs, results=results))

@@ -28,7 +28,7 @@ def ratios(
         ),
     ] = None,
 ) -> None:
-    """Print what each layer of a run mixes and the authors' advice, and draw figures into the run folder."""
+    """Print what each layer of a run mixes and the authors' advice. Write figures and a page into the run folder."""
     from exnorm.report.ratios import run, run_by_class, run_wrong_labels
 
     if wrong_labels and (by_class or overrides or classes):

@@ -1,10 +1,12 @@
-"""What the tests share: the command line as a subprocess, W&B kept offline, GPU tests skipped without a GPU."""
+"""What the tests share: the command line as a subprocess, a browser, W&B kept offline, GPU tests only with a GPU."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not any(Path("/dev").glob("nvidia*")):  # a test that needs compiled layers says so: they take long to compile
     os.environ.setdefault("EXNORM_BACKEND", "eager")
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT_S = 600  # a hang, not a slow machine: the longest training of the tests takes a small part of it
 CliRunner = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -84,3 +87,16 @@ def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         return subprocess.CompletedProcess([*map(str, arguments)], code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: make browser installs it where apt-get is")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()

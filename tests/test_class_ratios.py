@@ -127,6 +127,8 @@ def test_the_command_draws_and_compares_sets_and_refuses_in_one_line(
     assert "Images of imagefolder-other: mean ratio" in done.stdout
     drawn = {path.name for path in (run_of_en / "figures").glob("*.svg")}
     assert {"classes-imagefolder.svg", "similarity-imagefolder-other.svg", "difference-imagefolder-other.svg"} <= drawn
+    page = (run_of_en / "figures" / "ratios.html").read_text(encoding="utf-8")
+    assert "by class, imagefolder" in page and "all images" in page
     plain = train_here(tiny(data, "norm=sn", "trainer.epochs=1"), tmp_path)
     for run, words, said in (
         (plain, [], "only norm=en has them"),

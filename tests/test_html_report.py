@@ -2,17 +2,16 @@
 
 import base64
 import functools
-import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, CliRunner
 from engine_cases import make_image_folder, tiny, train_here
+from page_cases import DESKTOP, PHONE, look, run_with, unsigned
 
 from exnorm.config.metrics import metrics_of
 from exnorm.config.study import load_study
@@ -21,22 +20,6 @@ from exnorm.report.run_figures import curves
 from exnorm.report.study_table import StudyTable, as_html
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.records import change_records
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PHONE, DESKTOP = (390, 800), (1280, 900)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: make browser installs it where apt-get is")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +34,6 @@ def study_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return path
 
     return write
-
-
-def look(browser: Any, path: Path, size: tuple[int, int]) -> tuple[Any, list[str]]:
-    """The page in a window of a size, and what it complained about or asked the network for."""
-    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-    trouble: list[str] = []
-    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda problem: trouble.append(str(problem)))
-    page.on("request", lambda asked: None if asked.url.startswith(("file:", "data:")) else trouble.append(asked.url))
-    page.goto(path.as_uri())
-    return page, trouble
-
-
-def unsigned(page: Any) -> list[str]:
-    """What is cut off at an edge of the window or of a box of its own without a sign of it, by its first words."""
-    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    return page.evaluate("""() => [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility())
-        .filter((e) => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
-        .filter((e) => getComputedStyle(e).overflowX !== "visible")
-        .filter((e) => !e.parentElement.matches(".scrolls.right"))
-        .map((e) => `${e.tagName} ${e.textContent.trim().slice(0, 30)}`)""")
 
 
 def smallest_letters(page: Any, image: Any) -> float:
@@ -146,6 +108,7 @@ def test_the_figures_of_a_study_can_be_read_in_any_window(
     browser: Any, size: tuple[int, int], study_file: Callable[[str], Path]
 ) -> None:
     page, _ = look(browser, study_file("en-transfer"), size)
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     names = page.locator("#chosen option").all_inner_texts()
     for name in names:
         page.select_option("#chosen", name)
@@ -171,15 +134,6 @@ def test_the_page_of_a_run_in_a_browser(browser: Any, tmp_path: Path, cli_here: 
     assert "config_hash" in page.locator("details[open]").inner_text()
     (run / "record.json").unlink()
     assert "It has not finished." in run_page(RunFolder(run)) and trouble == []
-
-
-def run_with(path: Path, rows: list[dict[str, Any]]) -> RunFolder:
-    """The files of a run that the page of a run reads."""
-    named = {key: {"name": "m"} for key in ("model", "norm", "data")}
-    path.mkdir()
-    (path / "config.yaml").write_text(json.dumps({**named, "batch": "1x8", "seed": 0, "trainer": {}}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return RunFolder(path)
 
 
 def ended(epoch: int, top1: float, **more: Any) -> dict[str, Any]:

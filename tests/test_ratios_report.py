@@ -66,6 +66,11 @@ def test_the_spread_over_samples_is_beside_the_mean() -> None:
     assert wide.loc["bn1", ("std", "ln")] == 0.2 and wide.loc["bn1", ("lambda", "ln")] == 0.3
 
 
+def test_a_layer_with_a_slash_in_its_name_keeps_it() -> None:
+    frame = shares([{"step": 1, "epoch": 1, "ratio/a/b/in": 0.5, "ratio/a/b/in/std": 0.1, "ratio/c/d/var/bn": 0.2}])
+    assert frame[["layer", "kind", "normalizer"]].to_numpy().tolist() == [["a/b", "lambda", "in"], ["c/d", "var", "bn"]]
+
+
 def test_the_bars_of_a_layer_are_its_ratios_in_the_colours_of_the_normalizers() -> None:
     figure = stacked(shares(sn_rows()), "title")
     assert isinstance(figure, Figure)
@@ -106,7 +111,7 @@ def test_the_command_prints_the_table_and_writes_the_figures_without_torch(tmp_p
     assert done.returncode == 0, done.stderr
     assert "0.600" in done.stdout and "BN's mean ratio" not in done.stdout  # the advice is about SN
     figures = sorted(path.name for path in (folder / "figures").iterdir())
-    assert figures == ["ratio_dynamics.png", "ratio_dynamics.svg", "ratios.png", "ratios.svg"]
+    assert figures == ["ratio_dynamics.png", "ratio_dynamics.svg", "ratios.html", "ratios.png", "ratios.svg"]
 
 
 def test_a_run_without_ratios_is_told_why(tmp_path: Path) -> None:

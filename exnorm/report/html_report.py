@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from matplotlib import rc_context
@@ -21,20 +20,21 @@ from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import Cell, Study, load_study
 from exnorm.config.study_file import is_file_name
 from exnorm.report.claims_table import Judged, grid_of, judged_study
+from exnorm.report.explorer import explorer, sets_of_run, sets_of_study
 from exnorm.report.grids import Entry, Grid, to_html
 from exnorm.report.measured import measured
+from exnorm.report.page import page
 from exnorm.report.published import claims_of
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.report.results import duration
 from exnorm.report.run_figures import best_epoch, curves
-from exnorm.report.study_figures import STYLE, figures_of
+from exnorm.report.study_figures import STYLE, counts_steps, figures_of
 from exnorm.report.study_table import StudyTable, answers_to, column_of, table_of
 from exnorm.runs.folder import RunFolder, check_out, write_text_atomic
 from exnorm.runs.layer_ratios import shares
 from exnorm.runs.metrics import MetricsLog, validated
 from exnorm.runs.records import PRIMARY, Row, read_records
 
-PAGE = Path(__file__).with_name("page.html")
 WIDTH, HEIGHT = 220, 70  # px of a small curve
 PIXELS, POINTS = 96, 72  # in an inch
 SMALLEST = 8  # px of the smallest readable letter
@@ -77,11 +77,12 @@ def study_page(study: Study, results: Path, runs: Path) -> str:
         "<ul class='notes'>" + "".join(f"<li>{_text(line)}</li>" for line in table.footnotes()) + "</ul>",
         *_verdicts(judged_study(study, results)),
         *_figures([(figure.name, partial(figure.draw, figure.data)) for figure in figures_of(study, results)]),
+        explorer(sets_of_study(study, results), in_epochs=not counts_steps(study)),
         "<h2>The runs</h2><div id='runs'>",
         *(_runs_of(study, cell, table.rows, by_cell.get(cell.name, {}), runs) for cell in study.cells),
         "</div>",
     ]
-    return _page(study.title, parts)
+    return page(study.title, parts)
 
 
 def run_page(folder: RunFolder) -> str:
@@ -107,16 +108,11 @@ def run_page(folder: RunFolder) -> str:
         "<h2>Curves</h2>",
         *_run_curves(log, metrics_of(config)[0]),
         *_figures(drawn),
+        explorer(sets_of_run(folder, log), in_epochs=config["trainer"].get("validate_every") is None),
         "<h2>Origin of the run</h2>",
         *_origin(folder),
     ]
-    return _page(folder.path.name, parts)
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=_text(title), body="\n".join(filter(None, parts))
-    )
+    return page(folder.path.name, parts)
 
 
 def _text(text: str) -> str:

@@ -1,5 +1,6 @@
 """`exnorm ratios RUN_DIR`: the ratios of the layers of a run, from its `metrics.jsonl`."""
 
+import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from rich.table import Table
 from exnorm.config.errors import UserError
 from exnorm.report import class_figures, label_auc
 from exnorm.report.class_variance import sentence
+from exnorm.report.explorer import explorer, sets_of_run
+from exnorm.report.page import page
 from exnorm.report.ratio_figures import dynamics, stacked
-from exnorm.runs.folder import RunFolder
+from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.layer_ratios import shares, symmetric_kl
 from exnorm.runs.metrics import MetricsLog, validated
 from exnorm.runs.table import print_table
@@ -37,6 +40,7 @@ def run(run_path: Path) -> None:
         print(line)
     title = f"{config['model']['name']}, {config['norm']['name']}, {config['data']['name']}, batch {config['batch']}"
     save_figures(folder, {"ratios": stacked(frame, title), "ratio_dynamics": dynamics(frame, title)})
+    save_page(folder)
 
 
 def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
@@ -65,6 +69,7 @@ def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
         data.insert(0, "pair", f"{own} minus {other}")
         figures[f"difference-{other}"] = class_figures.draw_differences(data, folder.path.name)
     save_figures(folder, figures)
+    save_page(folder)
 
 
 def run_wrong_labels(run_path: Path, frame: pd.DataFrame) -> None:
@@ -87,6 +92,17 @@ def save_figures(folder: RunFolder, figures: Mapping[str, Figure]) -> None:
             path.parent.mkdir(exist_ok=True)
             figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
             print(f"figure: {path}")
+
+
+def save_page(folder: RunFolder) -> None:
+    """Write the page in which one explores all ratios of a run, also those by class, and print its path."""
+    path = folder.path / "figures" / "ratios.html"
+    path.parent.mkdir(exist_ok=True)
+    sets = sets_of_run(folder, MetricsLog.read(folder.metrics_file))
+    in_epochs = folder.read_config()["trainer"].get("validate_every") is None
+    heading = f"<h1>{html.escape(folder.path.name)}</h1>"
+    write_text_atomic(path, page(folder.path.name, [heading, explorer(sets, in_epochs=in_epochs)]))
+    print(f"page: {path}")
 
 
 def per_layer(frame: pd.DataFrame) -> pd.DataFrame:

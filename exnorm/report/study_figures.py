@@ -220,12 +220,16 @@ def draw_curves(study: Study, data: pd.DataFrame) -> Figure:
         panel.grid(axis="y", alpha=0.3)
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
-    in_steps = any(text.startswith("trainer.steps=") for cell in study.cells for text in cell.train)
-    figure.supxlabel("number of the validation" if in_steps else "epoch", fontsize=9)
+    figure.supxlabel("number of the validation" if counts_steps(study) else "epoch", fontsize=9)
     panels[0].set_ylabel(f"validation {study.primary.heading}")
     figure.suptitle(f"scale {study.scale}", fontsize=9)
     _legend(figure, panels)
     return figure
+
+
+def counts_steps(study: Study) -> bool:
+    """Return whether the length of its trainings is set in steps. An "epoch" is then the number of a validation."""
+    return any(text.startswith("trainer.steps=") for cell in study.cells for text in cell.train)
 
 
 def ratio_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:

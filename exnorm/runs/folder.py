@@ -69,6 +69,11 @@ class RunFolder:
         """Return the file of the ratios by class on one validation set, up to the checkpoint after a step."""
         return self.path / f"class_ratios-{evaluation_id}-{step}.csv"
 
+    def class_ratios_files(self) -> list[tuple[Path, str]]:
+        """Return the files of ratios by class with the id of their evaluation; those of the usual classes are first."""
+        found = [(path, path.stem.split("-")) for path in self.path.glob("class_ratios-*-*.csv")]
+        return [(path, words[1]) for path, words in sorted(found, key=lambda item: (len(item[1]), item[1]))]
+
     def label_ratios_file(self, step: int) -> Path:
         """Return the file that says what the ratios at the checkpoint after a step tell of wrong labels."""
         return self.path / f"label_ratios-{step}.csv"

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from exnorm.config.errors import UserError
+from exnorm.runs.folder import RunFolder
 
 
 def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -19,10 +20,12 @@ def shares(rows: list[dict[str, Any]]) -> pd.DataFrame:
     for row in rows:
         for key, value in row.items():
             if key.startswith("ratio/") and value is not None:
-                _, layer, *words = key.split("/")
+                _, *words = key.split("/")
                 statistic = words.pop() if words[-1] == "std" else "mean"
-                kind = words[0] if len(words) == 2 else "lambda"
-                found.setdefault((row["epoch"], layer, kind, words[-1]), {})[statistic] = value
+                normalizer = words.pop()
+                kind = words.pop() if len(words) > 1 and words[-1] in ("mean", "var") else "lambda"
+                layer = "/".join(words)  # the name of a module can have a slash
+                found.setdefault((row["epoch"], layer, kind, normalizer), {})[statistic] = value
     keys = pd.DataFrame(found.keys(), columns=["epoch", "layer", "kind", "normalizer"])
     return keys.join(pd.DataFrame(found.values(), columns=["mean", "std"]))
 
@@ -50,6 +53,24 @@ def bottom_middle_top(layers: Sequence[str]) -> list[str]:
 def read_class_ratios(file: Path) -> pd.DataFrame:
     """Return what `exnorm ratios --by-class` measured: data, epoch, layer, class, normalizer, images, mean, std."""
     return _read(file, CLASS_COLUMNS)
+
+
+def read_all_class_ratios(folder: RunFolder) -> dict[str, pd.DataFrame]:
+    """Return all that `exnorm ratios --by-class` measured of a run, by the name of the data set.
+
+    Files of the same validation set, with other classes or of other checkpoints, are one table. Two sets of the same
+    name are told apart by the hash of their evaluation.
+    """
+    parts: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    for file, evaluation in folder.class_ratios_files():
+        frame = read_class_ratios(file)
+        parts.setdefault((str(frame["data"].iloc[0]), evaluation), []).append(frame)
+    names = [name for name, _ in parts]
+    keys = ["epoch", "layer", "class", "normalizer"]
+    return {
+        name if names.count(name) == 1 else f"{name} ({evaluation})": pd.concat(frames).drop_duplicates(keys)
+        for (name, evaluation), frames in parts.items()
+    }
 
 
 def read_label_ratios(file: Path) -> pd.DataFrame:
