@@ -15,7 +15,7 @@ from conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 ITEM = re.compile(r"([*-]|\d+\.) ")
-COMMAND = re.compile(r"(\w+=\S+ )*(exnorm|make|pip|python|git|source|mkdocs)\b")
+COMMAND = re.compile(r"(\w+=\S+ )*(exnorm|make|pip|python|git|source|mkdocs|torchrun|srun)\b")
 
 
 class Block(NamedTuple):

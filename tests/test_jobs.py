@@ -1,5 +1,6 @@
 """Jobs of several processes on several nodes, started as torchrun and srun start them. Nodes are names here."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -171,6 +172,22 @@ def test_a_killed_process_ends_the_job_with_one_line_and_the_same_command_resume
     assert f"resumed after step {step}" in results[0][1]
     (line,) = errors(results)
     assert line.startswith("exnorm: stopped; the same command resumes the run")
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_resume_the_run(images: Path, tmp_path: Path) -> None:
+    """In the same store, where the first processes have left their addresses."""
+    arguments = tiny(images, "batch=4x2", "trainer.checkpoint_every_steps=2", "trainer.epochs=6")
+    alone = train([*arguments, "trainer.devices=2"], tmp_path / "alone")
+    command = ["torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "-m", "exnorm", *arguments]
+    launcher = begin(command, tmp_path / "job", {})
+    wait_for_step(tmp_path, 2)
+    (first, *_) = sorted(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split(), key=int)[1:]
+    os.kill(int(first), signal.SIGKILL)
+    ((code, out, err),) = ended([launcher])
+    assert code == 0, err
+    assert "resumed after step" in out
+    assert_same_run(alone, only_run(tmp_path / "job"))
 
 
 @pytest.mark.slow

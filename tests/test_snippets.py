@@ -275,7 +275,12 @@ def check_exnorm(words: list[str]) -> None:
         words = words[2:]
     name = " ".join(words[: 2 if words[:1] == ["bench"] else 1])
     found = command("" if name.startswith(("-", "...")) else name)
-    options = {option for parameter in found.params for option in parameter.opts} | {"--help", "-m", "--cfg"}
+    options = {option for parameter in found.params for option in parameter.opts} | {
+        "--help",
+        "-m",
+        "--cfg",
+        "--submit",
+    }
     for word in words:
         assert not word.startswith("-") or word in options, f"exnorm {' '.join(words)}: no option {word}"
     if name in ("train", "eval"):
@@ -290,7 +295,18 @@ def check_setting(word: str, name: str = "train") -> None:
         assert key in known_values(name) or key in groups() or key.startswith(FREE), f"unknown key {key}"
 
 
-CHECKS: dict[str, Callable[[list[str]], None]] = {"make": check_make, "pip": check_pip, "exnorm": check_exnorm}
+def check_launched(words: list[str]) -> None:
+    """Check the command of exnorm that a launcher starts; `tests/test_jobs.py` starts such commands."""
+    check_exnorm(words[words.index("exnorm") + 1 :])
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    "pip": check_pip,
+    "exnorm": check_exnorm,
+    "torchrun": check_launched,
+    "srun": check_launched,
+}
 
 
 @pytest.mark.parametrize("line", LINES, ids=[f"{line.place} {line.name} {' '.join(line.words)}" for line in LINES])

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -27,7 +27,7 @@ from exnorm.runs.folder import RunFolder, write_text_atomic
 JOIN_S = 1800  # until all processes of a job have come
 SHARED_S = 60  # until a folder that another node made is seen; NFS may take as long
 ADDRESS = "exnorm/leader"  # where the leader writes its port and token
-GROUP = "exnorm/group"  # the prefix of what torch's process group writes
+RETRY_S = 0.5
 
 
 class Job:
@@ -103,7 +103,8 @@ def train_as_leader(job: Job, folder: RunFolder, device: str, *, span: int) -> N
     try:
         with shortages_explained(folder):
             config = checkpoint.read_config(folder)
-            train_run(folder, config, device, StopRequests(leads=True), partial(_join, job.store))
+            join = partial(_join, job.store, job.leader.token)
+            train_run(folder, config, device, StopRequests(leads=True), join)
     except Stopped as stopped:
         say_stopped(folder, BY_TIME if stopped.exit_code == EXIT_TIME_UP else "")
         raise SystemExit(stopped.exit_code) from None
@@ -120,17 +121,16 @@ def follow(place: Place) -> int:
     """Do what the leader of the job says, and return the exit code. The leader prints why a job ends."""
     try:
         store = _meet(place)
-        port, token = store.get(ADDRESS).decode().split()
-        follower = Follower(place, os.environ["MASTER_ADDR"], int(port), token)
-    except (OSError, UserError) as problem:
-        print(f"exnorm: error: rank {place.rank} on {place.host}: {first_line(problem)}", file=sys.stderr)
+        follower = _find_leader(place, store)
+    except UserError as problem:
+        print(f"exnorm: error: rank {place.rank} on {place.host}: {problem}", file=sys.stderr)
         return EXIT_FAILED
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it trains, Ctrl-C ends it without a traceback
     message = follower.receive()
     if "train" not in message:
         return 0 if "end" in message else EXIT_FAILED
     try:
-        _follow_in_training(message["train"], store)
+        _follow_in_training(message["train"], partial(_join, store, follower.token))
     except Stopped as stopped:
         code = stopped.exit_code
     except UserError as problem:
@@ -148,10 +148,29 @@ def follow(place: Place) -> int:
     return code
 
 
-def _follow_in_training(message: dict[str, Any], store: Any) -> None:
+def _find_leader(place: Place, store: Any) -> Follower:
+    """Return a connection to the leader, whose address is in the store.
+
+    A launcher that starts the processes anew keeps its store. So the address may be that of a leader who has gone.
+
+    Raises:
+        UserError: there is no leader at the address for HELLO_S.
+    """
+    end = time.monotonic() + HELLO_S
+    while True:
+        port, token = store.get(ADDRESS).decode().split()
+        try:
+            return Follower(place, os.environ["MASTER_ADDR"], int(port), token)
+        except OSError as problem:
+            if time.monotonic() > end:
+                where = f"{os.environ['MASTER_ADDR']} at port {port}"
+                raise UserError(f"rank 0 cannot be reached on {where} ({first_line(problem)})") from None
+        time.sleep(RETRY_S)
+
+
+def _follow_in_training(message: dict[str, Any], join: Callable[[str], Any]) -> None:
     from exnorm.engine import checkpoint
 
-    stop_requests = StopRequests()
     folder = RunFolder(message["folder"])
     _set_environment(message)
     end = time.monotonic() + SHARED_S
@@ -161,7 +180,7 @@ def _follow_in_training(message: dict[str, Any], store: Any) -> None:
         time.sleep(1)
     with shortages_explained(folder):
         config = checkpoint.read_config(folder)
-        train_run(folder, config, message["device"], stop_requests, partial(_join, store))
+        train_run(folder, config, message["device"], StopRequests(), join)
 
 
 def _set_environment(message: dict[str, Any]) -> None:
@@ -187,12 +206,12 @@ def _meet(place: Place) -> Any:
     return store
 
 
-def _join(store: Any, device: str) -> Any:
+def _join(store: Any, token: str, device: str) -> Any:
     import torch.distributed as dist
 
     from exnorm.engine import distributed
 
-    return distributed.join(device, store=dist.PrefixStore(GROUP, store))
+    return distributed.join(device, store=dist.PrefixStore(f"exnorm/{token}", store))
 
 
 def _keep_error(folder: RunFolder, cause: str) -> None:

@@ -125,6 +125,7 @@ class Leader:
         with self._changed:
             self._lines[place.rank], self._places[place.rank] = line, place
             self._changed.notify_all()
+        line.send({"welcome": True})
         last = message = None
         while (message := line.receive()) is not None:
             last = message
@@ -153,14 +154,21 @@ class Leader:
 
 
 class Follower:
-    """The connection of another process of a job to the first one."""
+    """The connection of another process of a job to the first one.
+
+    Raises:
+        OSError: there is no leader with this token at this address.
+    """
 
     def __init__(self, place: Place, host: str, port: int, token: str) -> None:
-        self._place = place
+        self.token, self._place = token, place
         connection = socket.create_connection((host, port), timeout=HELLO_S)
-        connection.settimeout(None)
         self._line = Line(connection)
         self._line.send({"token": token, "hello": asdict(place)})
+        if self._line.receive() is None:
+            connection.close()
+            raise ConnectionError("another program is there")
+        connection.settimeout(None)
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._over = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()

@@ -33,6 +33,9 @@ class StopRequests:
         self._end: float | None = None
         self._began = self._last = time.monotonic()
         self._longest = 0.0
+
+    def listen(self) -> None:
+        """From now on, note signals instead of ending."""
         for signum in heeded_signals():
             signal.signal(signum, self._note)
 

@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> int:
     if request:  # an evaluation has nothing to save: it dies at once, without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     stop_requests = None if request else StopRequests()
+    if stop_requests is not None:
+        stop_requests.listen()
 
     from exnorm.engine import checkpoint, distributed
 
@@ -101,6 +103,7 @@ def train_run(
     with counted_warnings(printed=is_first):
         _share_cores()
         world = join(device_type(device))
+        stop_requests.listen()
         stop_requests.limit(config.trainer.max_hours)
         train(folder, config, world, stop_requests)
         world.wait()
