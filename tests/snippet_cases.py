@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from conftest import ROOT
 
+from exnorm.config.words import without_submit
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 ITEM = re.compile(r"([*-]|\d+\.) ")
@@ -105,7 +107,7 @@ def text_of(page: Path) -> str:
 
 def single_runs(words: list[str]) -> list[list[str]]:
     """Return the settings of each run of a training command; with -m, those of every combination."""
-    settings = [word for word in words if word != "-m"]
+    settings = [word for word in without_submit(words)[0] if word != "-m"]
     if "-m" not in words:
         return [settings]
     choices = [[f"{key}={value}" for value in text.split(",")] for key, _, text in (s.partition("=") for s in settings)]

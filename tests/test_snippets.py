@@ -21,6 +21,7 @@ from exnorm.cli import app
 from exnorm.config.compose import check_train, compose_eval, compose_train
 from exnorm.config.explain import FREE, known_values
 from exnorm.config.groups import group_options, groups
+from exnorm.config.words import without_submit
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 LINES = [line for block in BLOCKS if block.is_shell for line in shell_lines(block)]
@@ -275,16 +276,12 @@ def check_exnorm(words: list[str]) -> None:
         words = words[2:]
     name = " ".join(words[: 2 if words[:1] == ["bench"] else 1])
     found = command("" if name.startswith(("-", "...")) else name)
-    options = {option for parameter in found.params for option in parameter.opts} | {
-        "--help",
-        "-m",
-        "--cfg",
-        "--submit",
-    }
+    options = {option for parameter in found.params for option in parameter.opts}
+    options |= {"--help", "-m", "--cfg", "--submit"}
     for word in words:
         assert not word.startswith("-") or word in options, f"exnorm {' '.join(words)}: no option {word}"
     if name in ("train", "eval"):
-        for word in words[1:]:
+        for word in without_submit(words[1:])[0]:
             check_setting(word, name)
 
 
