@@ -7,8 +7,9 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -80,12 +81,14 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """Start `exnorm ARGUMENTS` and return at once."""
+def start(
+    arguments: list[str], cwd: Path, variables: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[str]:
+    """Start `exnorm ARGUMENTS`, with further variables of the environment, and return at once."""
     return subprocess.Popen(
         [sys.executable, "-m", "exnorm", *arguments],
         cwd=cwd,
-        env=environment(),
+        env=environment() | dict(variables),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -114,7 +114,9 @@ def test_two_commands_divide_the_runs_and_one_finishes_those_of_a_killed_one(tmp
     """No run is started twice, unless its first process was killed."""
     study, here = tiny_study(tmp_path, ", bn: [norm=bn], gn: [norm=gn]"), tmp_path / "here"
     here.mkdir()
-    both = [start(["reproduce", study, "--jobs", "1"], here) for _ in range(2)]
+    # Two tasks of srun, which is how a cluster starts a command several times.
+    tasks = [{"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
+    both = [start(["reproduce", study, "--jobs", "1"], here, task) for task in tasks]
     results = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], results
     trained = [

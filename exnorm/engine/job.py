@@ -8,12 +8,13 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from exnorm.config.errors import UserError
 
 FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TOGETHER = "EXNORM_TOGETHER"  # set by a job of --submit: `exnorm reproduce` in its first task trains with all tasks
 TASKS_OF_SRUN = "SLURM_STEP_NUM_TASKS"  # set by srun alone; in a batch script SLURM_PROCID is 0, too
 PORTS = range(20_000, 30_000)  # one of them is chosen by the number of a job
 
@@ -57,6 +58,17 @@ def place_in_job() -> Place | None:
     node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or host
     rank, size, local_rank = (int(os.environ[name]) for name in FROM_TORCHRUN[:3])
     return Place(rank, size, local_rank, node, host)
+
+
+def outside_of_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the description of a job, for commands that several tasks of srun start each alone.
+
+    A job of `--submit` keeps it: its tasks train each run together.
+    """
+    if TOGETHER in environment:
+        return dict(environment)
+    described = {*FROM_TORCHRUN, TASKS_OF_SRUN}
+    return {name: value for name, value in environment.items() if name not in described}
 
 
 def _described_by_slurm() -> dict[str, str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from exnorm.config.errors import BUG, UserError
 from exnorm.config.study import Study
+from exnorm.engine.job import outside_of_job
 from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.runs.lock import FileLock, Locked
 from exnorm.runs.provenance import STUDY
@@ -243,7 +244,7 @@ class Runner:
                 raise Failed(_without_result("train", folder))
 
     def _exnorm(self, arguments: list[str], job: Job) -> None:
-        environment = importing_environment() | {
+        environment = outside_of_job(importing_environment()) | {
             END_WITH_PARENT: "1",
             STUDY: json.dumps({"id": self.study.id, "scale": self.study.scale, "cell": job.name, "seed": job.seed}),
         }

@@ -20,7 +20,7 @@ from typing import Any
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.study import Study
 from exnorm.config.words import in_hydras_quotes
-from exnorm.engine.job import port_of
+from exnorm.engine.job import TOGETHER, port_of
 from exnorm.runs.subprocesses import importing_environment
 from exnorm.studies.plan import Job, RunKey, by_run
 from exnorm.studies.reproduce import check_data
@@ -170,6 +170,7 @@ def _described_by_submitit(place: Any) -> dict[str, str]:
         "GROUP_RANK": str(place.node),
         "MASTER_ADDR": place.hostnames[0],
         "MASTER_PORT": str(port_of(place.job_id)),
+        TOGETHER: "1",
     }
 
 
