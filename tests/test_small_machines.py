@@ -39,9 +39,7 @@ def test_a_run_works_on_a_network_disk_without_locks(images: Path, tmp_path: Pat
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "disk.c"], check=True)
     arguments = tiny(images, "trainer.epochs=1")
     done = run_cli(*arguments, env={"LD_PRELOAD": str(library)})
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert "this file system has no locks" in line
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     assert (only_run(tmp_path) / "record.json").is_file()
     again = run_cli(*arguments, env={"LD_PRELOAD": str(library)})
     assert again.returncode == 0 and "has finished" in again.stdout
