@@ -130,7 +130,7 @@ def train(context: typer.Context) -> None:
         check_options(words)
         submit_training([with_home(word) for word in words], to_cluster)
         return
-    place = place_in_job()
+    place = place_in_job(words)
     if place is None:
         train_by_words(words)
         return

@@ -30,7 +30,7 @@ from exnorm.studies import submit
 
 Process = subprocess.Popen[str]
 HOST = socket.gethostname()
-LONG = ("trainer.epochs=500", "trainer.checkpoint_every_steps=2", "batch=4x2")
+LONG = ("trainer.epochs=500", "trainer.checkpoint_every_steps=2", "batch=4x2", "data.workers=1")
 
 
 def free_port() -> int:
@@ -68,12 +68,19 @@ def torchrun(arguments: Sequence[str], cwd: Path, *, nodes: int, each: int) -> l
     ]
 
 
-def srun(arguments: Sequence[str], cwd: Path, nodes: Sequence[int], **others: Path) -> list[Process]:
-    """Start a process for each task of SLURM. `nodes` has the node of each; `others` other folders, such as task1."""
+def srun(arguments: Any, cwd: Path, nodes: Sequence[int], **others: Path) -> list[Process]:
+    """Start a process for each task of SLURM.
+
+    Args:
+        arguments: of all tasks, or a list for each.
+        nodes: the node of each task.
+        others: other folders than `cwd`, such as `task1`.
+    """
     port = free_port()
+    by_task = [arguments] * len(nodes) if isinstance(arguments[0], str) else arguments
     return [
         begin(
-            ["exnorm", *arguments],
+            ["exnorm", *by_task[task]],
             others.get(f"task{task}", cwd),
             {
                 "SLURM_STEP_NUM_TASKS": str(len(nodes)),
@@ -204,6 +211,9 @@ def test_a_mistake_is_one_line_of_one_process(images: Path, tmp_path: Path) -> N
         assert [code for code, _, _ in results] == [2, 2], results
         (line,) = errors(results)
         assert said in line and line in results[0][2], line
+    seeds = [[*tiny(images, "batch=2x4"), f"seed={task}"] for task in range(2)]
+    results = ended(srun(seeds, tmp_path / "wrong", nodes=[0, 1]))
+    assert [code for code, _, _ in results] == [2, 2] and "rank 1 has other settings" in errors(results)[0]
     assert len(list(tmp_path.glob("wrong/runs/*/*"))) == 1  # of the last one, with its error
     (error,) = tmp_path.glob("wrong/runs/*/*/error.txt")
     assert error.read_text().startswith("the loss is not finite at step")
@@ -237,6 +247,7 @@ def test_a_run_stops_before_its_hours_are_over(images: Path, tmp_path: Path) -> 
         "exnorm: stopped before trainer.max_hours were over; the same command resumes the run"
     ] * 2
     assert "resumed after step" in results[1][1] and checkpoints(run) and not (run / "error.txt").exists()
+    assert (run / ".lock").read_text() == ""  # free for other machines at once
     steps = [row["step"] for row in metrics(run)]
     assert steps == sorted(set(steps))
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from exnorm.runs.folder import DISK_FULL, RunFolder, names_file, removes_on_fail
 from exnorm.tasks import make_task
 
 KEPT = 2
+SHARED_S = 60  # until a file that another node wrote is seen; NFS may take as long
 OF_A_RUN = {"model", "classes", "step"}  # what every checkpoint has
 BEST = "best.pt"
 STEP_FILE = re.compile(r"step-\d+\.pt")
@@ -133,8 +135,14 @@ def resume(folder: RunFolder, world: World) -> dict[str, Any] | None:
         UserError: there are checkpoints but none can be read. A run starts over only if the user asks for it.
     """
     state = _set_damaged_aside(folder) if world.is_first else None
-    world.wait()
-    return state if world.is_first else load_latest(folder)
+    (step,) = world.largest(-1 if state is None else state["step"])
+    if world.is_first or step < 0:
+        return state
+    path = step_file(folder, step)
+    end = time.monotonic() + SHARED_S
+    while not path.is_file() and time.monotonic() < end:  # another node may have written it
+        time.sleep(1)
+    return read(path)
 
 
 def _set_damaged_aside(folder: RunFolder) -> dict[str, Any] | None:

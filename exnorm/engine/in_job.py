@@ -18,8 +18,8 @@ from typing import Any
 
 from exnorm.config.errors import BUG, UserError, first_line
 from exnorm.engine.job import Place, describe_nodes, in_replica_order
-from exnorm.engine.lifeline import EXIT_FAILED, GRACE_S, HELLO_S, Follower, Leader
-from exnorm.engine.processes import BY_TIME, say_stopped, then
+from exnorm.engine.lifeline import EXIT_FAILED, GRACE_S, Follower, Leader
+from exnorm.engine.processes import BY_TIME, CUBLAS, say_stopped, then
 from exnorm.engine.stopping import EXIT_TIME_UP, Stopped, StopRequests
 from exnorm.engine.worker import in_one_line, shortages_explained, train_run
 from exnorm.runs.folder import RunFolder, write_text_atomic
@@ -37,12 +37,27 @@ class Job:
         self.place, self.store = place, _meet(place)
         self.leader = Leader(place.size)
         self.store.set(ADDRESS, f"{self.leader.port} {self.leader.token}")
-        count = 1 + len(self.leader.followers(HELLO_S))
-        if count < place.size:
+
+    def check(self) -> None:
+        """Wait until all processes have come.
+
+        Raises:
+            UserError: one failed or did not come in time, or has other settings.
+        """
+        size, others = self.place.size, self.leader.followers(JOIN_S)
+        if cause := self.leader.cause():
+            raise UserError(cause)
+        if len(others) < size - 1:
             raise UserError(
-                f"only {count} of {place.size} processes can reach {place.host} at port {self.leader.port}. The ports "
-                "from 1024 up have to be open between the nodes"
+                f"only {1 + len(others)} of {size} processes have come to {self.place.host} at port {self.leader.port}. "
+                "The ports from 1024 up have to be open between the nodes"
             )
+        for other in others:
+            if other.words and list(other.words) != list(self.place.words):
+                raise UserError(
+                    f"rank {other.rank} has other settings than rank 0: {' '.join(other.words)}. The processes of a job "
+                    "train one run together. For runs of their own, start them with env -u SLURM_STEP_NUM_TASKS"
+                )
 
 
 _jobs: list[Job] = []  # at most one
@@ -55,6 +70,7 @@ def leading(place: Place) -> Iterator[None]:
     _jobs.append(job)
     message: dict[str, Any] = {"failed": "rank 0 failed"}
     try:
+        job.check()
         yield
         message = {"end": True}
     except SystemExit as end:
@@ -82,8 +98,9 @@ def train_as_leader(job: Job, folder: RunFolder, device: str, *, span: int) -> N
         UserError: a setting cannot work, or another process failed.
         SystemExit: the run stopped early, with a checkpoint.
     """
-    from exnorm.engine import checkpoint
+    from exnorm.engine import checkpoint, distributed
 
+    config = checkpoint.read_config(folder)
     ordered = in_replica_order([job.place, *job.leader.followers(0)], span=span)
     nodes = [place.node for place in ordered]
     for rank, place in enumerate(ordered):
@@ -92,6 +109,7 @@ def train_as_leader(job: Job, folder: RunFolder, device: str, *, span: int) -> N
             "device": device,
             "rank": rank,
             "here": nodes.count(place.node),
+            "deterministic": config.trainer.deterministic,
         }
         if place.rank > 0:
             job.leader.send(place.rank, {"train": message})
@@ -102,10 +120,11 @@ def train_as_leader(job: Job, folder: RunFolder, device: str, *, span: int) -> N
     job.leader.on_loss = partial(_keep_error, folder)
     try:
         with shortages_explained(folder):
-            config = checkpoint.read_config(folder)
             join = partial(_join, job.store, job.leader.token)
             train_run(folder, config, device, StopRequests(leads=True), join)
+        distributed.leave()
     except Stopped as stopped:
+        distributed.leave()
         say_stopped(folder, BY_TIME if stopped.exit_code == EXIT_TIME_UP else "")
         raise SystemExit(stopped.exit_code) from None
     except UserError:
@@ -125,6 +144,8 @@ def follow(place: Place) -> int:
     except UserError as problem:
         print(f"exnorm: error: rank {place.rank} on {place.host}: {problem}", file=sys.stderr)
         return EXIT_FAILED
+    from exnorm.engine import distributed
+
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it trains, Ctrl-C ends it without a traceback
     message = follower.receive()
     if "train" not in message:
@@ -144,6 +165,7 @@ def follow(place: Place) -> int:
         return EXIT_FAILED
     else:
         code = 0
+    distributed.leave()
     follower.done()
     return code
 
@@ -154,17 +176,16 @@ def _find_leader(place: Place, store: Any) -> Follower:
     A launcher that starts the processes anew keeps its store. So the address may be that of a leader who has gone.
 
     Raises:
-        UserError: there is no leader at the address for HELLO_S.
+        UserError: there is no leader for JOIN_S.
     """
-    end = time.monotonic() + HELLO_S
+    end = time.monotonic() + JOIN_S
     while True:
-        port, token = store.get(ADDRESS).decode().split()
         try:
+            port, token = store.get(ADDRESS).decode().split()
             return Follower(place, os.environ["MASTER_ADDR"], int(port), token)
-        except OSError as problem:
+        except (OSError, RuntimeError) as problem:  # the store's errors are RuntimeErrors
             if time.monotonic() > end:
-                where = f"{os.environ['MASTER_ADDR']} at port {port}"
-                raise UserError(f"rank 0 cannot be reached on {where} ({first_line(problem)})") from None
+                raise UserError(f"rank 0 cannot be reached ({first_line(problem)})") from None
         time.sleep(RETRY_S)
 
 
@@ -186,6 +207,8 @@ def _follow_in_training(message: dict[str, Any], join: Callable[[str], Any]) -> 
 def _set_environment(message: dict[str, Any]) -> None:
     """Set this worker's rank, which may differ from the rank of its process, and the number of workers on its node."""
     os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(message["rank"]), str(message["here"])
+    if message["deterministic"]:
+        os.environ.update(CUBLAS)
 
 
 def _meet(place: Place) -> Any:

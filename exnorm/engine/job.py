@@ -28,6 +28,7 @@ class Place:
         local_rank: its number on its node, which is also that of its GPU.
         node: identifies the node.
         host: the name of the machine, for messages.
+        words: the settings of its command; none if it takes part in whatever the first process trains.
     """
 
     rank: int
@@ -35,10 +36,14 @@ class Place:
     local_rank: int
     node: str
     host: str
+    words: Sequence[str] = ()
 
 
-def place_in_job() -> Place | None:
+def place_in_job(words: Sequence[str]) -> Place | None:
     """Return the place of this process in a job; None if it was started alone. Sets torchrun's variables under srun.
+
+    Args:
+        words: the settings of its command.
 
     Raises:
         UserError: the description of the job is incomplete.
@@ -57,7 +62,7 @@ def place_in_job() -> Place | None:
     host = socket.gethostname()
     node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or host
     rank, size, local_rank = (int(os.environ[name]) for name in FROM_TORCHRUN[:3])
-    return Place(rank, size, local_rank, node, host)
+    return Place(rank, size, local_rank, node, host, list(words))
 
 
 def outside_of_job(environment: Mapping[str, str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from exnorm.engine.job import Place
 GRACE_S = 10.0  # after a failure, until a process that has not ended by itself is ended
 KEEPALIVE_S = 60  # until the loss of a machine is found
 HELLO_S = 60  # for the first message of a new connection
+LONGEST = 1 << 20  # characters of a message
 EXIT_FAILED = 2
 Message = dict[str, Any]
 
@@ -37,6 +38,7 @@ class Line:
         self._reader = connection.makefile("r", encoding="utf-8", errors="replace")
         self._sending = threading.Lock()
         _keep_alive(connection)
+        os.register_at_fork(after_in_child=self._leave_to_parent)
 
     def send(self, message: Message) -> None:
         """Send a message. Nothing happens if the other side has gone; reading finds that out."""
@@ -49,7 +51,7 @@ class Line:
     def receive(self) -> Message | None:
         """Wait for a message; None if the other side has gone."""
         try:
-            text = self._reader.readline()
+            text = self._reader.readline(LONGEST)
             message = json.loads(text) if text.endswith("\n") else None
         except (OSError, ValueError):
             return None
@@ -58,6 +60,11 @@ class Line:
     def close(self) -> None:
         """End the connection."""
         self._connection.close()
+
+    def _leave_to_parent(self) -> None:
+        # Otherwise a loader process that outlives its parent would keep the connection.
+        if self._connection.fileno() >= 0:
+            os.close(self._connection.detach())
 
 
 class Leader:
@@ -76,6 +83,7 @@ class Leader:
         self._left: set[int] = set()  # ranks whose connection has ended
         self._cause: str | None = None
         self._ending = False
+        os.register_at_fork(after_in_child=self._leave_to_parent)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def followers(self, timeout_s: float) -> list[Place]:
@@ -103,6 +111,10 @@ class Leader:
         with self._changed:
             self._changed.wait_for(lambda: len(self._left) == len(self._lines), GRACE_S)
         self._server.close()
+
+    def _leave_to_parent(self) -> None:
+        if self._server.fileno() >= 0:
+            os.close(self._server.detach())
 
     def _accept(self) -> None:
         while True:
@@ -138,7 +150,7 @@ class Leader:
             self._fail(f"rank {place.rank} on {place.host} ended without a message. It was killed, or printed why")
 
     def _fail(self, cause: str) -> None:
-        """Note the first failure of a process, tell all others, and end this process if it does not end by itself."""
+        """Note the first failure of a process, tell all others, and see that this process ends, too."""
         with self._changed:
             if self._cause is not None or self._ending:
                 return
@@ -146,6 +158,9 @@ class Leader:
             self._changed.notify_all()
         for line in list(self._lines.values()):
             line.send({"failed": cause})
+        threading.Thread(target=self._end_if_stuck, args=(cause,), daemon=True).start()
+
+    def _end_if_stuck(self, cause: str) -> None:
         time.sleep(2 * GRACE_S)
         if not self._ending:  # else this process has said it, and does not get to its end
             self.on_loss(cause)
@@ -193,7 +208,8 @@ class Follower:
         while (message := self._line.receive()) is not None and "failed" not in message:
             self._messages.put(message)
             if "end" in message:
-                return
+                time.sleep(GRACE_S)
+                os._exit(0)  # what it was asked for is done, but it does not get to its end
         if message is None and self._place.local_rank == 0:
             lost = "rank 0 ended without a message. It was killed, or printed why"
             print(f"exnorm: error: {lost} (seen on {self._place.host})", file=sys.stderr, flush=True)

@@ -31,7 +31,8 @@ class StopRequests:
         self._leads = leads
         self._received: list[int] = []
         self._end: float | None = None
-        self._began = self._last = time.monotonic()
+        self._began = time.monotonic()
+        self._last: float | None = None  # the time of the last call
         self._longest = 0.0
 
     def listen(self) -> None:
@@ -41,13 +42,13 @@ class StopRequests:
 
     def limit(self, max_hours: float | None) -> None:
         """Ask for an end before so many hours since the start of this process are over."""
-        self._last = time.monotonic()
         self._end = None if max_hours is None else self._began + 3600 * max_hours
 
     def __call__(self) -> int:
         """Return the number of the first signal, TIME_UP, or 0. The time is up if the next call may come too late."""
         now = time.monotonic()
-        self._longest, self._last = max(self._longest, now - self._last), now
+        self._longest = max(self._longest, 0.0 if self._last is None else now - self._last)
+        self._last = now
         if self._received:
             return self._received[0]
         return TIME_UP if self._end is not None and now + self._longest > self._end else 0

@@ -98,17 +98,19 @@ def train_run(
 
     is_first = os.environ.get("RANK", "0") == "0"
     lock = folder.lock() if is_first else None
-    if is_first:
-        _say_what_is_compiled()
-    with counted_warnings(printed=is_first):
-        _share_cores()
-        world = join(device_type(device))
-        stop_requests.listen()
-        stop_requests.limit(config.trainer.max_hours)
-        train(folder, config, world, stop_requests)
-        world.wait()
-    if lock is not None:
-        lock.release()
+    try:
+        if is_first:
+            _say_what_is_compiled()
+        with counted_warnings(printed=is_first):
+            _share_cores()
+            world = join(device_type(device))
+            stop_requests.listen()
+            stop_requests.limit(config.trainer.max_hours)
+            train(folder, config, world, stop_requests)
+            world.wait()
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def device_type(wanted: str) -> str:

@@ -3,6 +3,9 @@
 The holder has the file locked (`flock`), and writes into it who it is. On one machine the kernel frees the lock when
 the holder dies. Other machines may not see that, and some network file systems have no locks at all. So the holder also
 touches the file every BEAT_S. On another machine the lock counts as free STALE_S after the last touch.
+
+Where a file system has locks that only one machine sees, two machines that take a lock within the same second may both
+get it. The next beat then ends one of the two processes.
 """
 
 import errno
@@ -28,7 +31,7 @@ STALE_S = 180.0  # a few beats, and the minute for which NFS may show an earlier
 SETTLE_S = 2.0  # without flock, until one of several machines that wrote at the same time is the one
 TRIES = 5  # a process that lists the runs holds a shared lock for an instant
 PAUSE_S = 0.05
-EXIT_LOST = 3
+EXIT_LOST = 4
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -62,8 +65,10 @@ class FileLock:
         self._held = False
         self._released.set()
         with suppress(OSError):
-            os.truncate(self._path, 0)
-        os.close(self._handle)
+            if _read(self._path).get("token") == self._token:
+                os.truncate(self._path, 0)
+        with suppress(OSError):
+            os.close(self._handle)
 
     def _take(self) -> None:
         for _ in range(TRIES):
@@ -80,6 +85,7 @@ class FileLock:
         if kind is True:
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, text, 0)
+            os.fsync(self._handle)
             return
         part = self._path.with_name(f"{self._path.name}.{self._token}")
         part.write_bytes(text)
@@ -177,9 +183,10 @@ def _is_held_elsewhere(path: Path, *, has_flock: bool, clock: Callable[[Path], f
         clock: returns the time at which a file would be written now.
     """
     who = _read(path)
-    if who.get("host") == socket.gethostname():
-        return not has_flock and _exists(who.get("pid"))
-    return bool(who) and clock(path) - _touched(path) < STALE_S
+    here = who.get("host") == socket.gethostname()
+    if not who or (here and (has_flock or not _exists(who.get("pid")))):
+        return False
+    return clock(path) - _touched(path) < STALE_S
 
 
 def _exists(pid: Any) -> bool:

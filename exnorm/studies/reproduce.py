@@ -130,11 +130,12 @@ class Runner:
         """Do the jobs of one run after the other, until none is left; other threads and commands do the same."""
         while (taken := self._take()) is not None:
             key, jobs, claim = taken
-            with claim:
-                problems = self.run_all(jobs)
-            with self._taking:
-                self.problems |= problems
-                self._active.remove(key)
+            try:
+                with claim:
+                    self.problems |= self.run_all(jobs)
+            finally:
+                with self._taking:
+                    self._active.remove(key)
 
     def _take(self) -> tuple[RunKey, list[Job], AbstractContextManager[Any]] | None:
         """Claim a run that no other command works on, once the run that it begins with has ended; None at the end."""
@@ -146,7 +147,11 @@ class Runner:
                     source = jobs[-1].needs
                     if source is not None and source.run_key in (self._waiting.keys() | self._active):
                         continue
-                    claim = claimed(jobs[-1])
+                    try:
+                        claim = claimed(jobs[-1])
+                    except OSError as problem:  # such as a full disk
+                        self.problems |= {job.title: str(problem) for job in self._waiting.pop(key)}
+                        break
                     if claim is not None:
                         self._active.add(key)
                         return key, self._waiting.pop(key), claim

@@ -57,9 +57,10 @@ class Commands:
         try:
             for command in self.commands:
                 self._run(command, environment)
-        finally:
-            if place.num_tasks > 1:
-                done.touch()
+        except Exception:  # not SystemExit, with which submitit queues the job again
+            done.touch()
+            raise
+        done.touch()
 
     def checkpoint(self) -> Any:
         """Let the command write a checkpoint; return the job that submitit queues: the same one, which continues."""
