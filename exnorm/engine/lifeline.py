@@ -58,7 +58,8 @@ class Line:
         return message if isinstance(message, dict) else None
 
     def close(self) -> None:
-        """End the connection."""
+        """End the connection. The socket stays open while its reader is."""
+        self._reader.close()
         self._connection.close()
 
     def _leave_to_parent(self) -> None:
