@@ -49,14 +49,14 @@ class Job:
             raise UserError(cause)
         if len(others) < size - 1:
             raise UserError(
-                f"only {1 + len(others)} of {size} processes have come to {self.place.host} at port {self.leader.port}. "
-                "The ports from 1024 up have to be open between the nodes"
+                f"only {1 + len(others)} of {size} processes have come to {self.place.host} at port "
+                f"{self.leader.port}. The ports from 1024 up have to be open between the nodes"
             )
         for other in others:
             if other.words and list(other.words) != list(self.place.words):
                 raise UserError(
-                    f"rank {other.rank} has other settings than rank 0: {' '.join(other.words)}. The processes of a job "
-                    "train one run together. For runs of their own, start them with env -u SLURM_STEP_NUM_TASKS"
+                    f"rank {other.rank} has other settings than rank 0: {' '.join(other.words)}. The processes of a "
+                    "job train one run together. For runs of their own, start them with env -u SLURM_STEP_NUM_TASKS"
                 )
 
 
