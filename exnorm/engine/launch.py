@@ -102,6 +102,8 @@ def run(config: DictConfig) -> None:
                 resumes=folder,
                 deterministic=config.trainer.deterministic,
             )
+    except RunLocked:  # the folder belongs to the other process, which may have made it at the same time
+        raise
     except UserError as problem:
         if made and _is_worthless(folder, beside=earlier):
             _remove(folder)
