@@ -30,7 +30,7 @@ from exnorm.studies import submit
 
 Process = subprocess.Popen[str]
 HOST = socket.gethostname()
-LONG = ("trainer.epochs=500", "trainer.checkpoint_every_steps=2", "batch=4x2", "data.workers=1")
+LONG = ("trainer.epochs=500", "trainer.checkpoint_every_steps=2", "batch=4x2")
 
 
 def free_port() -> int:
