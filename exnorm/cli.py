@@ -120,15 +120,14 @@ def options(
 @app.command(context_settings=TO_HYDRA, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train a model, resume it, or print its result if it is finished."""
-    from exnorm.config.words import check_options, with_home, without_submit
+    from exnorm.config.words import is_sweep, without_submit
     from exnorm.engine.job import place_in_job
 
     words, to_cluster = without_submit(context.args)
     if to_cluster:
         from exnorm.studies.submit import submit_training
 
-        check_options(words)
-        submit_training([with_home(word) for word in words], to_cluster)
+        submit_training(words, to_cluster)
         return
     place = place_in_job(words)
     if place is None:
@@ -139,7 +138,7 @@ def train(context: typer.Context) -> None:
     if place.rank > 0:
         sys.exit(follow(place))
     with leading(place):
-        if {"-m", "--multirun"} & set(words):
+        if is_sweep(words):
             raise UserError("-m: the processes of a job train one run together. Start a job for each run")
         train_by_words(words)
 
@@ -152,7 +151,7 @@ def train_by_words(words: list[str]) -> None:
     from exnorm.config.backbones import register_requested
     from exnorm.config.folders import conf_dir
     from exnorm.config.groups import register_schemas, search_words
-    from exnorm.config.words import check_options, with_home
+    from exnorm.config.words import MULTIRUN, check_options, with_home
 
     check_options(words)
     words = [with_home(word) for word in words]
@@ -161,7 +160,7 @@ def train_by_words(words: list[str]) -> None:
     SWEEP.note_words(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors; main() prints them
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(train_task)
-    ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants flags first
+    ordered = sorted(words, key=lambda word: word not in MULTIRUN)  # argparse wants flags first
     first = next((place for place, word in enumerate(ordered) if "=" in word and word[0] != "-"), len(ordered))
     ordered[first:first] = search_words()  # and all settings in one row
     arguments, sys.argv = sys.argv, ["exnorm train", *ordered]

@@ -85,8 +85,13 @@ def start(
     arguments: list[str], cwd: Path, variables: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.Popen[str]:
     """Start `exnorm ARGUMENTS`, with further variables of the environment, and return at once."""
+    return start_module(["exnorm", *arguments], cwd, variables)
+
+
+def start_module(words: list[str], cwd: Path, variables: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start `python -m WORDS` and return at once."""
     return subprocess.Popen(
-        [sys.executable, "-m", "exnorm", *arguments],
+        [sys.executable, "-m", *words],
         cwd=cwd,
         env=environment() | dict(variables),
         stdin=subprocess.DEVNULL,

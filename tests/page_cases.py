@@ -30,9 +30,9 @@ def unsigned(page: Any) -> list[str]:
         .map((e) => `${e.tagName} ${e.textContent.trim().slice(0, 30)}`)""")
 
 
-def run_with(path: Path, rows: list[dict[str, Any]], **trainer: Any) -> RunFolder:
-    """The files of a run that the pages of a run read."""
-    named = {key: {"name": "m"} for key in ("model", "norm", "data")}
+def run_with(path: Path, rows: list[dict[str, Any]], norm: str = "m", **trainer: Any) -> RunFolder:
+    """The files of a run that `exnorm ratios` and the pages of a run read."""
+    named = {"model": {"name": "m"}, "norm": {"name": norm}, "data": {"name": "d"}}
     path.mkdir()
     (path / "config.yaml").write_text(json.dumps({**named, "batch": "1x8", "seed": 0, "trainer": trainer}))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

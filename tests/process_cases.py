@@ -9,11 +9,15 @@ import torch
 import torch.multiprocessing as mp
 
 
-def in_processes(work: Callable[[int, int, str], None], count: int, folder: Path) -> list[Any]:
-    """Run `work(rank, port, folder)` in each process; return what each has saved as `<rank>.pt` in the folder."""
+def free_port() -> int:
+    """Return a port that no process uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def in_processes(work: Callable[[int, int, str], None], count: int, folder: Path) -> list[Any]:
+    """Run `work(rank, port, folder)` in each process; return what each has saved as `<rank>.pt` in the folder."""
     start: Callable[..., Any] = mp.spawn
-    start(work, args=(port, str(folder)), nprocs=count)
+    start(work, args=(free_port(), str(folder)), nprocs=count)
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import WAIT_S, last_state, make_image_folder, tiny, train_fast
+from process_cases import free_port
 
 from exnorm.engine.distributed import join, leave
 from exnorm.engine.step import average_gradients
@@ -97,9 +97,7 @@ def _gradients(rank: int, port: int, queue: Any) -> None:
 def test_gradients_are_averaged_alike_behind_a_graph_by_ddp_and_by_compiled_ddp() -> None:
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     workers = [context.Process(target=_gradients, args=(rank, port, queue)) for rank in (0, 1)]
     for worker in workers:
         worker.start()

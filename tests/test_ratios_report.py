@@ -1,6 +1,5 @@
 """`exnorm ratios`: the table, the figures and the advice say what the metrics of a run say."""
 
-import json
 import math
 import os
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, CliRunner
 from matplotlib.figure import Figure
+from page_cases import run_with
 
 from exnorm.config.errors import UserError
 from exnorm.report.palette import COLOURS
@@ -34,15 +34,6 @@ def en_rows() -> list[dict[str, float]]:
     """One epoch of one layer, with the deviation over samples."""
     ratios = {f"ratio/bn1/{name}": mean for name, (mean, _) in EN.items()}
     return [{"step": 1, "epoch": 1, **ratios, **{f"ratio/bn1/{name}/std": std for name, (_, std) in EN.items()}}]
-
-
-def run_folder(path: Path, rows: list[dict[str, float]], norm: str) -> Path:
-    """The files of a run that the command reads."""
-    path.mkdir()
-    config = {"model": {"name": "m"}, "norm": {"name": norm}, "data": {"name": "d"}, "batch": "1x8", "seed": 0}
-    (path / "config.yaml").write_text(json.dumps({**config, "trainer": {}}))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_the_table_has_the_last_epoch_and_the_divergence_of_the_two_sets() -> None:
@@ -104,7 +95,7 @@ def test_a_large_ratio_of_bn_is_advised_batch_averages(bn: float, line: str) -> 
 
 
 def test_the_command_prints_the_table_and_writes_the_figures_without_torch(tmp_path: Path, run_cli: CliRunner) -> None:
-    folder = run_folder(tmp_path / "run", en_rows(), "en")
+    folder = run_with(tmp_path / "run", en_rows(), "en").path
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('torch was imported')")
     done = run_cli("ratios", folder, env={"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))})
@@ -115,6 +106,6 @@ def test_the_command_prints_the_table_and_writes_the_figures_without_torch(tmp_p
 
 
 def test_a_run_without_ratios_is_told_why(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "run", [{"step": 1, "epoch": 1, "val/top1": 3.0}], "bn")
+    folder = run_with(tmp_path / "run", [{"step": 1, "epoch": 1, "val/top1": 3.0}], "bn").path
     with pytest.raises(UserError, match="has no ratios: norm=bn does not mix normalizers"):
         run(folder)

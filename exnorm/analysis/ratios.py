@@ -4,7 +4,7 @@ Hooks compute the ratios, and no layer stores them: a tensor stored on a module 
 `torch.compile`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,33 +59,35 @@ def ratios(model: nn.Module, images: Tensor) -> "pd.DataFrame":
     """
     import pandas as pd  # here, because a training imports this module and needs no pandas
 
-    layers = mixing_layers(model)
-    if not layers:
+    if not mixing_layers(model):
         raise UserError("no layer of this model mixes normalizers. Convert it first: exnorm.convert(model, 'en')")
     rows = []
-    for layer, kinds in read_ratios(model, images).items():
-        names: Any = layers[layer].normalizers
-        for kind, value in kinds.items():
-            for index, shares in enumerate(value.tolist()) if value.ndim == 2 else [(None, value.tolist())]:
-                place = (index, None) if kind == OF_IMAGES else (None, index)
-                rows += [(layer, kind, name, *place, share) for name, share in zip(names, shares, strict=True)]
+    for layer, kind, names, value in _named_values(model, images):
+        for index, shares in enumerate(value.tolist()) if value.ndim == 2 else [(None, value.tolist())]:
+            place = (index, None) if kind == OF_IMAGES else (None, index)
+            rows += [(layer, kind, name, *place, share) for name, share in zip(names, shares, strict=True)]
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
 def measure_ratios(model: nn.Module, images: Tensor) -> list[LayerRatio]:
     """Return mean and deviation of the ratios of every mixing layer on a batch, as `ratios` measures them."""
-    layers = mixing_layers(model)
     rows = []
-    for layer, kinds in read_ratios(model, images).items():
-        names: Any = layers[layer].normalizers
-        for ratio, value in kinds.items():
-            several = value.ndim == 2
-            mean_K = value.mean(0) if several else value
-            std_K = value.std(0, correction=0) if several else None
-            for k, normalizer in enumerate(names):
-                std = None if std_K is None else float(std_K[k])
-                rows.append(LayerRatio(layer, ratio, normalizer, float(mean_K[k]), std))
+    for layer, kind, names, value in _named_values(model, images):
+        several = value.ndim == 2
+        mean_K = value.mean(0) if several else value
+        std_K = value.std(0, correction=0) if several else None
+        for k, normalizer in enumerate(names):
+            std = None if std_K is None else float(std_K[k])
+            rows.append(LayerRatio(layer, kind, normalizer, float(mean_K[k]), std))
     return rows
+
+
+def _named_values(model: nn.Module, images: Tensor) -> Iterator[tuple[str, str, Sequence[str], Tensor]]:
+    """Yield layer, kind, the normalizers, and the ratios: (K,), or (N, K) of images or channel groups."""
+    layers: Any = mixing_layers(model)
+    for layer, kinds in read_ratios(model, images).items():
+        for kind, value in kinds.items():
+            yield layer, kind, layers[layer].normalizers, value
 
 
 @torch.no_grad()

@@ -14,9 +14,10 @@ from exnorm.config.errors import UserError
 
 PLAIN = re.compile(r"[A-Za-z0-9_/.:%+@?|\\-]*")  # needs no quotes in Hydra's grammar
 HOME_VALUE = re.compile(r"(?P<key>[^=~]+)=(?P<quote>['\"]?)(?P<value>~.*)", re.DOTALL)
-HYDRA_OPTIONS = frozenset(
-    ["-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-r", "--run", "-m"]
-    + ["--multirun", "-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"]
+MULTIRUN = frozenset(["-m", "--multirun"])
+HYDRA_OPTIONS = MULTIRUN | frozenset(
+    ["-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-r", "--run"]
+    + ["-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"]
     + ["--experimental-rerun", "-i", "--info"]
 )
 
@@ -67,6 +68,11 @@ def chosen(group: str, overrides: Iterable[str]) -> list[Any]:
         elif not isinstance(override.value(), Glob):
             values += chosen(group, [f"{group}={value}" for value in override.sweep_string_iterator()])
     return values
+
+
+def is_sweep(words: Iterable[str]) -> bool:
+    """Return whether a command line asks for a sweep, which is several runs."""
+    return not MULTIRUN.isdisjoint(words)
 
 
 def without_submit(words: Iterable[str]) -> tuple[list[str], list[str]]:

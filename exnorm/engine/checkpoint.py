@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import sys
-import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,11 +28,10 @@ from exnorm.engine.description import read_exported
 from exnorm.engine.distributed import World
 from exnorm.engine.weight_files import SAFETENSORS, read_file
 from exnorm.models import build_network
-from exnorm.runs.folder import DISK_FULL, RunFolder, names_file, removes_on_failure, rename_synced
+from exnorm.runs.folder import DISK_FULL, RunFolder, names_file, removes_on_failure, rename_synced, wait_for_shared
 from exnorm.tasks import make_task
 
 KEPT = 2
-SHARED_S = 60  # until a file that another node wrote is seen; NFS may take as long
 OF_A_RUN = {"model", "classes", "step"}  # what every checkpoint has
 BEST = "best.pt"
 STEP_FILE = re.compile(r"step-\d+\.pt")
@@ -139,9 +137,7 @@ def resume(folder: RunFolder, world: World) -> dict[str, Any] | None:
     if world.is_first or step < 0:
         return state
     path = step_file(folder, step)
-    end = time.monotonic() + SHARED_S
-    while not path.is_file() and time.monotonic() < end:  # another node may have written it
-        time.sleep(1)
+    wait_for_shared(path)
     return read(path)
 
 

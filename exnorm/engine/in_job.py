@@ -19,13 +19,12 @@ from typing import Any
 from exnorm.config.errors import BUG, UserError, first_line
 from exnorm.engine.job import Place, describe_nodes, in_replica_order
 from exnorm.engine.lifeline import EXIT_FAILED, GRACE_S, Follower, Leader
-from exnorm.engine.processes import BY_TIME, CUBLAS, say_stopped, then
-from exnorm.engine.stopping import EXIT_TIME_UP, Stopped, StopRequests
+from exnorm.engine.processes import CUBLAS, say_stopped, then
+from exnorm.engine.stopping import Stopped, StopRequests
 from exnorm.engine.worker import in_one_line, shortages_explained, train_run
-from exnorm.runs.folder import RunFolder, write_text_atomic
+from exnorm.runs.folder import RunFolder, wait_for_shared, write_text_atomic
 
 JOIN_S = 1800  # until all processes of a job have come
-SHARED_S = 60  # until a folder that another node made is seen; NFS may take as long
 ADDRESS = "exnorm/leader"  # where the leader writes its port and token
 RETRY_S = 0.5
 
@@ -125,7 +124,7 @@ def train_as_leader(job: Job, folder: RunFolder, device: str, *, span: int) -> N
         distributed.leave()
     except Stopped as stopped:
         distributed.leave()
-        say_stopped(folder, BY_TIME if stopped.exit_code == EXIT_TIME_UP else "")
+        say_stopped(folder, stopped.exit_code)
         raise SystemExit(stopped.exit_code) from None
     except UserError:
         raise
@@ -194,11 +193,8 @@ def _follow_in_training(message: dict[str, Any], join: Callable[[str], Any]) -> 
 
     folder = RunFolder(message["folder"])
     _set_environment(message)
-    end = time.monotonic() + SHARED_S
-    while not folder.config_file.is_file():
-        if time.monotonic() > end:
-            raise UserError(f"{folder.path} is not here. Put the runs where all nodes see them, with runs=DIR")
-        time.sleep(1)
+    if not wait_for_shared(folder.config_file):
+        raise UserError(f"{folder.path} is not here. Put the runs where all nodes see them, with runs=DIR")
     with shortages_explained(folder):
         config = checkpoint.read_config(folder)
         train_run(folder, config, message["device"], StopRequests(), join)

@@ -2,10 +2,10 @@
 
 Each process keeps a connection to the first one, the leader. The kernel closes it when a process dies, however it dies.
 After the loss of a machine, TCP's keepalive finds out within KEEPALIVE_S. The leader then tells all others. So a job
-ends as a whole within GRACE_S after the loss was found, even if its processes wait for each other on their GPUs.
+ends as a whole within 2 GRACE_S after the loss was found, even if its processes wait for each other on their GPUs.
 
-Messages are JSON objects, one on a line: `hello` (to the leader, once), `failed` (both ways), `done` (to the leader),
-and what the leader's caller sends.
+Messages are JSON objects, one on a line: `hello` to the leader, which answers `welcome`; `failed`, both ways; `done` to
+the leader; `end` to the others; and what the leader's caller sends.
 """
 
 import json
@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 from exnorm.engine.job import Place
+from exnorm.runs.subprocesses import leave_to_parent
 
 GRACE_S = 10.0  # after a failure, until a process that has not ended by itself is ended
 KEEPALIVE_S = 60  # until the loss of a machine is found
@@ -38,7 +39,7 @@ class Line:
         self._reader = connection.makefile("r", encoding="utf-8", errors="replace")
         self._sending = threading.Lock()
         _keep_alive(connection)
-        os.register_at_fork(after_in_child=self._leave_to_parent)
+        leave_to_parent(self)
 
     def send(self, message: Message) -> None:
         """Send a message. Nothing happens if the other side has gone; reading finds that out."""
@@ -62,8 +63,8 @@ class Line:
         self._reader.close()
         self._connection.close()
 
-    def _leave_to_parent(self) -> None:
-        # Otherwise a loader process that outlives its parent would keep the connection.
+    def close_in_child(self) -> None:
+        """Leave the connection to the parent. Otherwise a loader process that outlives it would keep it."""
         if self._connection.fileno() >= 0:
             os.close(self._connection.detach())
 
@@ -84,7 +85,7 @@ class Leader:
         self._left: set[int] = set()  # ranks whose connection has ended
         self._cause: str | None = None
         self._ending = False
-        os.register_at_fork(after_in_child=self._leave_to_parent)
+        leave_to_parent(self)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def followers(self, timeout_s: float) -> list[Place]:
@@ -113,7 +114,8 @@ class Leader:
             self._changed.wait_for(lambda: len(self._left) == len(self._lines), GRACE_S)
         self._server.close()
 
-    def _leave_to_parent(self) -> None:
+    def close_in_child(self) -> None:
+        """Leave the port to the parent."""
         if self._server.fileno() >= 0:
             os.close(self._server.detach())
 
@@ -139,7 +141,7 @@ class Leader:
             self._lines[place.rank], self._places[place.rank] = line, place
             self._changed.notify_all()
         line.send({"welcome": True})
-        last = message = None
+        last: Message = {}
         while (message := line.receive()) is not None:
             last = message
             if "failed" in message:
@@ -147,7 +149,7 @@ class Leader:
         with self._changed:
             self._left.add(place.rank)
             self._changed.notify_all()
-        if last is None or "done" not in last:
+        if "done" not in last:
             self._fail(f"rank {place.rank} on {place.host} ended without a message. It was killed, or printed why")
 
     def _fail(self, cause: str) -> None:

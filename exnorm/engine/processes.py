@@ -31,7 +31,6 @@ except Exception as error:
     count, problem = 0, str(error).strip().splitlines()[0]
 print(json.dumps([count, problem]))
 """
-BY_TIME = " before trainer.max_hours were over"
 POLL_S = 0.1
 GRACE_S = 30  # after one worker stopped, until the others are killed
 CRASH_GRACE_S = 1.0  # after one crashed
@@ -168,12 +167,13 @@ def _forwarding(workers: list[subprocess.Popen[bytes]], resumes: RunFolder | Non
         for signum, handler in before.items():
             signal.signal(signum, handler)
     if received and any(worker.returncode != 0 for worker in workers):
-        say_stopped(resumes)
+        say_stopped(resumes, 128 + received[0])
         raise SystemExit(128 + received[0])
 
 
-def say_stopped(resumes: RunFolder | None, why: str = "") -> None:
-    """Print that a run ended early, and what the same command does."""
+def say_stopped(resumes: RunFolder | None, code: int) -> None:
+    """Print that a run ended early, with this exit code, and what the same command does."""
+    why = " before trainer.max_hours were over" if code == EXIT_TIME_UP else ""
     print(f"exnorm: stopped{why}{then(resumes)}", file=sys.stderr, flush=True)
 
 
@@ -190,7 +190,7 @@ def _explain(rank: int, code: int, scratch: Path, resumes: RunFolder | None) -> 
     if lines:
         raise UserError(lines[0])
     if code == EXIT_TIME_UP:
-        say_stopped(resumes, BY_TIME)
+        say_stopped(resumes, code)
     if code in EXIT_STOPPED:
         raise SystemExit(code)
     if code < 0:

@@ -17,7 +17,7 @@ from exnorm.config.study import Study
 from exnorm.report.palette import colour
 from exnorm.report.study_figures import called, class_data, layer_data
 from exnorm.runs.folder import RunFolder
-from exnorm.runs.layer_ratios import read_all_class_ratios, shares
+from exnorm.runs.layer_ratios import read_all_class_ratios
 
 EXPLORER = Path(__file__).with_name("explorer.html")
 DATA = "DATA"  # what stands in `explorer.html` for the data
@@ -35,10 +35,16 @@ class RatioSet:
     frame: pd.DataFrame  # epoch, layer, normalizer, mean, std; also class, if they are by class
 
 
-def sets_of_run(folder: RunFolder, log: list[dict[str, Any]]) -> list[RatioSet]:
-    """Return the ratios in the metrics of a run, and those by class that were measured of it."""
+def explorer_of_run(folder: RunFolder, config: dict[str, Any], ratios: pd.DataFrame) -> str:
+    """Return the explorer of a run's ratios, also of those by class that were measured of it.
+
+    Args:
+        config: the run's configuration.
+        ratios: those in its metrics (`exnorm.runs.layer_ratios.shares`).
+    """
     by_class = read_all_class_ratios(folder).items()
-    return [*_by_kind("", shares(log)), *(RatioSet("", f"by class, {name}", frame) for name, frame in by_class)]
+    sets = [*_by_kind("", ratios), *(RatioSet("", f"by class, {name}", frame) for name, frame in by_class)]
+    return explorer(sets, in_epochs=config["trainer"].get("validate_every") is None)
 
 
 def sets_of_study(study: Study, results: Path) -> list[RatioSet]:

@@ -20,7 +20,7 @@ from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import Cell, Study, load_study
 from exnorm.config.study_file import is_file_name
 from exnorm.report.claims_table import Judged, grid_of, judged_study
-from exnorm.report.explorer import explorer, sets_of_run, sets_of_study
+from exnorm.report.explorer import explorer, explorer_of_run, sets_of_study
 from exnorm.report.grids import Entry, Grid, to_html
 from exnorm.report.measured import measured
 from exnorm.report.page import page
@@ -108,7 +108,7 @@ def run_page(folder: RunFolder) -> str:
         "<h2>Curves</h2>",
         *_run_curves(log, metrics_of(config)[0]),
         *_figures(drawn),
-        explorer(sets_of_run(folder, log), in_epochs=config["trainer"].get("validate_every") is None),
+        explorer_of_run(folder, config, ratios),
         "<h2>Origin of the run</h2>",
         *_origin(folder),
     ]

@@ -12,7 +12,7 @@ from rich.table import Table
 from exnorm.config.errors import UserError
 from exnorm.report import class_figures, label_auc
 from exnorm.report.class_variance import sentence
-from exnorm.report.explorer import explorer, sets_of_run
+from exnorm.report.explorer import explorer_of_run
 from exnorm.report.page import page
 from exnorm.report.ratio_figures import dynamics, stacked
 from exnorm.runs.folder import RunFolder, write_text_atomic
@@ -40,7 +40,7 @@ def run(run_path: Path) -> None:
         print(line)
     title = f"{config['model']['name']}, {config['norm']['name']}, {config['data']['name']}, batch {config['batch']}"
     save_figures(folder, {"ratios": stacked(frame, title), "ratio_dynamics": dynamics(frame, title)})
-    save_page(folder)
+    save_page(folder, config, frame)
 
 
 def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
@@ -69,7 +69,7 @@ def run_by_class(run_path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
         data.insert(0, "pair", f"{own} minus {other}")
         figures[f"difference-{other}"] = class_figures.draw_differences(data, folder.path.name)
     save_figures(folder, figures)
-    save_page(folder)
+    save_page(folder, folder.read_config(), shares(MetricsLog.read(folder.metrics_file)))
 
 
 def run_wrong_labels(run_path: Path, frame: pd.DataFrame) -> None:
@@ -94,14 +94,12 @@ def save_figures(folder: RunFolder, figures: Mapping[str, Figure]) -> None:
             print(f"figure: {path}")
 
 
-def save_page(folder: RunFolder) -> None:
-    """Write the page in which one explores all ratios of a run, also those by class, and print its path."""
+def save_page(folder: RunFolder, config: dict[str, Any], frame: pd.DataFrame) -> None:
+    """Write the page in which one explores the ratios of a run, also those by class, and print its path."""
     path = folder.path / "figures" / "ratios.html"
     path.parent.mkdir(exist_ok=True)
-    sets = sets_of_run(folder, MetricsLog.read(folder.metrics_file))
-    in_epochs = folder.read_config()["trainer"].get("validate_every") is None
     heading = f"<h1>{html.escape(folder.path.name)}</h1>"
-    write_text_atomic(path, page(folder.path.name, [heading, explorer(sets, in_epochs=in_epochs)]))
+    write_text_atomic(path, page(folder.path.name, [heading, explorer_of_run(folder, config, frame)]))
     print(f"page: {path}")
 
 

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from exnorm.runs.lock import FileLock, Locked, is_locked
 NOT_FINITE = "the loss is not finite at step"  # the beginning of the error of a diverged training
 NAMED = ("model", "norm", "data")
 CONFIG_KEYS = {"trainer": dict, "batch": str, "seed": int, **dict.fromkeys(NAMED, dict)}  # keys that every run has
+SHARED_S = 60  # NFS may show a new file of another node so late
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -154,6 +156,16 @@ def check_out(path: Path, *suffixes: str) -> None:
         raise UserError(f"{path}: give the name of a file that ends with {' or '.join(suffixes)}")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
+
+
+def wait_for_shared(path: Path) -> bool:
+    """Wait until a file is seen that another node has written, at most SHARED_S. Return whether it is there."""
+    end = time.monotonic() + SHARED_S
+    while not path.is_file():
+        if time.monotonic() > end:
+            return False
+        time.sleep(1)
+    return True
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:

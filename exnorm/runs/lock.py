@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from exnorm.config.errors import UserError
+from exnorm.runs.subprocesses import leave_to_parent
 
 BEAT_S = 30.0
 STALE_S = 180.0  # a few beats, and the minute for which NFS may show an earlier time
@@ -57,7 +58,7 @@ class FileLock:
             raise
         self._held = True
         self._released = threading.Event()
-        os.register_at_fork(after_in_child=self._leave_to_parent)
+        leave_to_parent(self)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
@@ -98,15 +99,14 @@ class FileLock:
         while not self._released.wait(BEAT_S):
             who = _read(self._path)
             if who and who.get("token") != self._token:  # this machine slept, and another one took over
-                print(
-                    f"exnorm: error: {self._path.parent} was taken over by {_named(who)}", file=sys.stderr, flush=True
-                )
+                cause = f"{self._path.parent} was taken over by {_named(who)}"
+                print(f"exnorm: error: {cause}", file=sys.stderr, flush=True)
                 os._exit(EXIT_LOST)
             with suppress(OSError):
                 os.utime(self._path)
 
-    def _leave_to_parent(self) -> None:
-        # Otherwise a loader process that outlives a killed trainer would keep the lock.
+    def close_in_child(self) -> None:
+        """Leave the lock to the parent. Otherwise a loader process that outlives a killed trainer would keep it."""
         if self._held:
             os.close(self._handle)
 
@@ -166,9 +166,8 @@ def holder(path: Path) -> str:
     named = _named(who)
     if who.get("host") == socket.gethostname():
         return named
-    return (
-        f"{named}, last seen {max(0, time.time() - _touched(path)):.0f} s ago (it counts as dead after {STALE_S:.0f} s)"
-    )
+    seen_s = max(0, time.time() - _touched(path))
+    return f"{named}, last seen {seen_s:.0f} s ago (it counts as dead after {STALE_S:.0f} s)"
 
 
 def utc_now() -> str:

@@ -4,9 +4,11 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 END_WITH_PARENT = "EXNORM_END_WITH_PARENT"  # set for a command that must end when its standard input closes
 
@@ -43,6 +45,30 @@ def stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class LeftToParent(Protocol):
+    """What holds a file or a connection that a forked process, such as a loader, must not keep."""
+
+    def close_in_child(self) -> None:
+        """Close it in this process, which was forked; the parent keeps it."""
+        ...
+
+
+_left: weakref.WeakSet[LeftToParent] = weakref.WeakSet()
+
+
+def leave_to_parent(holder: LeftToParent) -> None:
+    """Call `close_in_child` of a holder in each process that is forked from now on, as long as the holder exists."""
+    _left.add(holder)
+
+
+def _close_in_child() -> None:
+    for holder in list(_left):
+        holder.close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def available_cores() -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from exnorm.config.errors import UserError, suggest
 from exnorm.config.study import Study
-from exnorm.config.words import in_hydras_quotes
+from exnorm.config.words import check_options, in_hydras_quotes, is_sweep, with_home
 from exnorm.engine.job import TOGETHER, port_of
 from exnorm.runs.subprocesses import importing_environment
 from exnorm.studies.plan import Job, RunKey, by_run
@@ -124,14 +124,16 @@ def submit_training(words: Sequence[str], options: Sequence[str]) -> None:
     """
     from exnorm.config.compose import check_train, compose_train
 
-    if {"-m", "--multirun"} & set(words):
+    check_options(words)
+    if is_sweep(words):
         raise UserError("--submit queues one training. Type the command for each run, or write a study for all of them")
-    config = compose_train(list(words))
+    settings = [with_home(word) for word in words]
+    config = compose_train(settings)
     check_train(config)
     runs = Path(config.runs).resolve()
     folder = _folder(runs)
     name = f"{config.model.name}-{config.norm.name}-{config.batch}"
-    command = ["train", *words, f"runs={in_hydras_quotes(str(runs))}"]
+    command = ["train", *settings, f"runs={in_hydras_quotes(str(runs))}"]
     job_id = _executor(name, folder, options).submit(Commands([command], folder)).job_id
     print(f"job {job_id}: {name}. Its output is in {folder}; exnorm runs {runs} lists the runs")
 
