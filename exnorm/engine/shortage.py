@@ -1,7 +1,8 @@
-"""One line for a machine that ran out of something: disk, shared memory, open files. Imports no torch."""
+"""One line for a machine that ran out of something: disk, shared memory, open files, memory. Imports no torch."""
 
 import errno
 import re
+from collections.abc import Iterator
 
 from exnorm.runs.folder import DISK_FULL, RunFolder
 from exnorm.runs.loader_room import no_files, no_shared_memory, shared_free
@@ -9,6 +10,8 @@ from exnorm.runs.loader_room import no_files, no_shared_memory, shared_free
 LITTLE = 1 << 20  # bytes; less free shared memory counts as none
 NO_SHARED_MEMORY = re.compile(r"shared memory\(shm\)|out of shared memory|killed by signal: Bus error|</torch_")
 NO_FILES = re.compile(r"Too many open files|items of ancdata")
+LOST_LOADER = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: \w+|exited unexpectedly)")
+LOST_WORKER = re.compile(r"[Cc]onnection (was )?(closed|reset) by|Connection refused|Broken pipe|remote process exited")
 
 
 def shortage(problem: BaseException, folder: RunFolder) -> str | None:
@@ -22,4 +25,23 @@ def shortage(problem: BaseException, folder: RunFolder) -> str | None:
         return no_shared_memory()
     if code in DISK_FULL:
         return f"{file or folder.path}: the disk is full. Free some space; then the same command {folder.continues()}"
+    for cause in _causes(problem):
+        if found := LOST_LOADER.search(str(cause)):
+            return (
+                f"a loader process ended ({found[0]}). If the memory is full, use fewer data.workers. The same command "
+                f"{folder.continues()}"
+            )
     return None
+
+
+def is_lost_worker(problem: BaseException) -> bool:
+    """Return whether an error says that another worker of the run has ended."""
+    return isinstance(problem, RuntimeError) and LOST_WORKER.search(str(problem)) is not None
+
+
+def _causes(problem: BaseException) -> Iterator[BaseException]:
+    """Return an error and those during which it was raised: torch tells of a lost loader in a signal handler."""
+    seen: BaseException | None = problem
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__

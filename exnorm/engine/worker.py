@@ -11,13 +11,14 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from exnorm.config.errors import BUG, UserError, first_line
-from exnorm.engine.shortage import shortage
+from exnorm.engine.shortage import is_lost_worker, shortage
 from exnorm.engine.stopping import Stopped, StopRequests
 from exnorm.runs.folder import RunFolder, RunLocked
 from exnorm.runs.output import outlive_output, print_anything
@@ -27,6 +28,7 @@ CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
 EXIT_USER_ERROR = 2
 EXIT_LOCKED = 3
+LOST_WAIT_S = 5.0  # for the controller to end a worker that has lost another one; more than its CRASH_GRACE_S
 
 
 def main(arguments: list[str]) -> int:
@@ -61,6 +63,8 @@ def main(arguments: list[str]) -> int:
         _report(problem)
         return EXIT_USER_ERROR
     except Exception as problem:
+        if is_lost_worker(problem):
+            time.sleep(LOST_WAIT_S)  # the worker that failed first has the reason; its line is the only one
         problem.add_note(BUG)
         raise
     finally:
