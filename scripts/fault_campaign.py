@@ -15,20 +15,24 @@ root and are left out otherwise.
 import argparse
 import csv
 import os
+import platform
 import random
 import shutil
+import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from faults import check, machine, signals, storage
-from faults.cases import ROOT, Case, FellShort, Missed, make_case, unmount_below
-from faults.kinds import KINDS, Kind
+from faults import check, machine, processes, signals, storage
+from faults.cases import COMMANDS, ROOT, Case, FellShort, Missed, make_case, unmount_below
+from faults.kinds import BIT_EQUAL, KINDS, ONE_LINE, Kind
 
-from exnorm.runs.provenance import git_state
+from exnorm.report.faults import COLUMNS as SUMMARY
+from exnorm.report.faults import OUTCOMES
+from exnorm.runs.provenance import cpu_model, git_state, versions
 
 MODULES = (signals, storage, machine)  # each registers its kinds
 COLUMNS = ("number", "seed", "kind", "command", "processes", "outcome", "seconds", "detail", "time", "commit")
@@ -53,7 +57,7 @@ def main() -> int:
         write_summary(read_log(log), options.write)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    unmount_below(out)  # mounts of a campaign that was killed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running case is cleaned up
     kinds = [kind for name, kind in KINDS.items() if options.kind in (None, name)]
     kinds = [kind for kind in kinds if options.command is None or options.command in kind.commands]
     kinds = possible(kinds)
@@ -96,6 +100,7 @@ def inject(kinds: list[Kind], number: int, seed: int, command: str | None, out: 
     """Do one injection and return its row. Its folder stays if it fell short."""
     kind, name, count = plan(kinds, number, seed, command)
     folder = out / "cases" / f"{seed}-{number}"
+    processes.kill_all(str(folder))  # of a campaign that was killed
     unmount_below(folder)
     shutil.rmtree(folder, ignore_errors=True)
     case = make_case(folder, name, count, random.Random(f"{seed} {number} {kind.name}"), out / "references")
@@ -156,7 +161,9 @@ def read_log(log: Path) -> list[Row]:
 def append_row(log: Path, row: Row) -> None:
     """Append a row to the log."""
     begins = not log.exists()
+    torn = not begins and not log.read_bytes().endswith(b"\n")
     with log.open("a", encoding="utf-8", newline="") as stream:
+        stream.write("\n" * torn)
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         if begins:
             writer.writeheader()
@@ -164,9 +171,26 @@ def append_row(log: Path, row: Row) -> None:
 
 
 def write_summary(rows: list[Row], file: Path) -> None:
-    """Write how often each kind was injected, and how that ended."""
-    counts = Counter((row["kind"], row["command"], int(row["processes"]), row["outcome"]) for row in rows)
-    print(counts, file)
+    """Write how often each kind was injected, and how that ended. What a fault missed is left out."""
+    counts: dict[tuple[str, str, int], Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        if row["outcome"] != MISSED:
+            counts[row["kind"], row["command"], int(row["processes"])][row["outcome"]] += 1
+    order = list(KINDS)
+    about = {"device": cpu_model(), "python": platform.python_version()} | {
+        name: versions()[name] for name in ("torch", "exnorm")
+    }
+    commits = " ".join(dict.fromkeys(row["commit"] for row in rows))
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, SUMMARY, lineterminator="\n")
+        writer.writeheader()
+        for key in sorted(counts, key=lambda key: (order.index(key[0]), COMMANDS.index(key[1]), key[2])):
+            values = [
+                sum(counts[key].values()),
+                *(counts[key][outcome] for outcome in (BIT_EQUAL, ONE_LINE, FELL_SHORT)),
+            ]
+            injected = dict(zip(("injected", *OUTCOMES), values, strict=True))
+            writer.writerow({**dict(zip(SUMMARY, key, strict=False)), **injected, **about, "commit": commits})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
 from exnorm.config.study_file import SCALES
 from exnorm.report.claims_table import WEAK, Judged, as_csv, grid_of, judged_studies, labelled, not_covered, readings
+from exnorm.report.faults import section as section_on_faults
 from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.in_short import in_short
 from exnorm.report.published import claims_of
@@ -71,7 +72,8 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
     texts[results / "claims.csv"] = as_csv(judged)
     sheets = sorted(path.stem for path in (results / SHEETS).glob("*.png"))
     said = {(table.study.id, table.study.scale): class_remarks(table.study, results) for table in tables}
-    texts[results / "README.md"] = page(tables, judged, [path.name for path in figures], sheets, said)
+    names, faults = [path.name for path in figures], section_on_faults(results)
+    texts[results / "README.md"] = page(tables, judged, names, sheets, said, faults=faults)
     front = _read(results.parent / "README.md")
     fronts = {table.study.scale: table for table in tables if table.study.id == FRONT}
     shown = fronts.get("small") or next(iter(fronts.values()), None)
@@ -103,11 +105,14 @@ def page(
     figures: Sequence[str],
     sheets: Sequence[str],
     remarks: Mapping[tuple[str, str], Sequence[str]],
+    *,
+    faults: str | None = None,
 ) -> str:
     """Return the text of `results/README.md`, which a reader understands without the code.
 
     Args:
         remarks: lines on the ratios of a study, by its id and scale.
+        faults: the section on faults, if there is one.
     """
     by_study = {(item.study.id, item.study.scale): item for item in judged}
     missing = [name for name in group_options("study") if name not in {table.study.id for table in tables}]
@@ -129,7 +134,7 @@ def page(
     for table in tables:
         key = table.study.id, table.study.scale
         parts += section(table, by_study[key], figures, sheets, remarks.get(key, ()))
-    return "\n\n".join([*parts, ENDING]) + "\n"
+    return "\n\n".join([*parts, *filter(None, [faults]), ENDING]) + "\n"
 
 
 def section(

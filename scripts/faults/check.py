@@ -5,6 +5,7 @@ Each function raises `FellShort` with what it found.
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from faults.cases import Case, End, FellShort
 TIMES = {"images_per_s", "time", "train_s", "hours", "commit", "uncommitted", "data.root", "device", "seconds"}
 OURS = ("exnorm: ", "failed: ")
 MAY_APPEAR = ("wandb", "uncommitted", "bad_images.csv", ".damaged", "tables/", "metrics.csv")
+STEP_FILE = re.compile(r"checkpoints/step-\d+\.pt")
 STOPPED = {-2, -15, 130, 143}  # the end by a signal, before Python can answer it and after
 
 
@@ -123,10 +125,11 @@ def same_state(left: Any, right: Any, where: str) -> None:
 
 def _same_files(left: Path, right: Path) -> None:
     has, wanted = _files(left), _files(right)
-    lost = {name for name in wanted - has if "/step-" not in name}
+    lost = {name for name in wanted - has if not STEP_FILE.fullmatch(name)}
     if lost:
         raise FellShort(f"{left.name} lacks {', '.join(sorted(lost))}")
-    more = {name for name in has - wanted if "/step-" not in name and not any(part in name for part in MAY_APPEAR)}
+    new = {name for name in has - wanted if not STEP_FILE.fullmatch(name)}
+    more = {name for name in new if not any(part in name for part in MAY_APPEAR)}
     if more:
         raise FellShort(f"{left.name} has more files: {', '.join(sorted(more))}")
     if (left / ".lock").is_file() and (left / ".lock").stat().st_size:

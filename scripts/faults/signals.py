@@ -55,14 +55,14 @@ def kill_everything(case: Case) -> str:
 
 @kind("SIGKILL at a file operation", commands=("train", "reproduce"))
 def kill_at_file_operation(case: Case) -> str:
-    """SIGKILL of a controller or worker by itself, at a random open, rename or remove in its folder."""
+    """SIGKILL of a controller or worker, at a random open, rename or remove in its folder."""
     return at_file_operation(case, "kill")
 
 
 def at_file_operation(case: Case, action: str) -> str:
     """Let one process meet a fault at a random file operation."""
     assert case.reference is not None
-    role = case.draw.choice(["exnorm.engine.worker", f"exnorm {case.command}"])
+    role = case.draw.choice(["-m", processes.WORKER])  # any process: the first that comes so far
     most = max(int(line) for line in (case.reference / "fault").read_text().split())
     number = case.draw.randrange(1, most + 1)
     case.start(env=file_fault(case, role, number, action))
