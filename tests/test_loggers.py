@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,33 @@ class Faulty:
         raise RuntimeError("no")
 
     table = close = log
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds W&B's service in /proc")
+def test_a_wandb_that_hangs_is_given_up_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Its service answers no more. Without a limit, the run would wait for ever, with its record not written."""
+    code = (
+        "import os, signal, sys\n"
+        "from functools import partial\n"
+        "from pathlib import Path\n"
+        "from exnorm.runs import sinks, wandb_service\n"
+        "from exnorm.runs.folder import RunFolder\n"
+        "folder = RunFolder(sys.argv[1])\n"
+        "folder.create('')\n"
+        "start = partial(sinks.WandbSink, folder, mode='offline', project='p', config={})\n"
+        "guarded = sinks.Sinks({'W&B': start})\n"
+        "guarded._running['W&B'].limit_s = 3.0\n"
+        "send = os.kill\n"
+        "wandb_service.os.kill = lambda pid, signum: send(pid, signal.SIGSTOP)\n"
+        "wandb_service.end_service()\n"
+        "wandb_service.os.kill = send\n"
+        "guarded.log({'loss': 1.0}, 1)\n"
+        "guarded.close()\n"
+        "print('ended')\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0 and done.stdout == "ended\n", done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("exnorm: ")]
+    assert "W&B could not finish" in line and "Traceback" not in done.stderr

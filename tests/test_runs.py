@@ -296,6 +296,28 @@ def test_cut_back_drops_a_validation_that_the_checkpoint_does_not_know_of(tmp_pa
     assert MetricsLog.read(log.path) == [first, inside]
 
 
+def test_a_row_that_a_checkpoint_knows_of_and_the_log_has_lost_is_named(tmp_path: Path) -> None:
+    """As after a power cut that took the end of the file, or a copy that was cut short."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for epoch in (1, 2):
+        log.append({"step": 6 * epoch, "epoch": epoch, "batch/loss": 1.0})
+        log.append({"step": 6 * epoch, "epoch": epoch, "val/top1": 50.0})
+    log.check_complete(2)
+    before = log.path.read_bytes()
+    log.path.write_bytes(before[:-5])
+    MetricsLog(log.path).check_complete(1)
+    with pytest.raises(ValueError, match="has lost the row of epoch 2"):
+        log.check_complete(2)
+
+
+def test_each_row_is_on_the_disk_when_it_is_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is synced. Without this, a power cut could leave a checkpoint that knows of a row that is gone."""
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    MetricsLog(tmp_path / "metrics.jsonl").append({"step": 1})
+    assert len(synced) == 1
+
+
 def git(folder: Path, *arguments: str) -> None:
     identity = ["-c", "user.name=n", "-c", "user.email=e"]
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)

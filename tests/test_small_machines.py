@@ -1,14 +1,20 @@
 """File systems without locks, containers with little shared memory, shells that allow few open files."""
 
+import errno
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import CliRunner
-from engine_cases import WAIT_S, environment, make_image_folder, only_run, tiny
+from engine_cases import WAIT_S, environment, make_image_folder, only_run, start, tiny, wait_for, workers
+
+from exnorm.engine.shortage import shortage
+from exnorm.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 # What NFS without a lock daemon, and CIFS, answer: ENOLCK for flock, EINVAL for fsync of a folder.
@@ -87,3 +93,49 @@ def test_a_machine_that_is_too_small_is_one_line(
 def test_a_low_limit_of_open_files_is_raised(images: Path, tmp_path: Path) -> None:
     done = train_in_shell(["bash", "-c"], "ulimit -S -n 30", images, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def broken_dataloader() -> RuntimeError:
+    """What torch's handler of SIGCHLD does inside another call, here inside one that writes a checkpoint."""
+    try:
+        try:
+            raise RuntimeError("DataLoader worker (pid 1234) is killed by signal: Killed. ")
+        except RuntimeError:
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 471808 vs 471708")  # noqa: B904
+    except RuntimeError as problem:
+        return problem
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly"), "a loader process ended"),
+        (broken_dataloader(), "a loader process ended"),
+        (OSError(errno.EIO, "", "best.pt"), "best.pt: Input/output error"),
+        (OSError(errno.EROFS, ""), "runs/x: Read-only file system"),
+        (OSError(errno.EACCES, "", "runs/x/log.txt"), "runs/x/log.txt: Permission denied"),
+        (OSError(errno.EACCES, "", "elsewhere/x"), None),
+        (ValueError("a bug"), None),
+    ],
+)
+def test_what_a_machine_lacks_is_one_line_and_a_bug_is_not(problem: Exception, said: str | None) -> None:
+    line = shortage(problem, RunFolder("runs/x"))
+    assert (
+        line is None
+        if said is None
+        else line is not None and said in line and "the same command starts" in line.lower()
+    )
+
+
+def test_a_killed_loader_is_one_line_on_two_devices(images: Path, tmp_path: Path) -> None:
+    """As by the kernel when memory runs out. The other worker loses its connection and adds nothing."""
+    arguments = tiny(images, "data.workers=1", "batch=2x4", "trainer.devices=2", "trainer.epochs=500")
+    process = start(arguments, tmp_path)
+    wait_for(lambda: list(tmp_path.glob("runs/*/*/checkpoints/*.pt")), "a checkpoint")
+    parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().split()[3]) for pid in workers(str(tmp_path))}
+    loader = next(pid for pid, parent in parents.items() if parent in parents)
+    os.kill(loader, signal.SIGKILL)
+    _, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2
+    (line,) = err.splitlines()
+    assert "a loader process ended (DataLoader worker" in line and "the checkpoint after step" in line

@@ -98,6 +98,18 @@ def test_the_same_command_again_prints_the_result_and_trains_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
 
 
+def test_a_finished_run_gets_back_its_lost_configuration(finished: Path, images: Path, run_cli: CliRunner) -> None:
+    file = finished / "config.yaml"
+    before = file.read_bytes()
+    for text in (None, before[: len(before) // 2]):
+        file.unlink() if text is None else file.write_bytes(text)
+        refused = run_cli("eval", str(finished))
+        assert refused.returncode == 2 and "provenance.json again: it writes the file anew" in refused.stderr
+        again = run_cli(*tiny(images, "logger.csv=true"), cwd=finished.parents[2])
+        assert again.returncode == 0 and "config.yaml was missing or damaged" in again.stdout
+        assert file.read_bytes() == before
+
+
 def test_a_run_leaves_nothing_in_the_current_folder_but_runs(finished: Path) -> None:
     assert [path.name for path in finished.parents[2].iterdir()] == ["runs"]
 

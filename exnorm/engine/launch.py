@@ -82,6 +82,7 @@ def run(config: DictConfig) -> None:
     if config.fresh and folder.path.exists():
         _set_aside(folder, earlier)
     if folder.read_record() is not None:
+        _keep_config(folder, values, hash8)
         print(f"{folder.path} has finished. To start it over, type fresh=true")
         print_result(folder)
         return
@@ -256,6 +257,16 @@ def prepare(folder: RunFolder, values: dict[str, Any], hash8: str) -> bool:
     folder.error_file.unlink(missing_ok=True)
     _note_start(folder, hash8)
     return made
+
+
+def _keep_config(folder: RunFolder, values: dict[str, Any], hash8: str) -> None:
+    """Write the configuration of a finished run again, if its file is missing or damaged."""
+    try:
+        folder.read_config()
+    except UserError:
+        _check_same_run(folder, hash8)
+        folder.create(OmegaConf.to_yaml(OmegaConf.create(values)))
+        print(f"{folder.config_file} was missing or damaged. It was written again")
 
 
 def _note_start(folder: RunFolder, hash8: str) -> None:

@@ -37,8 +37,8 @@ def shortage(problem: BaseException, folder: RunFolder) -> str | None:
             )
         if found := LOST_LOADER.search(str(cause)):
             return (
-                f"a loader process ended ({found[0]}). If the memory is full, use fewer data.workers. The same command "
-                f"{folder.continues()}"
+                f"a loader process ended ({found[0]}). If the memory is full, use fewer data.workers. Then the same "
+                f"command {folder.continues()}"
             )
     return None
 

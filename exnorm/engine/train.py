@@ -92,6 +92,7 @@ def train(folder: RunFolder, config: Any, world: World, stop_requests: Callable[
     sinks = Sinks({})
     if world.is_first:
         metrics = MetricsLog(folder.metrics_file)
+        metrics.check_complete(learner.epoch)
         metrics.cut_back(learner.step, learner.epoch)
         values: Any = OmegaConf.to_container(config)
         sinks = make_sinks(folder, config.logger, run_config=values)

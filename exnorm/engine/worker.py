@@ -28,7 +28,7 @@ CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
 EXIT_USER_ERROR = 2
 EXIT_LOCKED = 3
-LOST_WAIT_S = 5.0  # for the controller to end a worker that has lost another one; more than its CRASH_GRACE_S
+LOST_WAIT_S = 30.0  # for the controller to end a worker that has lost another one, which may take long to exit
 
 
 def main(arguments: list[str]) -> int:

@@ -91,6 +91,9 @@ class RunFolder:
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
 
+        again = f"Type the command in {self.provenance_file} again: it writes the file anew"
+        if not self.config_file.is_file() and self.provenance_file.is_file():
+            raise UserError(f"{self.path} has lost its config.yaml. {again}")
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is not a run folder: it has no config.yaml. Type exnorm runs to list runs")
         try:
@@ -98,7 +101,7 @@ class RunFolder:
         except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
             values = None
         if lacking := lacking_in(values):
-            raise UserError(f"{self.config_file} is damaged: it has no {lacking}. Remove the folder and train again")
+            raise UserError(f"{self.config_file} is damaged: it has no {lacking}. {again}")
         return {str(key): value for key, value in values.items()}
 
     def read_record(self) -> dict[str, Any] | None:

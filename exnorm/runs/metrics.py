@@ -23,7 +23,20 @@ class MetricsLog:
         """Append one row; it needs "step" (optimizer steps done). NaN and infinity become null."""
         if "step" not in row:
             raise ValueError(f"a row of metrics needs the key 'step', got {sorted(row)}: add step=...")
-        append_text(self.path, to_line({"step": row["step"], **row}))
+        append_text(self.path, to_line({"step": row["step"], **row}), synced=True)
+
+    def check_complete(self, epochs: int) -> None:
+        """Check that no row is missing of the epochs that a checkpoint has validated.
+
+        Raises:
+            UserError: a row is missing, so the record of the run would be incomplete.
+        """
+        known = {row["epoch"] for row in validated(self.read(self.path))}
+        if lacks := [epoch for epoch in range(1, epochs + 1) if epoch not in known]:
+            raise UserError(
+                f"{self.path} has lost the row of epoch {lacks[0]}, which the last checkpoint has validated. Put a "
+                "good copy of the file there, or type fresh=true to start over"
+            )
 
     def cut_back(self, step: int, epochs: int) -> None:
         """Keep only the rows from before a checkpoint after `step` steps and `epochs` validated epochs."""
@@ -88,14 +101,20 @@ def plain(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-def append_text(path: Path, text: str) -> None:
-    """Append in one write, so that lines of several processes do not mix. File names need not be valid UTF-8."""
+def append_text(path: Path, text: str, *, synced: bool = False) -> None:
+    """Append in one write, so that lines of several processes do not mix. File names need not be valid UTF-8.
+
+    Args:
+        synced: the text is on the disk when this returns, so a power cut takes no row that a later checkpoint knows of.
+    """
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     data = text.encode(errors="surrogateescape")
     try:
         with names_file(path):
             while data:  # a full disk takes only a part; the next write raises the error
                 data = data[os.write(handle, data) :]
+            if synced:
+                os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -20,6 +20,7 @@ from exnorm.config.options import imported_class
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.metrics import MetricsLog, append_text, plain
 from exnorm.runs.subprocesses import stop_signals_blocked
+from exnorm.runs.wandb_service import LIMIT_S, answers_within
 
 
 @runtime_checkable
@@ -106,9 +107,11 @@ class WandbSink:
     """
 
     def __init__(self, folder: RunFolder, *, mode: str, project: str, config: dict[str, Any]) -> None:
+        self.limit_s = LIMIT_S[mode]
         try:
-            self.run = self._start(folder, mode, project, config)
-            self.last_step: int = self.run.starting_step
+            with answers_within(self.limit_s):
+                self.run = self._start(folder, mode, project, config)
+                self.last_step: int = self.run.starting_step
         except Exception:
             self.close(1)
             raise
@@ -116,7 +119,8 @@ class WandbSink:
     def log(self, row: dict[str, Any], step: int) -> None:
         """Log a row at a step. W&B drops rows with a smaller step than before, so the step never decreases."""
         self.last_step = max(step, self.last_step)
-        self.run.log({**row, "step": step}, step=self.last_step)
+        with answers_within(self.limit_s):
+            self.run.log({**row, "step": step}, step=self.last_step)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Log a W&B table."""
@@ -124,16 +128,18 @@ class WandbSink:
 
         self.last_step = max(step, self.last_step)
         data: list[Any] = [[plain(item) for item in row] for row in rows]
-        self.run.log({name: wandb.Table(columns=list(columns), data=data)}, step=self.last_step)
+        with answers_within(self.limit_s):
+            self.run.log({name: wandb.Table(columns=list(columns), data=data)}, step=self.last_step)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run; with an exit code, leave it open for resuming."""
-        if not exit_code:
-            self.run.finish()
-        with suppress(Exception):  # W&B's service may be gone; its exit hook would then print a traceback
+        with answers_within(self.limit_s):
+            if not exit_code:
+                self.run.finish()
+        with suppress(Exception), answers_within(self.limit_s):  # its service may be gone
             import wandb
 
-            wandb.teardown(exit_code)
+            wandb.teardown(exit_code)  # else its exit hook prints a traceback
 
     def _start(self, folder: RunFolder, mode: str, project: str, config: dict[str, Any]) -> Any:
         import wandb
