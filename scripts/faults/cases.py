@@ -105,8 +105,8 @@ class Case:
             return ["train", *settings(self.data, self.processes, self.logger), "norm=en"]
         if self.command == "eval":
             (run,) = self.runs()
-            devices = f"devices={self.processes}"
-            return ["eval", str(run.relative_to(self.here)), f"data.root={self.data}", devices, "data.workers=1"]
+            words = [f"data.root={self.data}", f"devices={self.processes}", "data.workers=1", "data.cache=false"]
+            return ["eval", str(run.relative_to(self.here)), *words]
         lines = "\n".join(f'  - "{word}"' for word in settings(self.data, self.processes, self.logger))
         study = self.folder / "tiny.yaml"
         study.write_text(STUDY.format(settings=lines), encoding="utf-8")
@@ -201,6 +201,7 @@ def settings(data: Path, devices: int, logger: str) -> list[str]:
         "data.image_size=32",
         "data.resize=32",
         "data.workers=1",
+        "data.cache=false",  # else images that change after the start are not read again
         f"logger={logger}",
         "trainer.epochs=3",
         "trainer.checkpoint_every_steps=2",
