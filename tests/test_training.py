@@ -26,12 +26,13 @@ from exnorm.config.compose import compose_train
 from exnorm.data import data_set
 from exnorm.data.loader import SeededImages
 from exnorm.data.transforms import eval_transform
+from exnorm.engine import launch
 from exnorm.engine.banner import busy
 from exnorm.engine.calibrate import batch_average
 from exnorm.engine.distributed import World
 from exnorm.models import build_network, classifier
 from exnorm.norms import BatchScopeNorm
-from exnorm.runs.folder import RunFolder
+from exnorm.runs.folder import RunFolder, RunLocked
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +282,22 @@ def test_two_runs_of_one_command_are_bit_equal(images: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_start_that_finds_the_run_in_use_leaves_its_folder_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two starts at the same instant, both make the folder; the one without the lock must not remove it."""
+
+    def locked(*_: object, **__: object) -> None:
+        raise RunLocked("in use")
+
+    monkeypatch.setattr(launch, "run_workers", locked)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunLocked):
+        launch.run(compose_train(tiny(images)[1:]))
+    run = only_run(tmp_path)
+    assert not (run / "error.txt").exists()
+
+
 def test_fresh_starts_over(images: Path, tmp_path: Path) -> None:
     run = train_here(tiny(images, "trainer.epochs=1"), tmp_path)
     (run / "mark").touch()

@@ -163,7 +163,8 @@ class Case:
         """Wait for a random moment: a time, or a number of steps and then a short time.
 
         Raises:
-            Missed: the command ended before.
+            Missed: the command ended well before.
+            FellShort: it failed.
         """
         assert self.reference is not None
         by_time = self.command == "eval" or (not with_checkpoint and self.draw.random() < 0.4)
@@ -174,6 +175,8 @@ class Case:
         processes.wait_until(lambda: self.ended() or self.progress() >= wanted, HANG_S)
         processes.wait_until(self.ended, wait_s)
         if self.ended():
+            if (end := self.end()).code:
+                raise FellShort(f"ended with code {end.code} before the fault: {end.lines[-1] if end.lines else ''}")
             raise Missed("the command ended before the fault")
 
     def kill(self) -> None:
