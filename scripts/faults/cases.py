@@ -169,7 +169,7 @@ class Case:
         assert self.reference is not None
         by_time = self.command == "eval" or (not with_checkpoint and self.draw.random() < 0.4)
         steps = int((self.reference / "progress").read_text())
-        wait_s = self.draw.uniform(0, 0.9 * self.seconds if by_time else 0.5)
+        wait_s = self.draw.uniform(0, 0.6 * self.seconds if by_time else 0.5)
         wanted = 0 if by_time else self.draw.randrange(1, steps)
         self.detail += f"after {wait_s:.2f} s" + (f" from step {wanted}" if wanted else "")
         processes.wait_until(lambda: self.ended() or self.progress() >= wanted, HANG_S)

@@ -1,7 +1,8 @@
 """Faults from inside a Python process: Python imports this file at its start, if PYTHONPATH has this folder.
 
 FAULT_CLOCK="AFTER_S BACK_S" sets the clock back by BACK_S seconds, AFTER_S seconds after the start of each process. It
-replaces `time.time`, `time.time_ns` and `datetime.now`. The times of files and of C code stay as they are.
+replaces `time.time`, `time.time_ns` and the `datetime.now` from which exnorm takes its times. The times of files and of
+C code stay as they are.
 
 FAULT_FILES="ROLE N ACTION FOLDER" acts at the N-th file operation (open, rename, remove, mkdir, link, truncate) below
 FOLDER in processes whose command line has ROLE. ACTION is kill, or the name of an error such as ENOSPC. Writes are no
@@ -22,6 +23,8 @@ EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.link", "os.truncate"
 
 def set_clock_back(after_s: float, back_s: float) -> None:
     """Replace the functions that tell the time of day."""
+    from exnorm.runs import folder
+
     began, clock, clock_ns = time.monotonic(), time.time, time.time_ns
     original = datetime.datetime
 
@@ -29,15 +32,13 @@ def set_clock_back(after_s: float, back_s: float) -> None:
         return back_s if time.monotonic() - began >= after_s else 0.0
 
     class Shifted(original):
-        __slots__ = ()  # the same size: pandas checks it
-
         @classmethod
         def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
             return original.now(tz) - datetime.timedelta(seconds=back())
 
     time.time = lambda: clock() - back()
     time.time_ns = lambda: clock_ns() - int(back() * 1e9)
-    datetime.datetime = Shifted  # pyright: ignore[reportAttributeAccessIssue]
+    folder.datetime = Shifted  # not in the module `datetime`: pandas' C code crashes with another class there
 
 
 def fail_at(number: int, action: str, folder: str, note: str) -> None:
