@@ -108,11 +108,15 @@ def stop(case: Case, *signals: signal.Signals) -> str:
             case.detail += f", again after {wait_s:.2f} s"
             processes.wait_until(case.ended, wait_s)
         processes.kill([case.running[-1].pid], signum)
-    return after_stop(case)
+    return after_stop(case, killed=len(signals) > 1)
 
 
-def after_stop(case: Case) -> str:
-    """Check the end after stop signals, and start again."""
+def after_stop(case: Case, *, killed: bool = False) -> str:
+    """Check the end after stop signals, and start again.
+
+    Args:
+        killed: a second Ctrl-C may have killed the runs of a study, which then leave a folder in TMPDIR.
+    """
     end = case.end()
     if end.code not in check.STOPPED | {0, -9, 128 + 9}:
         raise FellShort(f"ended with code {end.code} after a signal: {end.lines[-1] if end.lines else ''}")
@@ -121,7 +125,7 @@ def after_stop(case: Case) -> str:
     if "Traceback" in end.err:
         raise FellShort(f"a traceback with code {end.code}: {end.lines[-1]}")
     left = list((case.folder / "tmp").glob("exnorm-*"))
-    if end.code in (130, 143) and left:
+    if end.code in (130, 143) and left and not killed:
         raise FellShort(f"{left[0].name} is left in TMPDIR")
     return restart(case)
 
