@@ -6,11 +6,15 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_cases import CLASSES, WAIT_S, make_image_folder, start, wait_for, workers
 
+from exnorm.config.study import load_study
+from exnorm.runs.folder import RunFolder, write_json_atomic
 from exnorm.runs.records import COLUMNS, Row, record_file
+from exnorm.studies.reproduce import Failed, Runner
 
 TIMES = ("hours", "commit", "uncommitted")
 TINY = """# Tiny networks on three colours
@@ -137,6 +141,26 @@ def test_two_commands_divide_the_runs_and_one_finishes_those_of_a_killed_one(tmp
     _, err = both[1].communicate(timeout=600)
     assert both[1].returncode == 0, err
     assert len(list(here.glob("runs/*/*/record.json"))) == 4
+
+
+def test_a_run_that_another_study_has_finished_meanwhile_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two studies start a run at the same instant. The one without the lock ends when the other has finished."""
+    folder = RunFolder(tmp_path)
+
+    def loses(*_: object) -> None:
+        write_json_atomic(folder.record_file, {"val/top1": 1.0})
+        raise Failed("is in use by process 1")
+
+    monkeypatch.setattr(Runner, "_exnorm", loses)
+    runner = Runner(load_study("sn-table2", "mini"), tmp_path, total=1)
+    job: Any = None
+    runner._try_to_train(folder, [], job)
+    folder.record_file.unlink()
+    monkeypatch.setattr(Runner, "_exnorm", lambda *_: (_ for _ in ()).throw(Failed("broken")))
+    with pytest.raises(Failed, match="broken"):
+        runner._try_to_train(folder, [], job)
 
 
 def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ class Runner:
                 self._try_to_train(folder, arguments, job)
 
     def _try_to_train(self, folder: RunFolder, arguments: list[str], job: Job) -> None:
-        """Try once. Another process may have just started this run, or the run may diverge."""
+        """Try once. Another process may have just started this run, or finished it; or the run may diverge."""
         try:
             self._exnorm(["train", *arguments], job)
         except Failed:
