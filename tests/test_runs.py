@@ -172,13 +172,13 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
 
 def test_every_start_is_noted_and_another_config_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    assert prepare(folder, values(), "aaaaaaaa") is True
-    assert prepare(folder, values(), "aaaaaaaa") is False
+    assert prepare(folder, values(), "aaaaaaaa", data_id="d") is True
+    assert prepare(folder, values(), "aaaaaaaa", data_id="d") is False
     noted = json.loads(folder.provenance_file.read_text())
     assert noted["config_hash"] == "aaaaaaaa"
     assert [start["versions"] for start in noted["resumed"]] == [noted["versions"]]
     with pytest.raises(UserError, match=r"made by another config \(aaaaaaaa\)\. Move it away"):
-        prepare(folder, values(), "bbbbbbbb")
+        prepare(folder, values(), "bbbbbbbb", data_id="d")
 
 
 def test_a_loss_that_was_not_finite_is_printed_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

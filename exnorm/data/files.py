@@ -4,6 +4,7 @@ EXIF rotation is ignored, an animation becomes its first frame, and transparency
 clip are scaled: 16 bits to 8, and floats from 0 to 1.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -19,6 +20,10 @@ from exnorm.config.errors import UserError
 from exnorm.data.sample_index import SampleIndex
 from exnorm.data.splits import Images
 
+CHANGED = (
+    "Type the same command again. With the earlier files it continues from the last checkpoint, and with new ones it "
+    "begins a new run"
+)
 # Errors that come from the file. Any other system error comes from the machine and may be temporary.
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 T = TypeVar("T")
@@ -54,11 +59,35 @@ def read_file(entries: SampleIndex, root: Path, read: Callable[[BinaryIO], T], i
 
 
 def _file(entries: SampleIndex, index: int) -> BinaryIO:
-    if entries.spans is None:
-        return open(os.path.join(entries.base, entries.names[index]), "rb")
-    tar, offset, size = (int(number) for number in entries.spans[index])
-    with open(entries.tars[tar], "rb") as file:
-        return io.BytesIO(os.pread(file.fileno(), size, offset))
+    """Open a file.
+
+    Raises:
+        UserError: it is gone, or its size is another one than in the scan.
+    """
+    if entries.spans is not None:
+        tar, offset, size = (int(number) for number in entries.spans[index])
+        with open(entries.tars[tar], "rb") as file:
+            return io.BytesIO(os.pread(file.fileno(), size, offset))
+    path = os.path.join(entries.base, entries.names[index])
+    size = -1 if entries.sizes is None else int(entries.sizes[index])
+    try:
+        stream = open(path, "rb")  # noqa: SIM115  # the caller closes it
+    except FileNotFoundError:
+        if size < 0:
+            raise
+        raise _changed(entries, path, "is gone") from None
+    if size >= 0 and (now := os.fstat(stream.fileno()).st_size) != size:
+        stream.close()
+        raise _changed(entries, path, f"had {size} bytes and has {now} now")
+    return stream
+
+
+def _changed(entries: SampleIndex, path: str, how: str) -> UserError:
+    """Return the error, and remove the kept scan, which compares only a sample of the sizes with the files."""
+    if entries.kept_in:
+        with contextlib.suppress(OSError):
+            os.unlink(entries.kept_in)
+    return UserError(f"{path} has changed: it {how}. {CHANGED}")
 
 
 def opened(name: str, file: Callable[[], BinaryIO]) -> Image.Image:
@@ -71,11 +100,13 @@ def decoded(name: str, file: Callable[[], BinaryIO], read: Callable[[BinaryIO], 
 
     Raises:
         BadImage: something is wrong with the file.
-        UserError: something is wrong with the machine.
+        UserError: the file has changed since the start, or something is wrong with the machine.
     """
     try:
         with file() as stream:
             return read(stream)
+    except UserError:
+        raise
     except UnidentifiedImageError:
         raise BadImage(name, "the image format is not known") from None
     except Exception as problem:  # noqa: BLE001  # any other error of a decoder comes from the file

@@ -93,14 +93,14 @@ def kept(kind: str, path: Path, scan: Callable[[], Found]) -> SampleIndex:
     file = cache_folder() / f"index-{name[:24]}.npz"
     kept = _read(file)
     if kept is not None:
-        return kept
+        return replace(kept, kept_in=str(file))
     start = time.time()
     found = scan()
     stamps = _stamps(found.watched)
     if stamps is not None and max(changed for _, changed, _ in stamps) < (start - SETTLED_S) * 1e9:
         with contextlib.suppress(OSError):  # a full disk: the scan is repeated next time
             _write(file, found.entries, stamps)
-    return found.entries
+    return replace(found.entries, kept_in=str(file))
 
 
 Stamp = tuple[str, int, int]  # path, time of change in ns, bytes

@@ -26,6 +26,7 @@ class SampleIndex:
         sizes: (files,) bytes; None if the scan did not read them.
         spans: (files, 3) in int64 for members of tar files: index into `tars`, offset, bytes.
         tars: the paths of those tar files.
+        kept_in: the file of the cache that has the result of the scan; empty if there is none.
     """
 
     names: Packed
@@ -36,6 +37,7 @@ class SampleIndex:
     sizes: np.ndarray | None = None
     spans: np.ndarray | None = None
     tars: Sequence[str] = ()
+    kept_in: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)

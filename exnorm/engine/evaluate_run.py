@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 
 from exnorm import ops
 from exnorm.config.compose import calibration_data
+from exnorm.config.errors import UserError
 from exnorm.config.schema import EvalConfig
 from exnorm.data import load, validation_sets
 from exnorm.data.loader import SeededImages
@@ -16,6 +17,7 @@ from exnorm.engine.calibrate import batch_average, using
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import eval_loader, evaluate
 from exnorm.engine.images import bad_images_of
+from exnorm.engine.launch import evaluation_id
 from exnorm.norms import configure_scope
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.lock import utc_now
@@ -29,10 +31,10 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     Batch averages always come from the run's own training set.
 
     Raises:
-        UserError: there is no usable checkpoint, the set lacks a class of the run, or an image is broken.
+        UserError: there is no usable checkpoint, the set has changed or lacks a class, or an image is broken.
     """
-    evaluation_id = request.pop("id")
-    wanted = OmegaConf.merge(OmegaConf.structured(EvalConfig), request)
+    name_of_row = request.pop("id")
+    wanted: Any = OmegaConf.merge(OmegaConf.structured(EvalConfig), request)
     ops.set_backend(config.ops.backend)
     state = checkpoint.find(folder, wanted.checkpoint)
     averages = wanted.inference == "batch_average"
@@ -40,6 +42,10 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     same = calibrated_on is wanted.data
     splits = matched(load(wanted.data, train=averages and same), state["classes"], name=wanted.data.name)
     val_sets = validation_sets(wanted.data, splits)
+    if world.is_first and evaluation_id(wanted, config) != name_of_row:
+        raise UserError(
+            f"the files of data={wanted.data.name} have changed since the start. Type the same command again"
+        )
     task = make_task(config.task, state["classes"])
     model = checkpoint.build_trained(config, {**state, "calibrated": None}).to(world.device)
     configure_scope(model)
@@ -69,7 +75,7 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
             results = evaluate(model, loader, task, precision=wanted.precision, world=world, views=views)
         if world.is_first:
             row = {
-                "id": evaluation_id,
+                "id": name_of_row,
                 "step": state["step"],
                 "time": utc_now(),
                 "data": name,

@@ -4,15 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from exnorm.config.errors import UserError
-from exnorm.data import load, noise, validation_sets
+from exnorm.data import fingerprint, load, noise, validation_sets
 from exnorm.data.bad_images import BadImages
+from exnorm.data.files import CHANGED
 from exnorm.data.loader import Loader, SeededImages, TrainBatches
 from exnorm.data.splits import Splits, labelled
 from exnorm.engine.batch import BatchPlan
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import eval_loader
 from exnorm.engine.progress import Progress
-from exnorm.runs.folder import RunFolder, write_text_atomic
+from exnorm.runs.folder import RunFolder, read_json, write_text_atomic
+from exnorm.runs.identity import short_hash
 from exnorm.runs.loader_room import check_room
 from exnorm.tasks import Task, make_task
 
@@ -42,9 +44,11 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
     """Load the data sets of a run, and the list of broken images of an earlier attempt.
 
     Raises:
-        UserError: there are fewer images than one batch needs.
+        UserError: there are fewer images than one batch needs, or the files are not those that named the run.
     """
     splits = load(config.data)
+    if world.is_first:
+        _check_unchanged(folder, config.data)
     task = make_task(config.task, splits.classes)
     batches = TrainBatches(
         len(splits.train),
@@ -89,6 +93,13 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
         },
         bad_images,
     )
+
+
+def _check_unchanged(folder: RunFolder, data: Any) -> None:
+    """Raise UserError if files have changed since the run was named after them; runs of earlier versions pass."""
+    named_after = (read_json(folder.provenance_file) or {}).get("data_id")
+    if named_after not in (None, short_hash(fingerprint(data))):
+        raise UserError(f"the files of data={data.name} have changed since the start. {CHANGED}")
 
 
 def bad_images_of(folder: RunFolder, data_config: Any, splits: Splits) -> BadImages:

@@ -36,7 +36,7 @@ from exnorm.runs.folder import (
     write_json_atomic,
     write_text_atomic,
 )
-from exnorm.runs.identity import config_hash, flatten, run_dir
+from exnorm.runs.identity import config_hash, flatten, run_dir, short_hash
 from exnorm.runs.lock import holder
 from exnorm.runs.metrics import MetricsLog
 from exnorm.runs.provenance import collect, uncommitted_patch
@@ -74,7 +74,8 @@ def run(config: DictConfig) -> None:
     job = current_job()
     plan = check(config)
     values: Any = OmegaConf.to_container(config, resolve=True)
-    hash8 = identity(config, values)
+    data = fingerprint(config.data)
+    hash8 = identity(config, values, data=data)
     folder = RunFolder(run_dir(values, hash8=hash8))
     if folder.is_locked():
         raise RunLocked(f"{folder.path} is in use by {holder(folder.lock_file)}. Wait for it, or choose another seed")
@@ -86,7 +87,7 @@ def run(config: DictConfig) -> None:
         print(f"{folder.path} has finished. To start it over, type fresh=true")
         print_result(folder)
         return
-    made = prepare(folder, values, hash8)
+    made = prepare(folder, values, hash8, data_id=short_hash(data))
     if made:
         print_shorter(folder, values, partial(identity, config))
     try:
@@ -230,22 +231,32 @@ def content_id(source: str, key: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
-def identity(config: DictConfig, values: dict[str, Any], *, content_id: Callable[[str, str], str] = content_id) -> str:
+def identity(
+    config: DictConfig,
+    values: dict[str, Any],
+    *,
+    content_id: Callable[[str, str], str] = content_id,
+    data: str | None = None,
+) -> str:
     """Return a hash of everything that changes the result: values, data, and the content of initial weights.
 
     Args:
         content_id: returns the hash of initial weights, from the setting's value and key.
+        data: the fingerprint of the data, where it is known.
     """
     contents = {
         key: content_id(values["model"][key], f"model.{key}") for key in INITIAL_WEIGHTS if values["model"][key]
     }
     values = {**values, "model": {**values["model"], **contents}}
     defaults = default_values(values["norm"]["name"], values["task"]["name"])
-    return config_hash(values, defaults=defaults, fingerprint=fingerprint(config.data))
+    return config_hash(values, defaults=defaults, fingerprint=fingerprint(config.data) if data is None else data)
 
 
-def prepare(folder: RunFolder, values: dict[str, Any], hash8: str) -> bool:
+def prepare(folder: RunFolder, values: dict[str, Any], hash8: str, *, data_id: str) -> bool:
     """Make the run folder, or check that the existing one belongs to this run; write config and provenance.
+
+    Args:
+        data_id: a hash of the data's fingerprint, which the worker compares with the data that it opens.
 
     Returns:
         Whether this call made the folder.
@@ -255,7 +266,7 @@ def prepare(folder: RunFolder, values: dict[str, Any], hash8: str) -> bool:
         _check_same_run(folder, hash8)
     folder.create(OmegaConf.to_yaml(OmegaConf.create(values)))
     folder.error_file.unlink(missing_ok=True)
-    _note_start(folder, hash8)
+    _note_start(folder, hash8, data_id)
     return made
 
 
@@ -269,12 +280,12 @@ def _keep_config(folder: RunFolder, values: dict[str, Any], hash8: str) -> None:
         print(f"{folder.config_file} was missing or damaged. It was written again")
 
 
-def _note_start(folder: RunFolder, hash8: str) -> None:
+def _note_start(folder: RunFolder, hash8: str, data_id: str) -> None:
     """Write the provenance of this start: at the top level for the first start, in a list for later ones."""
     now = collect([*sys.argv[0].split(), *sys.argv[1:]])
     first = read_json(folder.provenance_file)
     if first is None:
-        start, provenance = 0, {**now, "config_hash": hash8, "resumed": []}
+        start, provenance = 0, {**now, "config_hash": hash8, "data_id": data_id, "resumed": []}
     else:
         start, provenance = len(first["resumed"]) + 1, {**first, "resumed": [*first["resumed"], now]}
     write_json_atomic(folder.provenance_file, provenance)

@@ -72,6 +72,11 @@ def config_hash(config: dict[str, Any], *, defaults: dict[str, Any], fingerprint
         if key not in usual or value != usual[key]:
             counted[key] = value
     text = json.dumps([counted, fingerprint], sort_keys=True, allow_nan=False)
+    return short_hash(text)
+
+
+def short_hash(text: str) -> str:
+    """Return 8 hex digits of a text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -1,0 +1,154 @@
+"""Files that change after a run was named after them: one line, and never a training under the wrong name."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from data_cases import config_of
+from engine_cases import assert_same_run, make_image_folder, metrics, only_run, tiny, train_here, working_here
+from mask_cases import make_segfolder
+from omegaconf import OmegaConf
+
+from exnorm import data
+from exnorm.config.compose import compose_train
+from exnorm.config.errors import UserError
+from exnorm.engine import launch
+from exnorm.engine import train as engine
+from exnorm.engine.learner import save
+
+MANY = 400  # images of a class, so that a sample of the sizes misses one of them
+
+
+def longer(path: Path) -> None:
+    """The file with one more byte, which no decoder notices."""
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache without an earlier scan."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"), [(longer, r"it had \d+ bytes and has \d+ now"), (Path.unlink, "it is gone")]
+)
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_file_that_changes_after_the_scan_is_named(
+    tmp_path: Path, own_cache: Path, kind: str, change: Callable[[Path], None], line: str
+) -> None:
+    if kind == "images":
+        root = make_image_folder(tmp_path / "in", train=2, val=1)
+        config, victim = config_of("imagefolder", root, "data.cache=false"), root / "train" / "cat" / "1.png"
+    else:
+        root = make_segfolder(tmp_path / "in")
+        config = OmegaConf.merge(config_of("segfolder", root), {"num_classes": 3})
+        victim = root / "train" / "masks" / "drive 0" / "0.png"
+    images: Any = data.load(config).train
+
+    def open_all() -> None:
+        for index in range(len(images)):
+            images.open(index)
+
+    open_all()
+    before = data.fingerprint(config)
+    change(victim)
+    with pytest.raises(UserError, match=rf"{victim} has changed: {line}\. Type the same command again"):
+        open_all()
+    if change is longer:
+        assert data.fingerprint(config) != before
+
+
+def test_a_kept_scan_whose_sample_misses_a_change_is_made_anew_after_the_error(tmp_path: Path, own_cache: Path) -> None:
+    """Otherwise each start would find the same file changed."""
+    root = tmp_path / "in"
+    for name in ("cat", "dog"):
+        for split in ("train", "val"):
+            (root / split / name).mkdir(parents=True)
+    victim = root / "train" / "cat" / "0001.png"
+    first = make_image_folder(tmp_path / "some", train=1, val=1) / "train" / "cat" / "0.jpg"
+    for path in [root / "val" / "cat" / "0.png", root / "val" / "dog" / "0.png"]:
+        path.write_bytes(first.read_bytes())
+    for name in ("cat", "dog"):
+        for number in range(MANY):
+            (root / "train" / name / f"{number:04}.png").write_bytes(first.read_bytes())
+    for path in [root, *root.rglob("*")]:
+        os.utime(path, (0, 0))
+    config = OmegaConf.merge(config_of("imagefolder", root), {"cache": False})
+    before = data.fingerprint(config)
+    longer(victim)
+    assert data.fingerprint(config) == before  # the sample misses it
+    with pytest.raises(UserError, match="has changed"):
+        data.load(config).train.open(1)
+    assert data.fingerprint(config) != before
+    data.load(config).train.open(1)
+
+
+def changing(path: Path) -> Any:
+    """The file changes after the controller has named the run, and before its worker opens the data."""
+    work = launch.run_workers
+
+    def changes_first(*arguments: Any, **options: Any) -> None:
+        longer(path)
+        work(*arguments, **options)
+
+    return mock.patch.object(launch, "run_workers", changes_first)
+
+
+def test_images_that_change_before_the_worker_reads_them_end_the_run(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a run that has begun, which then goes on with the earlier images."""
+    root = make_image_folder(tmp_path / "in")
+    arguments = tiny(root, "data.cache=false")
+    whole = train_here(arguments, tmp_path / "whole")
+    victim = root / "train" / "dog" / "3.png"
+    content = victim.read_bytes()
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    config = compose_train(arguments[1:])
+    with working_here(), changing(victim), pytest.raises(UserError, match=r"data=imagefolder have changed .* the same"):
+        launch.run(config)
+    assert not list(here.glob("runs/*/*"))
+    victim.write_bytes(content)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    monkeypatch.chdir(begun)
+    with working_here(), mock.patch.object(engine, "save", stop_after_saving()), pytest.raises(KeyboardInterrupt):
+        launch.run(config)
+    with working_here(), changing(victim), pytest.raises(UserError, match="have changed"):
+        launch.run(config)
+    rows = len(metrics(only_run(begun)))
+    assert rows
+    victim.write_bytes(content)
+    with working_here():
+        launch.run(config)
+    assert_same_run(only_run(begun), whole)
+    assert json.loads((only_run(begun) / "provenance.json").read_text())["resumed"]
+
+
+def stop_after_saving() -> Any:
+    """Ctrl-C just after the first checkpoint."""
+
+    def saving(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
+        raise KeyboardInterrupt
+
+    return saving
+
+
+def test_images_that_change_before_an_evaluation_reads_them_end_it(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_image_folder(tmp_path / "in")
+    run = train_here(tiny(root, "trainer.epochs=1"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with working_here(), changing(root / "val" / "dog" / "3.png"), pytest.raises(UserError, match="have changed"):
+        launch.evaluate_run(run, ["data.workers=0"])
+    assert not (run / "evaluations.jsonl").exists()
