@@ -272,7 +272,9 @@ def reproduce(
         str,
         typer.Option(help="Scale: mini (drawn images), small and gpu (CIFAR-10) or full (the paper's data)."),
     ] = "mini",
-    seeds: Annotated[int | None, typer.Option(min=1, show_default="the study's", help="Seeds per cell.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=1000, show_default="the study's", help="Seeds per cell.")
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="AXIS=VALUE", help="Cells to run, such as norm=en; seed=0 selects a seed."),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from exnorm.config.errors import BUG, UserError
-from exnorm.config.study import Study
+from exnorm.config.study import Key, Study
 from exnorm.engine.job import outside_of_job
 from exnorm.runs.folder import NOT_FINITE, RunFolder
 from exnorm.runs.lock import FileLock, Locked
@@ -313,6 +314,14 @@ def _result(job: Job) -> str:
     return f"{primary.label} {result.get(primary.key, float('nan')):.{primary.digits}f}"
 
 
+def _by_cell(jobs: Iterable[Job]) -> dict[Key, list[Job]]:
+    groups: dict[Key, list[Job]] = defaultdict(list)
+    for job in jobs:
+        if job.cell is not None:
+            groups[job.cell.key].append(job)
+    return groups
+
+
 def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s: float | None) -> None:
     """Print the cells with their seeds, how many are done, and the hours left."""
     from rich.table import Table
@@ -324,19 +333,19 @@ def print_plan(study: Study, jobs: Sequence[Job], results: Path, *, images_per_s
     left = [job for job in jobs if not (job.finished() or job.diverged())]
     table = Table(*study.axes, "seeds", "done", "hours left", box=None, pad_edge=False)
     to_train = [job for job in trainings_of(left) if not job.trained()]
-    for cell in dict.fromkeys(job.cell for job in jobs if job.cell is not None):
-        own = [job for job in jobs if job.cell == cell]
-        labels = [study.label(value) for _, value in cell.key]
-        done = sum(job not in left for job in own)
-        hours = estimate.hours(job for job in to_train if job.cell == cell)  # a shared run: once
-        table.add_row(*labels, str(len(own)), str(done), hours)
+    planned, undone, untrained = (_by_cell(some) for some in (jobs, left, to_train))
+    for key, own in planned.items():
+        labels = [study.label(value) for _, value in key]
+        hours = estimate.hours(untrained[key])  # a shared run: once
+        table.add_row(*labels, str(len(own)), str(len(own) - len(undone[key])), hours)
     print_table(table)
     for problem in dict.fromkeys(job.problem for job in jobs if job.problem):
         print(f"missing data: {problem}")
     trainings = trainings_of(jobs)
     evaluations = [job for job in jobs if job.cell is not None and job.cell.evaluate]
     further = f" and {len(evaluations)} evaluations of them" if evaluations else ""
-    to_do = str(len(to_train)) + (f" and {sum(job in left for job in evaluations)} evaluations" if evaluations else "")
+    to_evaluate = sum(job.cell is not None and bool(job.cell.evaluate) for job in left)
+    to_do = f"{len(to_train)} and {to_evaluate} evaluations" if evaluations else str(len(to_train))
     unit = "GPU-hours" if study.scale in ("gpu", "full") else "hours on one core"
     print(
         f"{study.id} at scale {study.scale}: {len(trainings)} runs{further}; {len(trainings) - len(to_train)} runs "
