@@ -84,6 +84,12 @@ def srun(arguments: Any, cwd: Path, nodes: Sequence[int], **others: Path) -> lis
     ]
 
 
+def script(code: str, *arguments: str) -> Process:
+    """Start Python with some code."""
+    command, pipe = [sys.executable, "-c", code, *arguments], subprocess.PIPE
+    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
+
+
 def ended(processes: Sequence[Process]) -> list[tuple[int, str, str]]:
     """Wait for all processes; return exit code, stdout and stderr of each."""
     outputs = [process.communicate(timeout=WAIT_S) for process in processes]
@@ -296,16 +302,10 @@ time.sleep(1000)
 
 def test_a_process_that_is_stuck_does_not_outlive_the_loss_of_another_one() -> None:
     """As in an exchange between GPUs, which never returns."""
-
-    def stuck(*arguments: str) -> Process:
-        command = [sys.executable, "-c", STUCK, *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
-
-    leader = stuck("0")
+    leader = script(STUCK, "0")
     assert leader.stdout is not None
     address = leader.stdout.readline().split()
-    others = [stuck(rank, *address) for rank in ("1", "2")]
+    others = [script(STUCK, rank, *address) for rank in ("1", "2")]
     for other in others:
         assert other.stdout is not None and other.stdout.readline() == "joined\n"
     with socket.create_connection(("localhost", int(address[0]))) as stranger:
@@ -316,6 +316,38 @@ def test_a_process_that_is_stuck_does_not_outlive_the_loss_of_another_one() -> N
     cause = "rank 1 on host1 ended without a message. It was killed, or printed why"
     assert leader.returncode == code == 2 and silent == ""
     assert out == f"noted: {cause}\n" and err == f"exnorm: error: {cause}\n"
+
+
+MANY = """
+import resource, sys
+from exnorm.engine import lifeline
+from exnorm.engine.job import Place
+size = 80
+if len(sys.argv) == 2:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[1])))
+    leader = lifeline.Leader(size)
+    print(leader.port, leader.token, flush=True)
+    print(len(leader.followers(60)), flush=True)
+    leader.end({"end": True})
+else:
+    port, token = sys.argv[1:]
+    places = [Place(rank, size, 0, str(rank), "host") for rank in range(1, size)]
+    followers = [lifeline.Follower(place, "localhost", int(port), token) for place in places]
+    for follower in followers:
+        follower.receive()
+        follower.done()
+"""
+
+
+def test_a_leader_may_open_a_connection_to_each_process() -> None:
+    """Most shells allow 1,024 open files at first, and let a process raise that limit."""
+    leader = script(MANY, "4096")
+    assert leader.stdout is not None
+    address = leader.stdout.readline().split()
+    (_, out, err), (code, _, _) = ended([leader, script(MANY, *address)])
+    assert (leader.returncode, out, code) == (0, "79\n", 0), err
+    ((_, _, err),) = ended([script(MANY, "100")])
+    assert "this shell allows 100 (ulimit -H -n), and connections of a job of 80 processes need about" in err
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 from exnorm.engine.job import Place
+from exnorm.runs.loader_room import allow_files
 from exnorm.runs.subprocesses import leave_to_parent
 
 GRACE_S = 10.0  # after a failure, until a process that has not ended by itself is ended
@@ -28,6 +29,8 @@ KEEPALIVE_S = 60  # until the loss of a machine is found
 HELLO_S = 60  # for the first message of a new connection
 LONGEST = 1 << 20  # characters of a message
 EXIT_FAILED = 2
+FILES_EACH = 3  # open files of the leader for each process: this connection, and those of torch's store and gloo
+FILES = 256  # and for all else
 Message = dict[str, Any]
 
 
@@ -70,9 +73,14 @@ class Line:
 
 
 class Leader:
-    """The connections of the first process of a job to all others."""
+    """The connections of the first process of a job to all others.
+
+    Raises:
+        UserError: the process may not open as many files.
+    """
 
     def __init__(self, size: int) -> None:
+        allow_files(FILES_EACH * size + FILES, users=f"connections of a job of {size} processes", advice="Use")
         self.token = secrets.token_hex(16)  # keeps strangers out
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6)

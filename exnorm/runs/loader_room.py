@@ -36,8 +36,7 @@ def check_room(workers: int, *, batches: int, batch_bytes: int) -> None:
             f"shared memory is too small: {SHARED} has {shared_free()} bytes free, and the batches that loader "
             f"processes prepare take {needed}. {ALTERNATIVES}"
         )
-    if os.path.isdir(OWN_FILES):
-        _allow_files(len(os.listdir(OWN_FILES)) + FILES_EACH * (workers + 1))
+    allow_files(FILES_EACH * (workers + 1), users="the loader processes", advice="Type data.workers=0, or use")
 
 
 def shared_free() -> int:
@@ -62,13 +61,24 @@ def no_files() -> str:
     return f"too many open files: this shell allows {soft}. Type ulimit -n 4096 first, or data.workers=0"
 
 
-def _allow_files(needed: int) -> None:
+def allow_files(more: int, *, users: str, advice: str) -> None:
+    """Raise the limit of open files, if this process needs it for `more` files than it has open now. Linux only.
+
+    Args:
+        users, advice: what needs them, and what else one can do, for the error message.
+
+    Raises:
+        UserError: the limit cannot be raised so far.
+    """
+    if not os.path.isdir(OWN_FILES):
+        return
+    needed = len(os.listdir(OWN_FILES)) + more
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
-            f"too few open files: this shell allows {hard} (ulimit -H -n), and the loader processes need about "
-            f"{needed}. Type data.workers=0, or use a shell with a higher limit"
+            f"too few open files: this shell allows {hard} (ulimit -H -n), and {users} need about {needed}. {advice} a "
+            "shell with a higher limit"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
