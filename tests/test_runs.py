@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from exnorm.config.compose import compose_train, default_values
@@ -23,6 +25,7 @@ from exnorm.runs.folder import RunFolder, RunLocked, check_out, write_json_atomi
 from exnorm.runs.identity import config_hash, flatten, run_dir
 from exnorm.runs.listing import list_runs
 from exnorm.runs.metrics import MetricsLog
+from exnorm.runs.stored_config import read_stored
 from exnorm.runs.table import print_runs
 
 
@@ -379,3 +382,20 @@ def test_the_list_of_runs_says_why_one_failed_or_cannot_be_read(
     print_runs(list_runs(tmp_path))
     shown = capsys.readouterr().out
     assert all(run.reason in shown for run in (failed, torn, damaged))
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_characters="$"))
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text("ab1e-.~_", min_size=1), inner))
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text("abc", min_size=1), VALUES))
+def test_a_stored_configuration_is_read_as_omegaconf_reads_it(values: dict[str, Any]) -> None:
+    """Texts that look like numbers, dates or truth values stay texts."""
+    text = OmegaConf.to_yaml(OmegaConf.create(values))
+    assert repr(read_stored(text)) == repr(OmegaConf.to_container(OmegaConf.create(text), resolve=True))
+
+
+@pytest.mark.parametrize("text", ["a: 1e-3", "a: -2E5", "a: 1.5e3", "a: '1e-3'", "a: on", "a: {b: '${c}'}\nc: 3"])
+def test_a_configuration_that_was_edited_by_hand_is_read_as_omegaconf_reads_it(text: str) -> None:
+    assert repr(read_stored(text)) == repr(OmegaConf.to_container(OmegaConf.create(text), resolve=True))

@@ -87,9 +87,10 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """Return the resolved configuration; raise UserError if this is not a run folder, or if the file is damaged."""
-        from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
+
+        from exnorm.runs.stored_config import read_stored
 
         again = f"Type the command in {self.provenance_file} again: it writes the file anew"
         if not self.config_file.is_file() and self.provenance_file.is_file():
@@ -97,7 +98,7 @@ class RunFolder:
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is not a run folder: it has no config.yaml. Type exnorm runs to list runs")
         try:
-            values: Any = OmegaConf.to_container(OmegaConf.load(self.config_file), resolve=True)
+            values: Any = read_stored(self.config_file.read_text(encoding="utf-8"))
         except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
             values = None
         if lacking := lacking_in(values):
