@@ -292,6 +292,10 @@ def reproduce(
     submit: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Submit to a cluster with these submitit parameters.")
     ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run the commands on a Ray cluster.")] = False,
+    gpus_per_run: Annotated[
+        int | None, typer.Option(min=1, show_default="1, if the cluster has GPUs", help="GPUs of each run with --ray.")
+    ] = None,
     images_per_s: Annotated[float | None, typer.Option(min=0.001, help="Speed of a GPU, for the plan.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
@@ -314,6 +318,10 @@ def reproduce(
         from exnorm.studies.submit import submit as submit_jobs
 
         submit_jobs(wanted, found, runs, results, submit)
+    elif ray:
+        from exnorm.studies.on_ray import reproduce_on_ray
+
+        raise typer.Exit(reproduce_on_ray(wanted, found, runs, results, at_once=jobs, gpus=gpus_per_run))
     else:
         raise typer.Exit(reproduce(wanted, found, results, at_once=jobs))
 

@@ -185,13 +185,8 @@ def runs(folder: Path) -> Found:
     from exnorm.runs.folder import RunFolder
     from exnorm.runs.listing import list_runs
 
-    subprocess.run(
-        [sys.executable, "-m", "exnorm", "train", "model=resnet_mini", "data=digits", "trainer.epochs=3", "logger=off"],
-        cwd=folder,
-        env=exnorm_environment(),
-        check=True,
-        capture_output=True,
-    )
+    tiny = ["model=resnet_mini", "data=digits", "trainer.epochs=3", "logger=off", "ops.backend=eager"]
+    seconds_of(["train", *tiny], folder)
     (run,) = [path.parent for path in folder.glob("runs/*/*/record.json")]
     files = [path for path in run.rglob("*") if path.is_file()]
     yield "a finished run of 3 epochs", len(files), "files"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -179,6 +180,34 @@ def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
     wrong = begin(study, here, "--submit", "cluster=local", "--submit", "timeout=20")
     _, err = wrong.communicate(timeout=600)
     assert wrong.returncode == 2 and err.count("\n") == 1 and "timeout" in err
+
+
+def test_a_study_on_a_ray_cluster_survives_kills_and_stops(tmp_path: Path) -> None:
+    """On a cluster of this machine. The death of the command ends the tasks; SIGTERM stops them with checkpoints."""
+    study, here = tiny_study(tmp_path), tmp_path / "here"
+    killed = begin(study, here, "--ray")
+    wait_for(lambda: list(here.glob("runs/*/*/checkpoints/step-*.pt")), "a first checkpoint")
+    killed.kill()
+    killed.communicate()
+    wait_for(lambda: not workers(str(here)), "the end of the workers")
+    stopped = begin(study, here, "--ray")
+    wait_for(lambda: list(here.glob("runs/*/*/record.json")), "a first finished run")
+    stopped.send_signal(signal.SIGTERM)
+    _, err = stopped.communicate(timeout=600)
+    assert stopped.returncode == 143 and "Type the same command again" in err
+    assert not workers(str(here))
+    again = begin(study, here, "--ray")
+    out, err = again.communicate(timeout=600)
+    assert again.returncode == 0, err
+    assert re.search(r"Ray cluster: 1 machines; each run has 0 GPUs and \d+ cores", out)
+    assert len({row["cell"] for row in records(here / "results")}) == 4
+    starts = [json.loads(path.read_text())["resumed"] for path in here.glob("runs/*/*/provenance.json")]
+    assert len(starts) == 2 and any(starts)
+    assert not list(here.glob("runs/.claims/stop-*"))
+    refused = begin(study, here, "--ray", "--gpus-per-run", "3")
+    _, err = refused.communicate(timeout=600)
+    assert refused.returncode == 2
+    assert err == "exnorm: error: --gpus-per-run 3: a machine of this Ray cluster has at most 0 GPUs\n"
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:

@@ -62,6 +62,17 @@ def _index(path: Path) -> Iterator[str]:
         yield markdown(group.set_index("entries").filter(columns))
 
 
+def _scale(path: Path) -> Iterator[str]:
+    for device, group in _by_device(path, ["part", "what"]):
+        yield "## At scale"
+        yield (
+            f"`scripts/at_scale.py` on {device} and its local disk; [what follows](../../docs/at-scale.md) for large "
+            "data sets, studies and jobs."
+        )
+        table = group.set_index("what").filter(["value", "unit"])
+        yield markdown(table.assign(value=[f"{value:.3g}" for value in table.value]))
+
+
 def _timm_coverage(path: Path) -> Iterator[str]:
     rows = pd.read_csv(path)
     yield "## timm's architectures"
@@ -136,6 +147,7 @@ SECTIONS: dict[str, Callable[[Path], Iterator[str]]] = {
     "gpu.csv": _gpu,
     "data.csv": _data,
     "index.csv": _index,
+    "scale.csv": _scale,
     "timm_coverage.csv": _timm_coverage,
 }
 

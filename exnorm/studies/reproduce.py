@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -44,6 +44,9 @@ CLAIMS = ".claims"  # the folder of the claims, in that of the runs
 ERROR = "exnorm: error: "
 
 
+Ended = tuple[int, list[str]]  # exit code and lines of a command
+
+
 class Failed(Exception):
     """A run ended without a result. The message is its last line."""
 
@@ -51,8 +54,14 @@ class Failed(Exception):
 Problems = dict[str, str]  # error messages by the title of the job
 
 
-def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int | None) -> int:
+def reproduce(
+    study: Study, jobs: Sequence[Job], results: Path, *, at_once: int | None, make_runner: "MakeRunner | None" = None
+) -> int:
     """Run the missing runs and write the record. Return the exit code: 0, 1 if a run failed, 128 + n after signal n.
+
+    Args:
+        at_once: the number of runs at the same time. By default, as many as there are cores for.
+        make_runner: returns what runs the commands. By default, processes of this machine do.
 
     Raises:
         UserError: data are missing, or a setting cannot work; nothing was run.
@@ -66,7 +75,7 @@ def reproduce(study: Study, jobs: Sequence[Job], results: Path, *, at_once: int 
     done = len(jobs) - len(waiting) - len(damaged)
     print(f"{study.id} at scale {study.scale}: {done} of {len(jobs)} runs are done{elsewhere(study, waiting, results)}")
     at_once = at_once or (max(1, available_cores() // study.threads) if study.threads else 1)
-    runner = Runner(study, results, waiting)
+    runner = (make_runner or Runner)(study, results, waiting)
     with runner.forwarding_signals(), ThreadPoolExecutor(at_once) as pool:
         for thread in [pool.submit(runner.work) for _ in range(at_once)]:
             thread.result()
@@ -215,8 +224,7 @@ class Runner:
             if not self.signum:
                 say_in_handler("stopping: each run ends its step and writes a checkpoint")
             self.signum = signum
-            for process in list(self._processes):
-                process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+            self.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
         before = {signum: signal.signal(signum, stop) for signum in heeded_signals()}
         try:
@@ -250,18 +258,35 @@ class Runner:
                 raise Failed(_without_result("train", folder))
 
     def _exnorm(self, arguments: list[str], job: Job) -> None:
-        environment = outside_of_job(importing_environment()) | {
+        variables = {
             END_WITH_PARENT: "1",
             STUDY: json.dumps({"id": self.study.id, "scale": self.study.scale, "cell": job.name, "seed": job.seed}),
         }
         if self.study.threads:
-            environment["OMP_NUM_THREADS"] = str(self.study.threads)
+            variables["OMP_NUM_THREADS"] = str(self.study.threads)
+        code, lines = self.execute(arguments, variables)
+        if code:
+            told = [line.partition(ERROR)[2] for line in lines if ERROR in line]
+            last = [line for line in lines if line.strip() and line != BUG]
+            raise Failed((told or last or [f"exit code {code}"])[-1])
+
+    def send_signal(self, signum: signal.Signals) -> None:
+        """Send a signal to each command that runs now."""
+        for process in list(self._processes):
+            process.send_signal(signum)
+
+    def execute(self, arguments: Sequence[str], variables: Mapping[str, str]) -> Ended:
+        """Run a command with some variables in its environment.
+
+        Raises:
+            Failed: a signal came, so no command starts any more.
+        """
         with self._changing:
             if self.signum:
                 raise Failed("stopped")
             process = subprocess.Popen(
                 [sys.executable, "-m", "exnorm", *arguments],
-                env=environment,
+                env=outside_of_job(importing_environment()) | dict(variables),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -276,10 +301,10 @@ class Runner:
         lines = process.stdout.read().splitlines()
         code = process.wait()
         self._processes.discard(process)
-        if code:
-            told = [line.partition(ERROR)[2] for line in lines if ERROR in line]
-            last = [line for line in lines if line.strip() and line != BUG]
-            raise Failed((told or last or [f"exit code {code}"])[-1])
+        return code, lines
+
+
+MakeRunner = Callable[[Study, Path, Sequence[Job]], Runner]
 
 
 def claimed(job: Job) -> AbstractContextManager[Any] | None:
