@@ -60,3 +60,42 @@ def test_deterministic_training_sets_what_cublas_reads_at_its_start(tmp_path: Pa
     process.terminate()
     process.communicate(timeout=WAIT_S)
     assert b"CUBLAS_WORKSPACE_CONFIG=:4096:8" in variables
+
+
+TRAINERS = """
+import os, signal, sys, torch
+from data_cases import config_of
+from exnorm.data import load
+from exnorm.data.loader import Loader, SeededImages, TrainBatches
+from exnorm.data.transforms import train_transform
+
+config = config_of("digits")
+images = load(config).train
+samples, batches = SeededImages(images, train_transform(config), seed=0), TrainBatches(len(images), total=4, seed=0)
+trainers, (inlet, outlet) = [], os.pipe()
+for _ in range(8):
+    trainers.append(os.fork())
+    if not trainers[-1]:
+        loader = Loader(samples, batches, workers=1, device=torch.device("cpu"))
+        while True:
+            for number, _ in enumerate(loader):
+                if number == 20:
+                    os.write(outlet, b"1")
+for _ in trainers:
+    os.read(inlet, 1)
+for trainer in trainers:
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends loader processes")
+def test_loader_processes_of_a_killed_trainer_print_nothing_and_end() -> None:
+    """They lose the connection to their trainer while they hand it a batch."""
+    paths = os.pathsep.join([str(ROOT / "tests"), environment()["PYTHONPATH"]])
+    variables = environment() | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINERS], env=variables, capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert (done.returncode, done.stderr) == (0, "")  # stderr closes when the last loader process has ended

@@ -4,8 +4,10 @@ import hashlib
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from exnorm.data.files import BadImage
 from exnorm.data.splits import Images, Samples
 from exnorm.data.transforms import Transform
 from exnorm.runs.loader_room import BATCHES_AHEAD, check_room
-from exnorm.runs.subprocesses import STOP_SIGNALS, stop_signals_blocked
+from exnorm.runs.subprocesses import STOP_SIGNALS, end_with_process, stop_signals_blocked
 
 Key = tuple[int, int]  # epoch, index
 
@@ -174,7 +176,7 @@ class Loader:
             prefetch_factor=BATCHES_AHEAD if workers else None,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_obey_trainer_alone,
+            worker_init_fn=partial(_obey_trainer_alone, os.getpid()),
             collate_fn=_as_it_is,
         )
 
@@ -191,10 +193,18 @@ def _as_it_is(batch: Any) -> Any:
     return batch  # `SeededImages.__getitems__` has stacked it
 
 
-def _obey_trainer_alone(worker: int) -> None:
+def _obey_trainer_alone(trainer: int, worker: int) -> None:
     # A signal to all processes of a job would end the loaders first, and then the trainer before its checkpoint.
     if hasattr(signal, "sigwaitinfo"):  # Linux, where this process began with the signals blocked
         threading.Thread(target=_end_with_trainers_word, daemon=True).start()
+    end_with_process(trainer)
+    sys.excepthook = _print_unless_trainer_is_gone
+
+
+def _print_unless_trainer_is_gone(kind: type[BaseException], problem: BaseException, trace: Any) -> None:
+    # The thread that hands out batches loses its connection a moment before the kernel ends this process.
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, problem, trace)
 
 
 def _end_with_trainers_word() -> None:

@@ -1,5 +1,6 @@
 """Signals, cores, environment and end of the processes that exnorm starts. Imports no torch."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 END_WITH_PARENT = "EXNORM_END_WITH_PARENT"  # set for a command that must end when its standard input closes
 
 # Each asks for a checkpoint and an end. They come from Ctrl-C, from a scheduler that ends a job or warns before that
@@ -98,6 +100,14 @@ def importing_environment() -> dict[str, str]:
 def end_with_parent() -> None:
     """End this process at once when its standard input closes, which happens when its parent dies for any reason."""
     threading.Thread(target=_wait_for_end_of_input, daemon=True).start()
+
+
+def end_with_process(parent: int) -> None:
+    """Let the kernel kill this process when the parent that forked it dies, however it dies. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:  # it has died before
+            os._exit(1)
 
 
 def _wait_for_end_of_input() -> None:
