@@ -307,6 +307,10 @@ def reproduce(
     from exnorm.studies.plan import jobs_of
     from exnorm.studies.reproduce import print_plan, reproduce
 
+    if ray and submit:
+        raise UserError("--ray and --submit are two ways to other machines. Use one of them")
+    if gpus_per_run is not None and not ray:
+        raise UserError("--gpus-per-run is for --ray. Add --ray, or leave it out")
     wanted = load_study(study, scale, seeds=seeds)
     check(wanted)
     found = jobs_of(wanted, chosen_cells(wanted, only or []), runs)

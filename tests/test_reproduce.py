@@ -155,7 +155,7 @@ def test_a_run_that_another_study_has_finished_meanwhile_is_no_failure(
         raise Failed("is in use by process 1")
 
     monkeypatch.setattr(Runner, "_exnorm", loses)
-    runner = Runner(load_study("sn-table2", "mini"), tmp_path, total=1)
+    runner = Runner(load_study("sn-table2", "mini"), tmp_path, [])
     job: Any = None
     runner._try_to_train(folder, [], job)
     folder.record_file.unlink()

@@ -79,7 +79,8 @@ class BadImages:
             raise UserError(
                 f"{len(rows)} of {self.images} training images of {self.data} are broken, such as {path} ({reason}); "
                 f"data.max_bad_fraction={self.max_fraction:g} allows {int(self.max_fraction * self.images)}. "
-                f"{self.file} lists them. Repair or remove them; then the same command continues"
+                f"{self.file} lists them. To continue this run, allow more. For a new run, repair them or leave them "
+                f"out with data.exclude={self.file}"
             )
 
     def rows(self) -> list[Row]:

@@ -20,10 +20,7 @@ from exnorm.config.errors import UserError
 from exnorm.data.sample_index import SampleIndex
 from exnorm.data.splits import Images
 
-CHANGED = (
-    "Type the same command again. With the earlier files it continues from the last checkpoint, and with new ones it "
-    "begins a new run"
-)
+CHANGED = "Type the same command again, which reads the list of files anew"
 # Errors that come from the file. Any other system error comes from the machine and may be temporary.
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 T = TypeVar("T")

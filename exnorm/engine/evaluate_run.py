@@ -42,7 +42,7 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     same = calibrated_on is wanted.data
     splits = matched(load(wanted.data, train=averages and same), state["classes"], name=wanted.data.name)
     val_sets = validation_sets(wanted.data, splits)
-    if world.is_first and evaluation_id(wanted, config) != name_of_row:
+    if evaluation_id(wanted, config) != name_of_row:
         raise UserError(
             f"the files of data={wanted.data.name} have changed since the start. Type the same command again"
         )

@@ -47,8 +47,7 @@ def open_images(folder: RunFolder, config: Any, plan: BatchPlan, world: World) -
         UserError: there are fewer images than one batch needs, or the files are not those that named the run.
     """
     splits = load(config.data)
-    if world.is_first:
-        _check_unchanged(folder, config.data)
+    _check_unchanged(folder, config.data)
     task = make_task(config.task, splits.classes)
     batches = TrainBatches(
         len(splits.train),

@@ -30,7 +30,7 @@ HELLO_S = 60  # for the first message of a new connection
 LONGEST = 1 << 20  # characters of a message
 EXIT_FAILED = 2
 FILES_EACH = 3  # open files of the leader for each process: this connection, and those of torch's store and gloo
-FILES = 256  # and for all else
+FILES = 32  # and for all else
 Message = dict[str, Any]
 
 
@@ -73,14 +73,9 @@ class Line:
 
 
 class Leader:
-    """The connections of the first process of a job to all others.
-
-    Raises:
-        UserError: the process may not open as many files.
-    """
+    """The connections of the first process of a job to all others."""
 
     def __init__(self, size: int) -> None:
-        allow_files(FILES_EACH * size + FILES, users=f"connections of a job of {size} processes", advice="Use")
         self.token = secrets.token_hex(16)  # keeps strangers out
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6)
@@ -97,7 +92,13 @@ class Leader:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def followers(self, timeout_s: float) -> list[Place]:
-        """Return the places of all other processes, once they have come; fewer if the time is over."""
+        """Return the places of all other processes, once they have come; fewer if the time is over.
+
+        Raises:
+            UserError: this process may not open as many files.
+        """
+        users = f"connections of a job of {self._size} processes"
+        allow_files(FILES_EACH * self._size + FILES, users=users, advice="Use")
         with self._changed:
             self._changed.wait_for(lambda: len(self._places) == self._size - 1 or self._cause is not None, timeout_s)
             return [self._places[rank] for rank in sorted(self._places)]

@@ -29,12 +29,13 @@ def shortage(problem: BaseException, folder: RunFolder) -> str | None:
         return no_shared_memory()
     if code in DISK_FULL:
         return f"{file or folder.path}: the disk is full. Free some space; then the same command {folder.continues()}"
-    for cause in _causes(problem):
+    for cause in (problem, problem.__cause__):
         if isinstance(cause, OSError) and cause.errno is not None and _is_of_disk(cause, folder):
             return (
                 f"{cause.filename or folder.path}: {os.strerror(cause.errno)}. When the disk works and can be written, "
                 f"the same command {folder.continues()}"
             )
+    for cause in _causes(problem):
         if found := LOST_LOADER.search(str(cause)):
             return (
                 f"a loader process ended ({found[0]}). If the memory is full, use fewer data.workers. Then the same "
@@ -45,7 +46,8 @@ def shortage(problem: BaseException, folder: RunFolder) -> str | None:
 
 def is_lost_worker(problem: BaseException) -> bool:
     """Return whether an error says that another worker of the run has ended."""
-    return isinstance(problem, RuntimeError) and LOST_WORKER.search(str(problem)) is not None
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return several and isinstance(problem, RuntimeError) and LOST_WORKER.search(str(problem)) is not None
 
 
 def _is_of_disk(problem: OSError, folder: RunFolder) -> bool:
@@ -60,4 +62,4 @@ def _causes(problem: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = problem
     while seen is not None:
         yield seen
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)

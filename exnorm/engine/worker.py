@@ -28,7 +28,7 @@ CONTROLLED = "EXNORM_CONTROLLED"  # set by the controller: watch standard input
 ERROR_FILE = "EXNORM_ERROR_FILE"  # where a user's mistake is written for the controller to print
 EXIT_USER_ERROR = 2
 EXIT_LOCKED = 3
-LOST_WAIT_S = 30.0  # for the controller to end a worker that has lost another one, which may take long to exit
+LOST_WAIT_S = 60.0  # after the loss of another worker, until this one ends itself; above GRACE_S of the controller
 
 
 def main(arguments: list[str]) -> int:

@@ -92,7 +92,7 @@ class RunFolder:
 
         from exnorm.runs.stored_config import read_stored
 
-        again = f"Type the command in {self.provenance_file} again: it writes the file anew"
+        again = f"Type the command in {self.provenance_file} again, without fresh=true: it writes the file anew"
         if not self.config_file.is_file() and self.provenance_file.is_file():
             raise UserError(f"{self.path} has lost its config.yaml. {again}")
         if not self.config_file.is_file():

@@ -10,6 +10,8 @@ from typing import Any
 from exnorm.config.errors import UserError
 from exnorm.runs.folder import names_file, write_text_atomic
 
+MEND = "Put a good copy of the file there, or remove that line"
+
 
 class MetricsLog:
     """Appends rows to a file. A line that was cut short by a kill is dropped when the file is opened again."""
@@ -31,11 +33,14 @@ class MetricsLog:
         Raises:
             UserError: a row is missing, so the record of the run would be incomplete.
         """
-        known = {row["epoch"] for row in validated(self.read(self.path))}
+        rows = self.read(self.path)
+        known = {row["epoch"] for row in validated(rows)}
         if lacks := [epoch for epoch in range(1, epochs + 1) if epoch not in known]:
+            step = max((row["step"] for row in rows if row.get("epoch", 0) <= lacks[0]), default=0)
+            empty = json.dumps({"step": step, "epoch": lacks[0], "val/loss": None})
             raise UserError(
                 f"{self.path} has lost the row of epoch {lacks[0]}, which the last checkpoint has validated. Put a "
-                "good copy of the file there, or type fresh=true to start over"
+                f"good copy of the file there. To continue without these numbers, add the line {empty}"
             )
 
     def cut_back(self, step: int, epochs: int) -> None:
@@ -55,9 +60,9 @@ class MetricsLog:
             try:
                 row = json.loads(line)
             except ValueError as problem:
-                raise UserError(f"{path}, line {number} is damaged ({problem}): remove that line") from None
+                raise UserError(f"{path}, line {number} is damaged ({problem}). {MEND}") from None
             if not is_row(row):
-                raise UserError(f"{path}, line {number} is damaged (no metrics after a step): remove that line")
+                raise UserError(f"{path}, line {number} is damaged (no metrics after a step). {MEND}")
             rows.append(row)
         return rows
 

@@ -16,7 +16,12 @@ INTERPOLATION = "${"
 
 
 class Loader(SafeLoader):  # pyright: ignore[reportGeneralTypeIssues]  # one of two
-    """A loader that reads 1e-3 as a number, as OmegaConf does."""
+    """A loader that reads 1e-3 as a number and 2020-01-01 as a text, as OmegaConf does."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's own attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 Loader.add_implicit_resolver(

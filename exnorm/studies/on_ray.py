@@ -20,9 +20,10 @@ from typing import NamedTuple
 from exnorm.config.errors import UserError
 from exnorm.config.study import Study
 from exnorm.engine.job import outside_of_job
+from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.subprocesses import importing_environment
 from exnorm.studies.plan import Job
-from exnorm.studies.reproduce import CLAIMS, Ended, Runner, reproduce
+from exnorm.studies.reproduce import CLAIMS, Ended, Failed, Runner, reproduce
 
 CARRIED = ("EXNORM_", "PYTHON", "WANDB_")  # beginnings of the variables that the commands get from this process
 MOST = 256  # commands that Ray has at the same time, running or waiting
@@ -64,7 +65,7 @@ class RayRunner(Runner):
     """A `Runner` whose commands are tasks of Ray.
 
     Args:
-        stop_file: a path that all machines see. The commands stop when there is such a file.
+        stop_file: a path that all machines see. The commands get the signal whose number is in this file.
     """
 
     def __init__(self, study: Study, results: Path, jobs: Sequence[Job], *, share: Share, stop_file: Path) -> None:
@@ -72,28 +73,37 @@ class RayRunner(Runner):
 
         super().__init__(study, results, jobs)
         self._task = ray.remote(run_command).options(num_gpus=share.gpus, num_cpus=share.cores)
+        self._threads = max(1, share.cores // max(1, share.gpus))
         self._stop_file = stop_file
 
     def send_signal(self, signum: signal.Signals) -> None:
-        """Let running commands end with a checkpoint, and those that wait not begin."""
-        self._stop_file.parent.mkdir(parents=True, exist_ok=True)
-        self._stop_file.touch()
+        """Send a signal to all running commands; those that wait do not begin."""
+        write_text_atomic(self._stop_file, str(int(signum)))
 
     def execute(self, arguments: Sequence[str], variables: Mapping[str, str]) -> Ended:
-        """Run a command on the cluster."""
+        """Run a command on the cluster.
+
+        Raises:
+            Failed: a signal came, so no command starts any more.
+        """
         import ray
         from ray.exceptions import RayError
 
+        if self.signum:
+            raise Failed("stopped")
         carried = {key: value for key, value in importing_environment().items() if key.startswith(CARRIED)}
+        carried["OMP_NUM_THREADS"] = str(self._threads)  # else Ray sets it to the cores of the whole run
         task = self._task.remote(list(arguments), {**carried, **variables}, os.getcwd(), str(self._stop_file))
         try:
             return ray.get(task)
         except RayError as problem:
-            return 1, [f"Ray lost the command: {' '.join(str(problem).split())}"]
+            return 1, [f"Ray lost the command: {str(problem).strip().splitlines()[-1]}"]
 
 
 def run_command(arguments: Sequence[str], variables: Mapping[str, str], here: str, stop_file: str) -> Ended:
-    """Run an exnorm command in a folder, in a process that ends with this one, and with SIGTERM once a file exists."""
+    """Run an exnorm command in a folder, in a process that ends with this one and gets the signal in `stop_file`."""
+    if _number_in(stop_file):
+        return 128 + signal.SIGTERM, ["stopped"]
     inlet, outlet = os.pipe()  # not stdin=PIPE, which `communicate` closes at once
     with open(outlet, "wb"), open(inlet, "rb") as stdin:
         process = subprocess.Popen(
@@ -106,16 +116,23 @@ def run_command(arguments: Sequence[str], variables: Mapping[str, str], here: st
             text=True,
             errors="replace",
         )
-        stopped = False
+        sent = 0
         while True:
             try:
                 text, _ = process.communicate(timeout=POLL_S)
             except subprocess.TimeoutExpired:
-                if not stopped and os.path.exists(stop_file):
-                    process.terminate()
-                    stopped = True
+                if (signum := _number_in(stop_file)) != sent:
+                    process.send_signal(signum)
+                    sent = signum
             else:
                 return process.returncode, text.splitlines()
+
+
+def _number_in(file: str) -> int:
+    try:
+        return int(Path(file).read_text())
+    except FileNotFoundError:
+        return 0
 
 
 def _connect(study: Study, gpus: int | None) -> Share:
@@ -137,7 +154,7 @@ def _connect(study: Study, gpus: int | None) -> Share:
         ray.shutdown()
         raise UserError(f"--gpus-per-run {gpus}: a machine of this Ray cluster has at most {most} GPUs")
     if gpus:
-        cores = int(min(machine["CPU"] / machine["GPU"] for machine in machines if machine.get("GPU")) * gpus)
+        cores = int(min(machine.get("CPU", 1) / machine["GPU"] for machine in machines if machine.get("GPU")) * gpus)
     else:
         all_cores = int(max(machine.get("CPU", 1) for machine in machines))
         cores = min(study.threads or all_cores, all_cores)
