@@ -90,7 +90,7 @@ def images(folder: Path) -> Found:
 
 
 LOADING = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 import timm.data, torch
 from exnorm.config.compose import compose_train
@@ -99,11 +99,12 @@ from exnorm.data.loader import Loader, SeededImages, TrainBatches
 from exnorm.data.transforms import train_transform
 
 root, loaders, size, warm, steady = sys.argv[1], *map(int, sys.argv[2:])
+os.cpu_count = lambda: loaders  # exnorm starts at most one process per core
 
 def mib():
     # Proportional: a page that several processes share counts once.
     pids = [entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    own = str(__import__("os").getpid())
+    own = str(os.getpid())
     mine = [pid for pid in pids if pid == own or parent(pid) == own]
     return sum(int(line.split()[1]) for pid in mine for line in open(f"/proc/{pid}/smaps_rollup")
                if line.startswith("Pss:")) / 1024
@@ -114,7 +115,7 @@ def parent(pid):
     except OSError:
         return ""
 
-config = compose_train(["data=imagenet", f"data.root={root}", "data.train_list=train.txt",
+config = compose_train(["data=imagefolder", f"data.root={root}", "data.train_list=train.txt",
                         "data.val_list=val.txt", f"data.workers={loaders}"]).data
 before, start = mib(), time.perf_counter()
 fingerprint(config)
@@ -132,7 +133,7 @@ for _ in range(steady):
 rate = steady * size / (time.perf_counter() - began)
 print(json.dumps({"start_s": round(start_s, 1), "images_per_s": round(rate), "mib": round(mib()),
                   "mib_before": round(before)}), flush=True)
-__import__("os")._exit(0)
+os._exit(0)
 """
 
 

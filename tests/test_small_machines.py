@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CliRunner
-from engine_cases import WAIT_S, environment, make_image_folder, only_run, start, tiny, wait_for, workers
+from engine_cases import ROOT, WAIT_S, environment, make_image_folder, only_run, start, tiny, wait_for, workers
 
 from exnorm.engine.shortage import shortage
 from exnorm.runs.folder import RunFolder
@@ -76,6 +76,11 @@ def train_in_shell(shell: list[str], limit: str, images: Path, cwd: Path) -> sub
             "--shm-size",
         ),
         (["bash", "-c"], "ulimit -n 30", "too few open files"),
+        (
+            ["bash", "-c"],
+            f"export TMPDIR=$PWD/{'long' * 25}; mkdir $TMPDIR",
+            "the path of the temporary folder is too long",
+        ),
     ],
 )
 def test_a_machine_that_is_too_small_is_one_line(
@@ -88,6 +93,38 @@ def test_a_machine_that_is_too_small_is_one_line(
     last = done.stderr.splitlines()[-1]
     assert last.startswith("exnorm: error: ") and said in last and "data.workers=0" in last
     assert "Traceback" not in done.stderr
+
+
+LOST_BATCH = """
+import os, tempfile, torch
+from data_cases import config_of
+from exnorm.data import load
+from exnorm.data.loader import Loader, SeededImages, TrainBatches
+from exnorm.data.transforms import train_transform
+
+config = config_of("digits")
+images = load(config).train
+batches = TrainBatches(len(images), total=4, seed=0)
+loader = Loader(SeededImages(images, train_transform(config), seed=0), batches, workers=1, device=torch.device("cpu"))
+tempfile.tempdir = tempfile.mkdtemp() + "/" + "long" * 25  # so that no socket can be made there
+os.mkdir(tempfile.tempdir)
+next(iter(loader))
+"""
+
+
+def test_a_batch_that_cannot_be_handed_out_ends_the_training_instead_of_halting_it() -> None:
+    """Python's queue prints a traceback and drops the batch, for which the trainer would wait for ever."""
+    paths = os.pathsep.join([str(ROOT / "tests"), environment()["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", LOST_BATCH],
+        env=environment() | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.stderr.count("exnorm: a loader process cannot hand out a batch: AF_UNIX path too long") == 1
+    assert "exited unexpectedly" in done.stderr.splitlines()[-1]
 
 
 def test_a_low_limit_of_open_files_is_raised(images: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from multiprocessing import queues
 from typing import Any
 
 import numpy as np
@@ -199,12 +200,21 @@ def _obey_trainer_alone(trainer: int, worker: int) -> None:
         threading.Thread(target=_end_with_trainers_word, daemon=True).start()
     end_with_process(trainer)
     sys.excepthook = _print_unless_trainer_is_gone
+    # Python's hook for this, which is not public. tests/test_small_machines.py notices if it changes.
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_without_batch)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _print_unless_trainer_is_gone(kind: type[BaseException], problem: BaseException, trace: Any) -> None:
     # The thread that hands out batches loses its connection a moment before the kernel ends this process.
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, problem, trace)
+
+
+def _end_without_batch(problem: Exception, batch: Any) -> None:
+    # Python would print a traceback and lose the batch, and the trainer would wait for it forever.
+    if not isinstance(problem, ConnectionError):
+        print(f"exnorm: a loader process cannot hand out a batch: {problem}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _end_with_trainers_word() -> None:

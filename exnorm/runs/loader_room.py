@@ -1,12 +1,13 @@
-"""Check that a machine has what loader processes need: shared memory for batches, and open files. Imports no torch.
+"""Check that a machine has what loader processes need: shared memory, open files, short paths. Imports no torch.
 
-Both are checked before the processes start. A process that lacks one of them loses its batch without an error, and the
+All are checked before the processes start. A process that lacks one of them loses its batch without an error, and the
 trainer would then wait for the batch forever.
 """
 
 import os
 import resource
 import shutil
+import tempfile
 
 from exnorm.config.errors import UserError
 from exnorm.runs.subprocesses import workers_here
@@ -15,6 +16,7 @@ SHARED = "/dev/shm"
 OWN_FILES = "/proc/self/fd"
 BATCHES_AHEAD = 2  # batches that each process prepares ahead, `prefetch_factor` of torch's DataLoader
 FILES_EACH = 16  # open files for each process: pipes to and from it, and its batches on their way
+LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # the longest path of a socket, less Python's part of it
 ALTERNATIVES = "Type data.workers=0, or give a container more: docker run --shm-size=8g"
 
 
@@ -26,10 +28,12 @@ def check_room(workers: int, *, batches: int, batch_bytes: int) -> None:
         batch_bytes: the size of one batch.
 
     Raises:
-        UserError: there is too little shared memory, or too few files may be open. It says what to type.
+        UserError: there is too little shared memory, too few files may be open, or the path of the temporary folder is
+            too long. It says what to type.
     """
     if workers == 0:
         return
+    _check_temporary_folder()
     needed = workers_here() * min(workers * BATCHES_AHEAD, batches) * batch_bytes
     if os.path.isdir(SHARED) and shared_free() < needed:
         raise UserError(
@@ -37,6 +41,15 @@ def check_room(workers: int, *, batches: int, batch_bytes: int) -> None:
             f"processes prepare take {needed}. {ALTERNATIVES}"
         )
     allow_files(FILES_EACH * (workers + 1), users="the loader processes", advice="Type data.workers=0, or use")
+
+
+def _check_temporary_folder() -> None:
+    folder = tempfile.gettempdir()
+    if os.path.isdir(SHARED) and len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise UserError(
+            f"the path of the temporary folder is too long for sockets of loader processes: {folder}. Set TMPDIR to "
+            f"a folder with a path of at most {LONGEST_FOLDER} bytes, such as /tmp, or type data.workers=0"
+        )
 
 
 def shared_free() -> int:

@@ -1,10 +1,12 @@
 """One case of the campaign: a command on tiny data in a folder of its own, and the same command without a fault."""
 
+import hashlib
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +82,12 @@ class Case:
         return self.folder / "data"
 
     @property
+    def short_tmp(self) -> Path:
+        """A link to `tmp/` with a short path, because sockets have their place there."""
+        digest = hashlib.sha256(str(self.folder).encode()).hexdigest()
+        return Path(tempfile.gettempdir()) / f"exnorm-fault-{digest[:8]}"
+
+    @property
     def mark(self) -> str:
         """What the environment of each process of this case has."""
         return str(self.folder)
@@ -115,7 +123,7 @@ class Case:
     def environment(self) -> dict[str, str]:
         """Return the environment of the command: this checkout first, one thread so that sums have one order."""
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        own = {processes.MARK: self.mark, "TMPDIR": str(self.folder / "tmp"), "PYTHONPATH": path}
+        own = {processes.MARK: self.mark, "TMPDIR": str(self.short_tmp), "PYTHONPATH": path}
         return os.environ | own | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
     def start(self, *, shell: Sequence[str] = (), env: Mapping[str, str | None] | None = None) -> None:
@@ -189,6 +197,7 @@ class Case:
         """End what is left of the command, and unmount what was mounted in the folder."""
         self.kill()
         unmount_below(self.folder)
+        self.short_tmp.unlink(missing_ok=True)
 
     def _log(self, name: str, attempt: int | None = None) -> Path:
         return self.folder / f"{self.attempts if attempt is None else attempt}.{name}"
@@ -248,6 +257,7 @@ def reference_of(command: str, count: int, references: Path) -> Path:
             raise SystemExit(f"the undisturbed {command} failed: {end.err}")
         (folder / "progress").write_text(str(case.progress()))
         (folder / "seconds").write_text(str(time.monotonic() - began))  # the last file: it is complete
+        case.clean_up()
     return folder
 
 
@@ -269,6 +279,8 @@ def unmount_below(folder: Path) -> None:
 def _fill(case: Case, references: Path) -> None:
     for name in ("here", "tmp"):
         (case.folder / name).mkdir(parents=True)
+    case.short_tmp.unlink(missing_ok=True)
+    case.short_tmp.symlink_to(case.folder / "tmp")
     if not (references / "data").is_dir():
         make_images(references / "part")
         (references / "part").rename(references / "data")
