@@ -191,7 +191,7 @@ def test_a_study_on_a_ray_cluster_survives_kills_and_stops(tmp_path: Path) -> No
     killed.communicate()
     wait_for(lambda: not workers(str(here)), "the end of the workers")
     stopped = begin(study, here, "--ray")
-    wait_for(lambda: list(here.glob("runs/*/*/record.json")), "a first finished run")
+    wait_for(lambda: workers(str(here)), "a worker")
     stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=600)
     assert stopped.returncode == 143 and "Type the same command again" in err

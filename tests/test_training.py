@@ -105,7 +105,10 @@ def test_a_finished_run_gets_back_its_lost_configuration(finished: Path, images:
     for text in (None, before[: len(before) // 2]):
         file.unlink() if text is None else file.write_bytes(text)
         refused = run_cli("eval", str(finished))
-        assert refused.returncode == 2 and "provenance.json again: it writes the file anew" in refused.stderr
+        assert (
+            refused.returncode == 2
+            and "provenance.json again, without fresh=true: it writes the file anew" in refused.stderr
+        )
         again = run_cli(*tiny(images, "logger.csv=true"), cwd=finished.parents[2])
         assert again.returncode == 0 and "config.yaml was missing or damaged" in again.stdout
         assert file.read_bytes() == before
@@ -281,7 +284,6 @@ def test_two_runs_of_one_command_are_bit_equal(images: Path, tmp_path: Path) -> 
     assert_same_run(train(arguments, tmp_path / "a"), train_here(arguments, tmp_path / "b"))
 
 
-@pytest.mark.slow
 def test_a_start_that_finds_the_run_in_use_leaves_its_folder_alone(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +300,7 @@ def test_a_start_that_finds_the_run_in_use_leaves_its_folder_alone(
     assert not (run / "error.txt").exists()
 
 
+@pytest.mark.slow
 def test_fresh_starts_over(images: Path, tmp_path: Path) -> None:
     run = train_here(tiny(images, "trainer.epochs=1"), tmp_path)
     (run / "mark").touch()

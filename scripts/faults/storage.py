@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from faults import check, processes
-from faults.cases import Case, FellShort, Missed
+from faults.cases import HANG_S, Case, FellShort, Missed
 from faults.kinds import BIT_EQUAL, ONE_LINE, kind
 from faults.signals import at_file_operation, restart
 
@@ -108,11 +108,10 @@ def damage_checkpoints(case: Case, *, everything: bool) -> str:
 @kind("metrics.jsonl cut", commands=("train", "reproduce"))
 def cut_metrics(case: Case) -> str:
     """The last line of metrics.jsonl of a killed run has lost its end, as after a power cut."""
-    kill_after_checkpoint(case)
-    runs = [run for run in unfinished(case) if (run / "metrics.jsonl").is_file()]
-    runs = [run for run in runs if (run / "metrics.jsonl").stat().st_size]
+    kill_after_checkpoint(case, with_row=True)
+    runs = with_rows(case)
     if not runs:
-        raise Missed("no run had a row")
+        raise Missed("each run with a row had ended")
     file = case.draw.choice(runs) / "metrics.jsonl"
     saved = file.read_bytes()
     length = len(saved.splitlines(keepends=True)[-1])
@@ -175,14 +174,22 @@ def lose_config(case: Case) -> str:
     return restart(case)
 
 
-def kill_after_checkpoint(case: Case) -> None:
-    """Start the command and kill it at a random moment after its first checkpoint."""
+def kill_after_checkpoint(case: Case, *, with_row: bool = False) -> None:
+    """Start the command and kill it at a random moment after its first checkpoint or its first row of metrics."""
     case.start()
     case.wait_for_moment(with_checkpoint=True)
+    if with_row:
+        processes.wait_until(lambda: case.ended() or with_rows(case), HANG_S)
     case.kill()
     check.nothing_left(case)
     if not any(check.steps_of(run) for run in unfinished(case)):
         raise Missed("each run with a checkpoint had ended")
+
+
+def with_rows(case: Case) -> list[Path]:
+    """Return the unfinished runs that have a row of metrics."""
+    files = {run: run / "metrics.jsonl" for run in unfinished(case)}
+    return [run for run, file in files.items() if file.is_file() and file.stat().st_size]
 
 
 def unfinished(case: Case) -> list[Path]:
