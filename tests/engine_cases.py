@@ -101,6 +101,13 @@ def start_module(words: list[str], cwd: Path, variables: Mapping[str, str]) -> s
     )
 
 
+def start_code(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start Python with some code, which may import the modules of tests/."""
+    command, pipe = [sys.executable, "-c", code, *arguments], subprocess.PIPE
+    paths = os.pathsep.join([str(ROOT / "tests"), environment()["PYTHONPATH"]])
+    return subprocess.Popen(command, env=environment() | {"PYTHONPATH": paths}, stdout=pipe, stderr=pipe, text=True)
+
+
 def train(arguments: list[str], cwd: Path) -> Path:
     """Run a training to its end and return its run folder."""
     cwd.mkdir(exist_ok=True)

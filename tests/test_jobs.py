@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,10 +14,10 @@ from engine_cases import (
     WAIT_S,
     assert_same_run,
     checkpoints,
-    environment,
     make_image_folder,
     metrics,
     only_run,
+    start_code,
     start_module,
     tiny,
     train,
@@ -82,12 +81,6 @@ def srun(arguments: Any, cwd: Path, nodes: Sequence[int], **others: Path) -> lis
         )
         for task, node in enumerate(nodes)
     ]
-
-
-def script(code: str, *arguments: str) -> Process:
-    """Start Python with some code."""
-    command, pipe = [sys.executable, "-c", code, *arguments], subprocess.PIPE
-    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
 
 
 def ended(processes: Sequence[Process]) -> list[tuple[int, str, str]]:
@@ -231,7 +224,7 @@ def test_a_process_that_fails_is_named_by_the_first_one(images: Path, tmp_path: 
 def test_a_run_stops_before_its_hours_are_over(images: Path, tmp_path: Path) -> None:
     """With a checkpoint, on one machine and in a job. The hours do not belong to the identity of the run."""
     arguments = tiny(images, "trainer.epochs=500", "batch=2x4")
-    limited = [*arguments, "trainer.max_hours=0.003"]
+    limited = [*arguments, "trainer.max_hours=0.006"]
     alone = begin(["exnorm", *limited], tmp_path / "job")
     results = [*ended([alone]), *ended(srun(limited, tmp_path / "job", nodes=[0, 1]))]
     assert [code for code, _, _ in results] == [75] * 3, results
@@ -242,7 +235,7 @@ def test_a_run_stops_before_its_hours_are_over(images: Path, tmp_path: Path) -> 
     assert "resumed after step" in results[1][1] and checkpoints(run) and not (run / "error.txt").exists()
     assert (run / ".lock").read_text() == ""  # free for other machines at once
     epochs = [row["epoch"] for row in metrics(run) if "val/top1" in row]  # others are at every hundredth step
-    assert epochs == list(range(1, len(epochs) + 1))  # on a busy machine, none is over in time
+    assert epochs == list(range(1, len(epochs) + 1)) != []
 
 
 @pytest.mark.slow
@@ -302,10 +295,10 @@ time.sleep(1000)
 
 def test_a_process_that_is_stuck_does_not_outlive_the_loss_of_another_one() -> None:
     """As in an exchange between GPUs, which never returns."""
-    leader = script(STUCK, "0")
+    leader = start_code(STUCK, "0")
     assert leader.stdout is not None
     address = leader.stdout.readline().split()
-    others = [script(STUCK, rank, *address) for rank in ("1", "2")]
+    others = [start_code(STUCK, rank, *address) for rank in ("1", "2")]
     for other in others:
         assert other.stdout is not None and other.stdout.readline() == "joined\n"
     with socket.create_connection(("localhost", int(address[0]))) as stranger:
@@ -341,12 +334,12 @@ else:
 
 def test_a_leader_may_open_a_connection_to_each_process() -> None:
     """Most shells allow 1,024 open files at first, and let a process raise that limit."""
-    leader = script(MANY, "4096")
+    leader = start_code(MANY, "4096")
     assert leader.stdout is not None
     address = leader.stdout.readline().split()
-    (_, out, err), (code, _, _) = ended([leader, script(MANY, *address)])
+    (_, out, err), (code, _, _) = ended([leader, start_code(MANY, *address)])
     assert (leader.returncode, out, code) == (0, "79\n", 0), err
-    ((_, _, err),) = ended([script(MANY, "100")])
+    ((_, _, err),) = ended([start_code(MANY, "100")])
     assert "this shell allows 100 (ulimit -H -n), and connections of a job of 80 processes need about" in err
 
 

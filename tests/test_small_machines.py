@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CliRunner
-from engine_cases import ROOT, WAIT_S, environment, make_image_folder, only_run, start, tiny, wait_for, workers
+from engine_cases import WAIT_S, environment, make_image_folder, only_run, start, start_code, tiny, wait_for, workers
 
 from exnorm.engine.shortage import shortage
 from exnorm.runs.folder import RunFolder
@@ -114,17 +114,9 @@ next(iter(loader))
 
 def test_a_batch_that_cannot_be_handed_out_ends_the_training_instead_of_halting_it() -> None:
     """Python's queue prints a traceback and drops the batch, for which the trainer would wait for ever."""
-    paths = os.pathsep.join([str(ROOT / "tests"), environment()["PYTHONPATH"]])
-    done = subprocess.run(
-        [sys.executable, "-c", LOST_BATCH],
-        env=environment() | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert done.stderr.count("exnorm: a loader process cannot hand out a batch: AF_UNIX path too long") == 1
-    assert "exited unexpectedly" in done.stderr.splitlines()[-1]
+    _, err = start_code(LOST_BATCH).communicate(timeout=WAIT_S)
+    assert err.count("exnorm: a loader process cannot hand out a batch: AF_UNIX path too long") == 1
+    assert "exited unexpectedly" in err.splitlines()[-1]
 
 
 def test_a_low_limit_of_open_files_is_raised(images: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_cases import ROOT, WAIT_S, environment, make_image_folder, start, tiny, wait_for, workers
+from engine_cases import ROOT, WAIT_S, environment, make_image_folder, start, start_code, tiny, wait_for, workers
 
 OUTER = """
 import subprocess, sys
@@ -93,9 +93,6 @@ for trainer in trainers:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends loader processes")
 def test_loader_processes_of_a_killed_trainer_print_nothing_and_end() -> None:
     """They lose the connection to their trainer while they hand it a batch."""
-    paths = os.pathsep.join([str(ROOT / "tests"), environment()["PYTHONPATH"]])
-    variables = environment() | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINERS], env=variables, capture_output=True, text=True, timeout=WAIT_S
-    )
-    assert (done.returncode, done.stderr) == (0, "")  # stderr closes when the last loader process has ended
+    trainers = start_code(TRAINERS)
+    _, err = trainers.communicate(timeout=WAIT_S)
+    assert (trainers.returncode, err) == (0, "")  # stderr closes when the last loader process has ended
