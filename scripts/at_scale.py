@@ -1,6 +1,6 @@
 """Measure what limits large data sets, studies and jobs: seconds, bytes and files per image, run and process.
 
-    python scripts/at_scale.py                  every part, in about ten minutes on two cores
+    python scripts/at_scale.py                  every part, in about two minutes on two cores
     python scripts/at_scale.py study jobs       some parts
 
 It appends rows to results/bench/scale.csv, from which results/bench/README.md has a table. docs/at-scale.md says what
@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+
+from exnorm.runs.subprocesses import importing_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES, CLASSES, LOADERS = 1_281_167, 1000, 8  # ImageNet's training images
@@ -78,7 +80,7 @@ def images(folder: Path) -> Found:
             os.link(folder / f"{label % PHOTOGRAPHS}.jpg", folder / split / name)
         (folder / f"{split}.txt").write_text("".join(f"{names[at % CLASSES]} {at % CLASSES}\n" for at in range(count)))
         os.utime(folder / f"{split}.txt", (0, 0))
-    environment = exnorm_environment() | {"XDG_CACHE_HOME": str(folder / "cache")}
+    environment = importing_environment() | {"XDG_CACHE_HOME": str(folder / "cache")}
     numbers = (LOADERS, BATCH, WARM, STEADY)
     command = [sys.executable, "-c", LOADING, str(folder), *map(str, numbers)]
     for start in ("first", "second"):
@@ -140,7 +142,7 @@ os._exit(0)
 def study(folder: Path) -> Found:
     """The commands about a study of 132 cells and 5 seeds, all of which are in the record."""
     from exnorm.config.study import load_study
-    from exnorm.runs.records import COLUMNS, change_records, read_records
+    from exnorm.runs.records import change_records, read_records, recorded
     from exnorm.studies.plan import jobs_of
 
     first, second, third = CELLS
@@ -151,11 +153,7 @@ def study(folder: Path) -> Found:
         "rate": {f"r{number}": [f"optim.lr_per_256=0.{number + 1:02}"] for number in range(second)},
         "decay": {f"d{number}": [f"optim.weight_decay=1e-{number + 3}"] for number in range(third)},
     }
-    lines = "".join(
-        f"  {axis}: {{{', '.join(f'{name}: {words}' for name, words in options.items())}}}\n"
-        for axis, options in axes.items()
-    ).replace("'", "")
-    file.write_text(f"# A large study\naxes:\n{lines}seeds: {SEEDS}\n")
+    file.write_text(f"# A large study\n{json.dumps({'axes': axes, 'seeds': SEEDS})}\n")  # JSON is YAML
     wanted = load_study(str(file), "mini")
     jobs = jobs_of(wanted, wanted.cells, folder / "runs")
     like = [row for row in read_records(ROOT / "results", "sn-table2") if row["seed"] == "0"]
@@ -173,11 +171,13 @@ def study(folder: Path) -> Found:
         there = ["--results", str(results)]
         yield f"exnorm {words[0]} {' '.join(words[2:])}".strip(), seconds_of([*words, *there], folder), "s"
     began = time.perf_counter()
-    change_records(results, wanted.id, lambda rows: {kind: rows[kind] for kind in COLUMNS}, primary="top1")
+    change_records(results, wanted.id, lambda rows: rows, primary="top1")
     yield "adding a run to that record", time.perf_counter() - began, "s"
     shutil.copytree(ROOT / "results", folder / "own" / "results")
     shutil.copy(ROOT / "README.md", folder / "own")
-    studies = len({(row["scale"], name) for name in names_of_studies() for row in read_records(ROOT / "results", name)})
+    studies = len(
+        {(row["scale"], name) for name in recorded(ROOT / "results") for row in read_records(ROOT / "results", name)}
+    )
     yield f"exnorm results, {studies} tables", seconds_of(["results", "results"], folder / "own"), "s"
 
 
@@ -212,12 +212,12 @@ def runs(folder: Path) -> Found:
 def jobs(folder: Path) -> Found:
     """The connections of the first process of a job to all others, which are one process here."""
     leader = subprocess.Popen(
-        [sys.executable, "-c", LEADING, str(PROCESSES)], env=exnorm_environment(), stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LEADING, str(PROCESSES)], env=importing_environment(), stdout=subprocess.PIPE, text=True
     )
     assert leader.stdout is not None
     address = leader.stdout.readline().split()
     command = [sys.executable, "-c", FOLLOWING, str(PROCESSES), *address]
-    subprocess.run(command, env=exnorm_environment(), check=False, stderr=subprocess.DEVNULL)
+    subprocess.run(command, env=importing_environment(), check=False, stderr=subprocess.DEVNULL)
     found = json.loads(leader.stdout.readline())
     leader.wait()
     yield f"{PROCESSES} processes, until all are known", found["joined_s"], "s"
@@ -250,7 +250,7 @@ os._exit(0)
 """
 
 FOLLOWING = """
-import os, resource, sys
+import os, sys
 from exnorm.engine import lifeline
 from exnorm.engine.job import Place
 from exnorm.runs.loader_room import allow_files
@@ -299,22 +299,13 @@ def seconds_of(words: list[str], folder: Path) -> float:
     """Return the seconds that an exnorm command takes, its start included."""
     began = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "exnorm", *words], cwd=folder, env=exnorm_environment(), check=True, capture_output=True
+        [sys.executable, "-m", "exnorm", *words],
+        cwd=folder,
+        env=importing_environment(),
+        check=True,
+        capture_output=True,
     )
     return time.perf_counter() - began
-
-
-def names_of_studies() -> list[str]:
-    """Return the studies that have a record."""
-    from exnorm.runs.records import recorded
-
-    return recorded(ROOT / "results")
-
-
-def exnorm_environment() -> dict[str, str]:
-    """Return an environment in which this checkout is imported."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path}
 
 
 PARTS: dict[str, Callable[[Path], Found]] = {

@@ -70,7 +70,9 @@ def _scale(path: Path) -> Iterator[str]:
             "data sets, studies and jobs."
         )
         table = group.set_index("what").filter(["value", "unit"])
-        yield markdown(table.assign(value=[f"{value:.3g}" for value in table.value]))
+        yield markdown(
+            table.assign(value=[f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in table.value])
+        )
 
 
 def _timm_coverage(path: Path) -> Iterator[str]:

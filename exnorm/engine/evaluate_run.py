@@ -6,7 +6,6 @@ from omegaconf import OmegaConf
 
 from exnorm import ops
 from exnorm.config.compose import calibration_data
-from exnorm.config.errors import UserError
 from exnorm.config.schema import EvalConfig
 from exnorm.data import load, validation_sets
 from exnorm.data.loader import SeededImages
@@ -16,7 +15,7 @@ from exnorm.engine.batch import plan_batch
 from exnorm.engine.calibrate import batch_average, using
 from exnorm.engine.distributed import World
 from exnorm.engine.evaluate import eval_loader, evaluate
-from exnorm.engine.images import bad_images_of
+from exnorm.engine.images import bad_images_of, changed
 from exnorm.engine.launch import evaluation_id
 from exnorm.norms import configure_scope
 from exnorm.runs.folder import RunFolder
@@ -43,9 +42,7 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     splits = matched(load(wanted.data, train=averages and same), state["classes"], name=wanted.data.name)
     val_sets = validation_sets(wanted.data, splits)
     if evaluation_id(wanted, config) != name_of_row:
-        raise UserError(
-            f"the files of data={wanted.data.name} have changed since the start. Type the same command again"
-        )
+        raise changed(wanted.data)
     task = make_task(config.task, state["classes"])
     model = checkpoint.build_trained(config, {**state, "calibrated": None}).to(world.device)
     configure_scope(model)

@@ -98,7 +98,12 @@ def _check_unchanged(folder: RunFolder, data: Any) -> None:
     """Raise UserError if files have changed since the run was named after them; runs of earlier versions pass."""
     named_after = (read_json(folder.provenance_file) or {}).get("data_id")
     if named_after not in (None, short_hash(fingerprint(data))):
-        raise UserError(f"the files of data={data.name} have changed since the start. {CHANGED}")
+        raise changed(data)
+
+
+def changed(data: Any) -> UserError:
+    """Return the error for a data set whose files are not those that named the run or the evaluation."""
+    return UserError(f"the files of data={data.name} have changed since the start. {CHANGED}")
 
 
 def bad_images_of(folder: RunFolder, data_config: Any, splits: Splits) -> BadImages:

@@ -89,7 +89,7 @@ def run(config: DictConfig) -> None:
         return
     made = prepare(folder, values, hash8, data_id=short_hash(data))
     if made:
-        print_shorter(folder, values, partial(identity, config))
+        print_shorter(folder, values, partial(identity, config, data=data))
     try:
         gpu = on_gpu(config.trainer.device, "trainer.device")
         _note_missing_gpu(config.trainer.device)

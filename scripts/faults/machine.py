@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from faults import check, processes
@@ -61,27 +62,33 @@ def data_vanish(case: Case) -> str:
 @kind("data unreadable")
 def data_unreadable(case: Case) -> str:
     """Some images turn into noise, an empty file or a cut file at a random moment."""
-    away = case.folder / "away"
-    shutil.copytree(case.data, away)
-    case.start()
-    case.wait_for_moment()
-    images = sorted(case.data.rglob("*.png"))
-    for path in case.draw.sample(images, case.draw.randrange(1, 10)):
-        data = path.read_bytes()
-        path.write_bytes(case.draw.choice([b"", data[: len(data) // 2], b"<html>" * 40, data[:60] + bytes(400)]))
-    return with_data_back(case, away)
+
+    def spoil(images: list[Path], away: Path) -> None:
+        for path in case.draw.sample(images, case.draw.randrange(1, 10)):
+            data = path.read_bytes()
+            path.write_bytes(case.draw.choice([b"", data[: len(data) // 2], b"<html>" * 40, data[:60] + bytes(400)]))
+
+    return with_changed_images(case, spoil)
 
 
 @kind("data replaced", commands=("train", "reproduce"))
 def data_replaced(case: Case) -> str:
     """Some images are other images from a random moment on."""
+
+    def replace(images: list[Path], away: Path) -> None:
+        for path in case.draw.sample(images, 10):
+            shutil.copy(case.draw.choice(sorted(away.rglob("*.png"))), path)
+
+    return with_changed_images(case, replace)
+
+
+def with_changed_images(case: Case, change: Callable[[list[Path], Path], None]) -> str:
+    """Let `change` change some of the images at a random moment; it also gets a folder with copies of them."""
     away = case.folder / "away"
     shutil.copytree(case.data, away)
     case.start()
     case.wait_for_moment()
-    images = sorted(case.data.rglob("*.png"))
-    for path in case.draw.sample(images, 10):
-        shutil.copy(case.draw.choice(sorted(away.rglob("*.png"))), path)
+    change(sorted(case.data.rglob("*.png")), away)
     return with_data_back(case, away)
 
 
