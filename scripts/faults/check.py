@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from exnorm.runs.lock import holder, is_locked
 from faults import processes
 from faults.cases import Case, End, FellShort
 
@@ -140,8 +141,8 @@ def _same_files(left: Path, right: Path) -> None:
     more = {name for name in new if not any(part in name for part in MAY_APPEAR)}
     if more:
         raise FellShort(f"{left.name} has more files: {', '.join(sorted(more))}")
-    if (left / ".lock").is_file() and (left / ".lock").stat().st_size:
-        raise FellShort(f"{left.name}/.lock still names a holder")
+    if is_locked(left / ".lock"):
+        raise FellShort(f"{left.name} is still held by {holder(left / '.lock')}")
 
 
 def _same_rows(left: list[Mapping[str, Any]], right: list[Mapping[str, Any]], where: str) -> None:
