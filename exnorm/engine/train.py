@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -110,51 +110,51 @@ def train(folder: RunFolder, config: Any, world: World, stop_requests: Callable[
     results: dict[str, float] = {}
     layers_progress = [*progress_buffers(learner.model), *(progress_buffers(learner.ema.module) if learner.ema else [])]
     check_every = GPU_CHECK_EVERY if world.device.type == "cuda" else 1
-    while learner.epoch < schedule.parts:
-        batches.between(learner.step, schedule.start(learner.epoch + 1))
-        learner.clock, first_step, before_s = time.monotonic(), learner.step, learner.train_s
-        for batch in images.train_loader:
-            rate = learning_rate(config.optim, step=learner.step, steps=schedule.steps, total_batch=plan.total)
-            set_learning_rate(learner.optimizer, rate)
-            for progress_of_layer in layers_progress:
-                progress_of_layer.fill_(learner.step / schedule.steps)
-            learner.calibrated = None  # these statistics belong to earlier weights
-            batch_sums = train_step(learner, batch, seed=config.seed, passes=passes)
-            learner.step += 1
-            progress.step(learner.step, learner.epoch, batch_sums)
-            if learner.step % ROW_EVERY == 0:
-                log({**named(task.summarize(world.sum_(batch_sums.clone())), "batch"), "lr": rate})
-            save_now = trainer.checkpoint_every_steps and learner.step % trainer.checkpoint_every_steps == 0
-            if learner.step % check_every == 0 or save_now:
-                request = check(folder, learner, stop_requests())
-                bad_images.check()
-                if save_now or request:
-                    learner.read_clock()
-                    save(folder, learner)
-                if request:
-                    stop(sinks, request)
-        check(folder, learner, 0)
-        bad_images.check()
-        train_s = learner.read_clock() - before_s
+    with sinks:
+        while learner.epoch < schedule.parts:
+            batches.between(learner.step, schedule.start(learner.epoch + 1))
+            learner.clock, first_step, before_s = time.monotonic(), learner.step, learner.train_s
+            for batch in images.train_loader:
+                rate = learning_rate(config.optim, step=learner.step, steps=schedule.steps, total_batch=plan.total)
+                set_learning_rate(learner.optimizer, rate)
+                for progress_of_layer in layers_progress:
+                    progress_of_layer.fill_(learner.step / schedule.steps)
+                learner.calibrated = None  # these statistics belong to earlier weights
+                batch_sums = train_step(learner, batch, seed=config.seed, passes=passes)
+                learner.step += 1
+                progress.step(learner.step, learner.epoch, batch_sums)
+                if learner.step % ROW_EVERY == 0:
+                    log({**named(task.summarize(world.sum_(batch_sums.clone())), "batch"), "lr": rate})
+                save_now = trainer.checkpoint_every_steps and learner.step % trainer.checkpoint_every_steps == 0
+                if learner.step % check_every == 0 or save_now:
+                    request = check(folder, learner, stop_requests())
+                    bad_images.check()
+                    if save_now or request:
+                        learner.read_clock()
+                        save(folder, learner)
+                    if request:
+                        raise Stopped(request)
+            check(folder, learner, 0)
+            bad_images.check()
+            train_s = learner.read_clock() - before_s
 
-        # End of an epoch: validate, measure the ratios, write a checkpoint
-        images_done = (learner.step - first_step) * plan.total
-        sums = world.sum_(learner.sums.clone())
-        results, ratios = validate(learner, images, probe, config)
-        row = {**named(task.summarize(sums), "train"), **results, "lr": learner.optimizer.param_groups[0]["lr"]}
-        log({**row, **as_metrics(ratios), "images_per_s": images_done / train_s if images_done else None})
-        sinks.table("ratios", LayerRatio._fields, ratios, learner.step)
-        progress.epoch(learner.epoch, row, mean_ratios(ratios))
-        learner.sums.zero_()
-        learner.epoch += 1
-        keep_epoch(folder, learner, results[task.metrics[0].key], config, schedule)
-        request = check(folder, learner, stop_requests())
-        if request and learner.epoch < schedule.parts:
-            save(folder, learner)
-            stop(sinks, request)
+            # End of an epoch: validate, measure the ratios, write a checkpoint
+            images_done = (learner.step - first_step) * plan.total
+            sums = world.sum_(learner.sums.clone())
+            results, ratios = validate(learner, images, probe, config)
+            row = {**named(task.summarize(sums), "train"), **results, "lr": learner.optimizer.param_groups[0]["lr"]}
+            log({**row, **as_metrics(ratios), "images_per_s": images_done / train_s if images_done else None})
+            sinks.table("ratios", LayerRatio._fields, ratios, learner.step)
+            progress.epoch(learner.epoch, row, mean_ratios(ratios))
+            learner.sums.zero_()
+            learner.epoch += 1
+            keep_epoch(folder, learner, results[task.metrics[0].key], config, schedule)
+            request = check(folder, learner, stop_requests())
+            if request and learner.epoch < schedule.parts:
+                save(folder, learner)
+                raise Stopped(request)
 
     # Record
-    sinks.close()
     if world.is_first:
         bad_images.tidy()
         record = {
@@ -172,13 +172,6 @@ def train(folder: RunFolder, config: Any, world: World, stop_requests: Callable[
             "ratio": mean_ratios(ratios) if results else last_ratios(folder),
         }
         write_json_atomic(folder.record_file, plain(record))
-
-
-def stop(sinks: Sinks, request: int) -> NoReturn:
-    """End a run early; its checkpoint is written."""
-    stopped = Stopped(request)
-    sinks.close(stopped.exit_code)
-    raise stopped
 
 
 def validate(

@@ -13,7 +13,8 @@ from contextlib import suppress
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
 
 from exnorm.config.errors import UserError, first_line
 from exnorm.config.options import imported_class
@@ -44,7 +45,11 @@ class Sink(Protocol):
         ...
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish; an exit code means that the run stopped early or that this sink failed. Nothing is logged after."""
+        """Finish; nothing is logged after.
+
+        Args:
+            exit_code: 0 if the run is complete. Otherwise the run stopped early or failed, or this sink failed.
+        """
         ...
 
 
@@ -179,6 +184,8 @@ def warn(text: str) -> None:
 class Sinks:
     """All sinks of a run. One that fails prints one warning and is off from then on; the run and the others continue.
 
+    At the end of a `with`, all are closed: with exit code 0, or that of `Stopped`, or 1 after any other error.
+
     Args:
         starts: functions that make the sinks, by the names for warnings.
     """
@@ -196,6 +203,14 @@ class Sinks:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Pass a table on; see `Sink.table`."""
         self._each("log a table", lambda sink: sink.table(name, columns, rows, step))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(0 if exc is None else getattr(exc, "exit_code", 1))
 
     def close(self, exit_code: int = 0) -> None:
         """Close all sinks, at last those that failed; see `Sink.close`."""
