@@ -117,6 +117,30 @@ def test_a_wrong_file_is_one_line(
         compose_train(["norm=bn"])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("logger/mine", "sink: {a: {}}", "unknown key 'logger.sink': did you mean 'logger.sinks'?"),
+        ("logger/mine", "csv: yes please", "logger.csv: yes please is not true or false"),
+        ("logger/mine", "probe_images: many", "logger.probe_images: many is not an integer"),
+        ("logger/mine", "csv: null", "logger.csv: Incompatible value 'None'"),
+        ("logger/mine", "sinks: 3", "logger.sinks: Cannot assign int"),
+        ("optim/mine", "name: sgd\nlr: fast", "optim.lr: fast is not a number"),
+        ("data/mine", "{name: mine, module: my_set, image_size: big}", "data.image_size: big is not an integer"),
+        ("data/mine", "{name: mine, module: my_set, image_siz: 3}", "unknown key 'data.image_siz'"),
+    ],
+)
+def test_a_mistake_inside_a_file_that_is_used_names_file_and_key(
+    name: str, text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / f"{name}.yaml"
+    file.parent.mkdir()
+    file.write_text(text, encoding="utf-8")
+    monkeypatch.setenv("EXNORM_CONF", str(tmp_path))
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: {re.escape(said)}"):
+        compose_train([name.replace("/", "=")])
+
+
 def test_mistakes_with_folders_are_one_line(tmp_path: Path, run_cli: CliRunner) -> None:
     done = run_cli("--config-dir", "missing", "list", "norms")
     assert done.returncode == 2 and done.stderr.count("\n") == 1

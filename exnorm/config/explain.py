@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from exnorm.config.errors import UserError, first_line, nearest, shorten
-from exnorm.config.groups import OF_STUDIES, group_options, groups, option_values, unknown_option
+from exnorm.config.groups import OF_STUDIES, group_options, groups, option_file, option_values, unknown_option
 from exnorm.config.options import UNTYPED, written
 from exnorm.config.schema import EvalConfig, TrainConfig
 from exnorm.config.words import quoted
@@ -87,6 +87,8 @@ def explain(exc: BaseException, config_name: str = "train") -> str:
         return unknown_key(found[1], config_name)
     if found := re.search(r"Error merging override (.*)", text):
         return wrong_type(found[1], str(exc.__cause__), config_name)
+    if found := re.match(r"In '(.*)': \w+ raised while composing config:\n(.*)", text, re.DOTALL):
+        return wrong_file(found[1], found[2], config_name)
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         return several_values(found[1], config_name)
     if "Config group override must be a string" in text:
@@ -94,6 +96,18 @@ def explain(exc: BaseException, config_name: str = "train") -> str:
     if (found := re.search(r"Interpolation key '(\w+)' not found", text)) and found[1] in os.environ:
         return f"{first_line(exc)}. For the environment variable {found[1]} write ${{oc.env:{found[1]}}}"
     return first_line(exc)
+
+
+def wrong_file(option: str, reason: str, config_name: str) -> str:
+    """Explain a YAML file, such as that of `logger/mine`, with an unknown key or a value of the wrong type."""
+    group, _, name = option.partition("/")
+    file = option_file(group, name) if name in group_options(group) else f"{option}.yaml"
+    key = re.search(r"full_key: (\S+)", reason)
+    if key and reason.startswith("Key "):
+        return f"{file}: {unknown_key(key[1], config_name)}"
+    value, noun = re.match(r"Value '(.*?)' (?:of type|is not)", reason), noun_of(reason)
+    where = f"{file}: {key[1]}: " if key else f"{file}: "
+    return f"{where}{value[1]} is not {noun}" if value and noun else where + reason.splitlines()[0]
 
 
 def unreadable(override: str) -> str:
@@ -176,8 +190,13 @@ def wrong_type(override: str, reason: str, config_name: str) -> str:
     example = f", such as {key}={written(default)}" if default not in (None, "???", value) else ""
     if "is not Optional" in reason:
         return f"{override}: null is not allowed; give a value{example}"
-    noun = next((noun for pattern, noun in NOUNS.items() if re.search(pattern, reason)), None)
+    noun = noun_of(reason)
     return f"{override} is not {noun}{example}" if noun else f"{override}: {reason.splitlines()[0]}{example}"
+
+
+def noun_of(reason: str) -> str | None:
+    """Return what a value must be, from OmegaConf's message about its type."""
+    return next((noun for pattern, noun in NOUNS.items() if re.search(pattern, reason)), None)
 
 
 @functools.cache
