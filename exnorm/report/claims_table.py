@@ -20,7 +20,7 @@ from exnorm.runs.records import read_records
 from exnorm.runs.sinks import csv_text
 from exnorm.runs.table import print_table
 
-HEADS = ("claim", "verdict", "comparison", "metric", "difference", "95 % interval", "seeds", "detectable", "p (Holm)")
+HEADS = ("claim", "verdict", "comparison", "metric", "difference", "95 % interval", "n", "detectable", "p (Holm)")
 VERDICT = HEADS.index("verdict")
 WEAK = f"fewer than {ENOUGH_SEEDS} seeds; one seed decides nothing, and two seeds decide only clear differences"
 
@@ -96,7 +96,7 @@ def grid_of(judged: Judged) -> Grid:
 
 
 def labelled(comparisons: Sequence[Comparison]) -> str:
-    """Return the verdict on a claim, marked as weak if a comparison has fewer than 5 seeds."""
+    """Return the verdict on a claim, marked as weak if a comparison has fewer than 5 seeds, or runs."""
     verdict = overall(comparisons)
     return verdict + (" (weak)" if verdict != NOT_COMPARABLE and is_weak(comparisons) else "")
 
@@ -135,7 +135,7 @@ def as_csv(judged: Sequence[Judged]) -> str:
     """Return CSV with a line for each comparison of each study."""
     lines: list[list[Any]] = []
     lines.append(
-        ["study", "scale", "claim", "metric", "comparison", "seeds", "mean", "low", "high", "detectable", "p", "p_holm"]
+        ["study", "scale", "claim", "metric", "comparison", "n", "mean", "low", "high", "detectable", "p", "p_holm"]
         + ["p_same_holm", "verdict", "claim_verdict"]
     )
     for item in judged:

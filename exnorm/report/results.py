@@ -200,7 +200,7 @@ def summary(judged: Sequence[Judged]) -> Grid:
         for item, known in ((item, claims_of(item.study)) for item in judged)
         for claim, found in item.comparisons.items()
     ]
-    return Grid(("claim", "study", "scale", "seeds", "as claimed", "verdict"), rows)
+    return Grid(("claim", "study", "scale", "n", "as claimed", "verdict"), rows)
 
 
 def _list(lines: Sequence[str]) -> str:
@@ -262,7 +262,9 @@ deviation, finds in {POWER:.0%} of all repetitions.
 - "No worse than" (>=) allows {MARGIN} points. "Four times a gain" (>= 4 *) allows nothing, and is undecided unless \
 the 95 % interval of the gain itself is above 0.
 - A comparison that does not do what the paper did is not comparable. A note of its study says why.
-- A claim that something always holds is judged by all runs of its cells.
+- *n* is the number of seeds that both sides of a comparison have.
+- A claim that something always holds is judged by all runs of its cells, and *n* is their number. If none of them \
+failed, the limit in brackets says how large the share of failing runs can still be.
 - *As claimed* counts the comparisons whose mean difference lies on the claimed side. This count alone decides nothing.
 - *Weak* means {WEAK}.
 - Accuracies are compared in points. `ratio/bn` and `ratio/ln` are mean shares over all layers, between 0 and 1. \

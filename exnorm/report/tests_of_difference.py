@@ -63,6 +63,14 @@ def detectable(differences: Sequence[float]) -> float | None:
     return _noncentrality(len(differences)) * _error(differences) if has_spread(differences) else None
 
 
+def highest_share(n: int) -> float:
+    """Return 1 - 0.05^(1/n), the 95 % limit of the share of events of which n runs had none.
+
+    It is the exact binomial limit: with a larger share, n runs without the event have a probability below 5 %.
+    """
+    return 1 - LEVEL ** (1 / n)
+
+
 @functools.cache
 def _noncentrality(n: int) -> float:
     from scipy.optimize import brentq

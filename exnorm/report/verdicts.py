@@ -16,10 +16,11 @@ If the corrected p is below 0.05, a comparison is supported above the threshold 
 the second test is, there is no difference larger than 0.5 points. All others are undecided. So are those with fewer
 than 2 seeds, without any spread of the differences, or without a gain. A comparison that does not do what the paper did
 is not comparable. An "always" claim counts runs instead. It is supported if all runs of the left cells ended with a
-finite loss. It is contradicted if one diverged, and undecided while some are missing.
+finite loss. It is contradicted if one diverged, and undecided while some are missing. n runs without a divergence leave
+room for a share of 1 - 0.05^(1/n) that diverges (95 % confidence).
 
 A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted. It is supported
-in part if some are supported, and no difference was found in the others. Fewer than 5 seeds are weak.
+in part if some are supported, and no difference was found in the others. Fewer than 5 seeds, or runs, are weak.
 """
 
 import re
@@ -32,7 +33,15 @@ from exnorm.config.errors import UserError, suggest
 from exnorm.config.study import Cell, Study, cell_name, compared_cells, fresh_seeds
 from exnorm.report.measured import measured
 from exnorm.report.published import claims_of
-from exnorm.report.tests_of_difference import LEVEL, detectable, holm, interval_of, p_equivalent, p_value
+from exnorm.report.tests_of_difference import (
+    LEVEL,
+    detectable,
+    highest_share,
+    holm,
+    interval_of,
+    p_equivalent,
+    p_value,
+)
 from exnorm.runs.records import DIVERGED_AT, METRICS, Row
 
 MARGIN = 0.5  # points: "no worse than" allows as many, and smaller differences are called none
@@ -49,13 +58,11 @@ class Runs(NamedTuple):
     Attributes:
         finished, diverged: runs that ended with a finite loss, and without one.
         wanted: runs that the study has.
-        seeds: seeds of the cell with the fewest.
     """
 
     finished: int
     diverged: int
     wanted: int
-    seeds: int
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ class Comparison:
 
     @property
     def n(self) -> int:
-        """The number of seeds that both sides have."""
-        return self.runs.seeds if self.runs else len(self.differences)
+        """The number of seeds that both sides have; of runs that have ended, for an "always" claim."""
+        return self.runs.finished + self.runs.diverged if self.runs else len(self.differences)
 
     @property
     def is_tested(self) -> bool:
@@ -118,7 +125,7 @@ class Comparison:
         if self.not_comparable:
             return NOT_COMPARABLE
         if self.runs:
-            finished, diverged, wanted, _ = self.runs
+            finished, diverged, wanted = self.runs
             return CONTRADICTED if diverged else SUPPORTED if finished == wanted else UNDECIDED
         gained = interval_of(self.gains)
         if self.p_holm is None or (self.gains and (gained is None or gained[0] <= 0)):
@@ -194,7 +201,7 @@ def as_claimed(comparisons: Sequence[Comparison]) -> str:
 
 
 def is_weak(comparisons: Sequence[Comparison]) -> bool:
-    """Return whether a comparison has fewer than 5 seeds."""
+    """Return whether a comparison has fewer than 5 seeds, or runs."""
     return any(comparison.n < ENOUGH_SEEDS for comparison in comparisons)
 
 
@@ -240,8 +247,10 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     ended = [_seeds(study, rows, cell, (study.primary.name, DIVERGED_AT)) for cell in cells]
     finished = sum(len(_seeds(study, rows, cell, ("loss",))) for cell in cells)
     diverged = sum(map(len, ended)) - finished
-    runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells), min(map(len, ended)))
+    runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells))
     counted = f"{finished + diverged} of {runs.wanted} runs have ended, {diverged} of them without a finite loss"
+    if finished and not diverged:
+        counted += f" (95 %: below {100 * highest_share(finished):.0f} %)"
     return Comparison(str(wanted["id"]), "loss", f"{_written(study, wanted['left'])}: {counted}", None, (), runs=runs)
 
 
