@@ -351,7 +351,7 @@ def test_notes_of_a_study_and_of_its_scale_are_footnotes(tmp_path: Path) -> None
     put(tmp_path, "mine", [row("norm=bn", 0, 80.0)])
     lines = table_of(study, tmp_path).footnotes()
     assert {"of all scales", "of this one"} < set(lines) and "of that" not in lines
-    assert any(line.startswith("Epochs: 13 at 8x32") for line in lines)
+    assert any(line.startswith("Each run has 13 epochs") for line in lines)
 
 
 def test_what_is_known_of_a_published_number_is_a_footnote(tmp_path: Path) -> None:
