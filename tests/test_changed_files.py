@@ -28,6 +28,17 @@ def longer(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
+def rewritten(path: Path) -> None:
+    """The file is written again. Its size stays; whether its content does, only a hash of the content would tell."""
+    path.write_bytes(path.read_bytes())
+
+
+def age(root: Path) -> None:
+    """All files and folders get a time long ago. Times of just now say nothing about a later change."""
+    for path in [root, *root.rglob("*")]:
+        os.utime(path, (1, 1))
+
+
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache without an earlier scan."""
@@ -36,7 +47,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "line"), [(longer, r"it had \d+ bytes and has \d+ now"), (Path.unlink, "it is gone")]
+    ("change", "line"),
+    [
+        (longer, r"it had \d+ bytes and has \d+ now"),
+        (rewritten, "it was written after the list of files"),
+        (Path.unlink, "it is gone"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["images", "masks"])
 def test_a_file_that_changes_after_the_scan_is_named(
@@ -49,6 +65,7 @@ def test_a_file_that_changes_after_the_scan_is_named(
         root = make_segfolder(tmp_path / "in")
         config = OmegaConf.merge(config_of("segfolder", root), {"num_classes": 3})
         victim = root / "train" / "masks" / "drive 0" / "0.png"
+    age(root)
     images: Any = data.load(config).train
 
     def open_all() -> None:
@@ -64,7 +81,10 @@ def test_a_file_that_changes_after_the_scan_is_named(
         assert data.fingerprint(config) != before
 
 
-def test_a_kept_scan_whose_sample_misses_a_change_is_made_anew_after_the_error(tmp_path: Path, own_cache: Path) -> None:
+@pytest.mark.parametrize("change", [longer, rewritten])
+def test_a_kept_scan_whose_sample_misses_a_change_is_made_anew_after_the_error(
+    tmp_path: Path, own_cache: Path, change: Callable[[Path], None]
+) -> None:
     """Otherwise each start would find the same file changed."""
     root = tmp_path / "in"
     for name in ("cat", "dog"):
@@ -77,16 +97,40 @@ def test_a_kept_scan_whose_sample_misses_a_change_is_made_anew_after_the_error(t
     for name in ("cat", "dog"):
         for number in range(MANY):
             (root / "train" / name / f"{number:04}.png").write_bytes(first.read_bytes())
-    for path in [root, *root.rglob("*")]:
-        os.utime(path, (0, 0))
+    age(root)
     config = OmegaConf.merge(config_of("imagefolder", root), {"cache": False})
     before = data.fingerprint(config)
-    longer(victim)
+    change(victim)
     assert data.fingerprint(config) == before  # the sample misses it
     with pytest.raises(UserError, match="has changed"):
         data.load(config).train.open(1)
-    assert data.fingerprint(config) != before
+    assert (data.fingerprint(config) == before) is (change is rewritten)
     data.load(config).train.open(1)
+
+
+def test_files_that_were_copied_again_are_the_same_data(tmp_path: Path, own_cache: Path) -> None:
+    """With other times, which a sample notices; no start ends for that."""
+    root = make_image_folder(tmp_path / "in", train=2, val=1)
+    age(root)
+    config = config_of("imagefolder", root, "data.cache=false")
+    before = data.fingerprint(config)
+    for path in root.rglob("*.*"):
+        os.utime(path, (2, 2))
+    assert data.fingerprint(config) == before
+    for index in range(6):
+        data.load(config).train.open(index)
+
+
+def test_a_file_that_was_written_just_before_the_scan_is_compared_by_its_size(tmp_path: Path, own_cache: Path) -> None:
+    """Its time may be that of a file system whose files always seem new, or whose clock is ahead."""
+    root = make_image_folder(tmp_path / "in", train=2, val=1)
+    images: Any = data.load(config_of("imagefolder", root, "data.cache=false")).train
+    victim = root / "train" / "cat" / "1.png"
+    os.utime(victim)
+    images.open(1)
+    longer(victim)
+    with pytest.raises(UserError, match="bytes"):
+        images.open(1)
 
 
 def changing(path: Path) -> Any:

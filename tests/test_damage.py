@@ -22,6 +22,23 @@ def small_state(step: int) -> dict[str, object]:
     return {"step": step, "epoch": 0, "classes": ["a", "b"], "model": {"w": torch.arange(600.0), "b": torch.ones(3)}}
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_checkpoint_that_is_kept_again_leaves_no_other_file(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a run that was killed just after it had kept its best one."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    folder = RunFolder(tmp_path)
+    best = folder.checkpoints / checkpoint.BEST
+    for step in (7, 7, 8):
+        path = checkpoint.save(folder, small_state(step))
+        for _ in range(2):
+            checkpoint.keep(path, best)
+        assert checkpoint.read(best)["step"] == step
+    assert {file.name for file in folder.checkpoints.iterdir()} <= {"best.pt", "step-000000007.pt", "step-000000008.pt"}
+
+
 def test_every_damaged_byte_is_found_or_does_no_harm(tmp_path: Path) -> None:
     """Flipped and cut off anywhere, a checkpoint reads as it was written or is called damaged, and nothing else."""
     folder = RunFolder(tmp_path)

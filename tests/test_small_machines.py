@@ -7,13 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import CliRunner
 from engine_cases import WAIT_S, environment, make_image_folder, only_run, start, start_code, tiny, wait_for, workers
 
-from exnorm.engine.shortage import shortage
+from exnorm.engine.shortage import is_lost_worker, shortage
 from exnorm.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -154,6 +156,28 @@ def test_what_a_machine_lacks_is_one_line_and_a_bug_is_not(problem: Exception, s
         if said is None
         else line is not None and said in line and "the same command starts" in line.lower()
     )
+
+
+MEETING = """
+import time
+import torch.distributed as dist
+store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_worker_that_is_lost_before_all_have_met_is_known_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the worker that failed says why, and the others keep quiet."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = start_code(MEETING)
+    assert first.stdout is not None
+    store = dist.TCPStore("localhost", int(first.stdout.readline()), is_master=False)
+    threading.Timer(0.5, first.kill).start()
+    with pytest.raises(RuntimeError) as lost:
+        store.wait(["address of the first"])
+    assert is_lost_worker(lost.value), lost.value
+    first.communicate()
 
 
 def test_a_killed_loader_is_one_line_on_two_devices(images: Path, tmp_path: Path) -> None:

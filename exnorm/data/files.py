@@ -59,28 +59,32 @@ def _file(entries: SampleIndex, index: int) -> BinaryIO:
     """Open a file.
 
     Raises:
-        UserError: it is gone, or its size is another one than in the scan.
+        UserError: it is gone, or its size or its time of change is another one than in the scan.
     """
     if entries.spans is not None:
         tar, offset, size = (int(number) for number in entries.spans[index])
         with open(entries.tars[tar], "rb") as file:
             return io.BytesIO(os.pread(file.fileno(), size, offset))
     path = os.path.join(entries.base, entries.names[index])
-    size = -1 if entries.sizes is None else int(entries.sizes[index])
+    size, changed_ns = (-1, -1) if entries.stamps is None else map(int, entries.stamps[index])
     try:
         stream = open(path, "rb")  # noqa: SIM115  # the caller closes it
     except FileNotFoundError:
         if size < 0:
             raise
         raise _changed(entries, path, "is gone") from None
-    if size >= 0 and (now := os.fstat(stream.fileno()).st_size) != size:
+    now = os.fstat(stream.fileno())
+    if size >= 0 and now.st_size != size:
         stream.close()
-        raise _changed(entries, path, f"had {size} bytes and has {now} now")
+        raise _changed(entries, path, f"had {size} bytes and has {now.st_size} now")
+    if changed_ns >= 0 and now.st_mtime_ns != changed_ns:
+        stream.close()
+        raise _changed(entries, path, "was written after the list of files")
     return stream
 
 
 def _changed(entries: SampleIndex, path: str, how: str) -> UserError:
-    """Return the error, and remove the kept scan, which compares only a sample of the sizes with the files."""
+    """Return the error, and remove the kept scan, which compares only a sample of its entries with the files."""
     if entries.kept_in:
         with contextlib.suppress(OSError):
             os.unlink(entries.kept_in)

@@ -2,7 +2,8 @@
 
 A scan of ImageNet's 1.3 million files takes seconds on a local disk and minutes on a network file system. So its result
 is kept, with the modification time of every folder and list that it read. A file that is added, removed or renamed
-changes the time of its folder. Files that were rewritten under their old names are detected by a sample of file sizes.
+changes the time of its folder. Files that were rewritten under their old names are detected by a sample of their sizes
+and times.
 """
 
 import codecs
@@ -27,14 +28,14 @@ from exnorm.data.packed import Packed
 from exnorm.data.sample_index import SampleIndex
 from exnorm.runs.cache import building_in, cache_folder
 
-VERSION = 2
+VERSION = 3
 SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".tif", b".tiff", b".webp", b".ppm")
-SAMPLE = 256  # files whose sizes are compared with the kept ones
+SAMPLE = 256  # files whose sizes and times are compared with the kept ones
 MAX_LABEL = 1_000_000
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 WHOLE = re.compile(r"\d+")
-SETTLED_S = 2  # a folder that changed this lately may change again without a new time stamp
-ARRAYS = ("labels", "sizes", "spans")
+SETTLED_S = 2  # a folder or a file that changed this lately may change again without a new time stamp
+ARRAYS = ("labels", "stamps", "spans")
 
 
 class Found(NamedTuple):
@@ -94,10 +95,13 @@ def kept(kind: str, path: Path, scan: Callable[[], Found]) -> SampleIndex:
     kept = _read(file)
     if kept is not None:
         return replace(kept, kept_in=str(file))
-    start = time.time()
+    settled_ns = int((time.time() - SETTLED_S) * 1e9)
     found = scan()
+    if found.entries.stamps is not None:
+        times_ns = found.entries.stamps[:, 1]
+        times_ns[times_ns >= settled_ns] = -1
     stamps = _stamps(found.watched)
-    if stamps is not None and max(changed for _, changed, _ in stamps) < (start - SETTLED_S) * 1e9:
+    if stamps is not None and max(changed for _, changed, _ in stamps) < settled_ns:
         with contextlib.suppress(OSError):  # a full disk: the scan is repeated next time
             _write(file, found.entries, stamps)
     return replace(found.entries, kept_in=str(file))
@@ -124,22 +128,19 @@ def _read(file: Path) -> SampleIndex | None:
                 return None
             arrays = {name: stored[name] for name in ARRAYS if name in stored}
             entries = SampleIndex(Packed(stored["block"], stored["ends"]), **arrays, **facts["fields"])
-            return entries if _same_sizes(entries) else None
+            return entries if _same_stamps(entries) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def _same_sizes(entries: SampleIndex) -> bool:
-    if entries.sizes is None:
+def _same_stamps(entries: SampleIndex) -> bool:
+    if entries.stamps is None:
         return True
     places = np.linspace(0, len(entries) - 1, min(SAMPLE, len(entries))).astype(int).tolist()
     paths = (os.path.join(os.fsencode(entries.base), entries.names.raw(place)) for place in places)
-    return [size_of(path) for path in paths] == entries.sizes[places].tolist()
-
-
-def size_of(path: bytes) -> int:
-    """Return the bytes of a file; -1 for a dangling link."""
-    return stamp_of(path)[0]
+    now, then = np.array([stamp_of(path) for path in paths]).reshape(-1, 2), entries.stamps[places]
+    now[then[:, 1] < 0, 1] = -1
+    return np.array_equal(now, then)
 
 
 def stamp_of(path: bytes) -> tuple[int, int]:
@@ -168,17 +169,18 @@ def _scan_folders(folder: Path) -> Found:
         raise UserError(f"{folder} has no class folders: expected {folder}/<class>/*.jpg")
     if len(classes) == 1:
         raise UserError(f"{folder} has one class folder, {os.fsdecode(classes[0])}: expected {folder}/<class>/*.jpg")
-    names, sizes, counts = [], array("q"), []
+    names, stamps, counts = [], array("q"), []
     for name in classes:
         files = sorted(_images_below(base, name, watched))
         if not files:
             empty, endings = os.fsdecode(os.path.join(base, name)), b", ".join(SUFFIXES).decode()
             raise UserError(f"class folder {empty} has no images ({endings}). Remove it or add images")
         names.append(Packed.of(path for path, _ in files))
-        sizes.extend(size for _, size in files)
+        stamps.extend(number for _, stamp in files for number in stamp)
         counts.append(len(files))
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    entries = SampleIndex(_joined(names), labels, list(map(os.fsdecode, classes)), str(folder), sizes=np.array(sizes))
+    table = np.array(stamps).reshape(-1, 2)
+    entries = SampleIndex(_joined(names), labels, list(map(os.fsdecode, classes)), str(folder), stamps=table)
     return Found(entries, watched)
 
 
@@ -187,9 +189,9 @@ def _scan_tree(folder: Path) -> Found:
     files = sorted(_images_below(os.fsencode(folder), b"", watched, above=(b"",)))  # the folder itself is not above
     if not files:
         raise UserError(f"{folder} has no images ({b', '.join(SUFFIXES).decode()})")
-    sizes = np.array([size for _, size in files], np.int64)
+    stamps = np.array([stamp for _, stamp in files], np.int64)
     names = Packed.of(name for name, _ in files)
-    return Found(SampleIndex(names, np.zeros(len(files), np.int32), [], str(folder), sizes=sizes), watched)
+    return Found(SampleIndex(names, np.zeros(len(files), np.int32), [], str(folder), stamps=stamps), watched)
 
 
 def _joined(parts: list[Packed]) -> Packed:
@@ -200,8 +202,8 @@ def _joined(parts: list[Packed]) -> Packed:
 
 def _images_below(
     base: bytes, folder: bytes, watched: list[bytes], above: tuple[bytes, ...] = ()
-) -> Iterator[tuple[bytes, int]]:
-    """Yield (path relative to base, bytes) of the images in a folder and below; -1 bytes for a dangling link.
+) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    """Yield the images in a folder and below: the path relative to base, and the result of `stamp_of`.
 
     Args:
         above: the real paths of the parent folders. A loop leads back to one of them; a second link to the same folder
@@ -222,7 +224,7 @@ def _images_below(
         if _is_folder(entry):
             yield from _images_below(base, name, watched, (*way, here))
         elif is_image(entry.name):
-            yield name, size_of(entry.path)
+            yield name, stamp_of(entry.path)
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

@@ -163,9 +163,8 @@ def _check_pairs(
 def _taken(files: SampleIndex, order: np.ndarray) -> SampleIndex:
     """Return files in another order."""
     names = Packed.of(files.names.raw(int(place)) for place in order)
-    return replace(
-        files, names=names, labels=files.labels[order], sizes=None if files.sizes is None else files.sizes[order]
-    )
+    stamps = None if files.stamps is None else files.stamps[order]
+    return replace(files, names=names, labels=files.labels[order], stamps=stamps)
 
 
 def of_list(config: Any, root: Path, file: Path, split: str) -> Pairs:
@@ -186,8 +185,8 @@ def of_list(config: Any, root: Path, file: Path, split: str) -> Pairs:
     left_out = excluded_mask(images, config, root) | excluded_mask(masks, config, root)
     texts, problems = [], []
     for files, kind in ((images, "images"), (masks, "masks")):
-        assert files.sizes is not None
-        gone = [name_of(files, root, int(place)) for place in np.flatnonzero((files.sizes < 0) & ~left_out)]
+        assert files.stamps is not None
+        gone = [name_of(files, root, int(place)) for place in np.flatnonzero((files.stamps[:, 0] < 0) & ~left_out)]
         problems += [(name, "it does not exist") for name in gone]
         if gone:
             texts.append(f"{len(gone)} of the {len(files)} {kind} do not exist, such as {gone[0]}")
@@ -210,8 +209,8 @@ def _base_of(file: Path, root: Path, split: str) -> Path:
 def _scan_column(file: Path, base: Path, column: int) -> index.Found:
     names = [pair[column] for pair in _lines(file)]
     paths = [os.path.join(os.fsencode(base), name) for name in names]
-    sizes = np.array([index.size_of(path) for path in paths], np.int64)
-    entries = SampleIndex(Packed.of(names), np.zeros(len(names), np.int32), [], str(base), sizes=sizes)
+    stamps = np.array([index.stamp_of(path) for path in paths], np.int64)
+    entries = SampleIndex(Packed.of(names), np.zeros(len(names), np.int32), [], str(base), stamps=stamps)
     return index.Found(entries, [os.fsencode(file), *sorted({os.path.dirname(path) for path in paths})])
 
 

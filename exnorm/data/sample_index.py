@@ -23,7 +23,8 @@ class SampleIndex:
         labels: (files,) in int32, indices into `classes`.
         base: the folder that the names are relative to.
         numbered: the labels were given as numbers, and the classes have no other names yet.
-        sizes: (files,) bytes; None if the scan did not read them.
+        stamps: (files, 2) in int64, bytes and time of change in ns; None if the scan did not read them. Both are -1
+            for a dangling link. The time is -1 for a file that changed just before the scan.
         spans: (files, 3) in int64 for members of tar files: index into `tars`, offset, bytes.
         tars: the paths of those tar files.
         kept_in: the file of the cache that has the result of the scan; empty if there is none.
@@ -34,7 +35,7 @@ class SampleIndex:
     classes: list[str]
     base: str
     numbered: bool = False
-    sizes: np.ndarray | None = None
+    stamps: np.ndarray | None = None
     spans: np.ndarray | None = None
     tars: Sequence[str] = ()
     kept_in: str = ""
@@ -48,7 +49,7 @@ class SampleIndex:
             self,
             names=self.names.where(kept),
             labels=self.labels[kept],
-            sizes=None if self.sizes is None else self.sizes[kept],
+            stamps=None if self.stamps is None else self.stamps[kept],
             spans=None if self.spans is None else self.spans[kept],
         )
 
@@ -81,10 +82,11 @@ class SampleIndex:
         return replace(self, labels=labels, classes=list(classes))
 
     def fingerprint(self) -> str:
-        """Return a hash of names, labels, classes and sizes; it does not depend on the folder of the files."""
+        """Return a hash of names, labels, classes and sizes; it does not depend on folders and times."""
         digest = hashlib.sha256(json.dumps(list(self.classes)).encode())
         arrays: list[Any] = [self.names.block, self.names.ends, self.labels]
-        for array in [*arrays, self.sizes, None if self.spans is None else self.spans[:, 2]]:
+        sizes = None if self.stamps is None else self.stamps[:, 0]
+        for array in [*arrays, sizes, None if self.spans is None else self.spans[:, 2]]:
             digest.update(b"/" if array is None else np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 

@@ -100,6 +100,8 @@ def step_file(folder: RunFolder, step: int) -> Path:
 
 def keep(path: Path, kept: Path) -> None:
     """Give a checkpoint a second, permanent name, by a hard link where the file system has them."""
+    if kept.is_file() and kept.samefile(path):  # renaming one name of a file to another one of it would leave both
+        return
     part = kept.with_suffix(f".{os.getpid()}.part")
     part.unlink(missing_ok=True)
     with names_file(kept), removes_on_failure(part):

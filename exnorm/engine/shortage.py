@@ -15,7 +15,9 @@ LITTLE = 1 << 20  # bytes; less free shared memory counts as none
 NO_SHARED_MEMORY = re.compile(r"shared memory\(shm\)|out of shared memory|killed by signal: Bus error|</torch_")
 NO_FILES = re.compile(r"Too many open files|items of ancdata")
 LOST_LOADER = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: \w+|exited unexpectedly)")
-LOST_WORKER = re.compile(r"[Cc]onnection (was )?(closed|reset) by|Connection refused|Broken pipe|remote process exited")
+LOST_WORKER = re.compile(
+    r"[Cc]onnection (was )?(likely )?(closed|reset)|Connection refused|Broken pipe|remote process exited"
+)
 
 
 def shortage(problem: BaseException, folder: RunFolder) -> str | None:

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from exnorm.config.errors import BUG, UserError
+from exnorm.config.explain import refused_file
 from exnorm.config.study import Key, Study
 from exnorm.engine.job import outside_of_job
 from exnorm.runs.folder import NOT_FINITE, RunFolder
@@ -160,7 +161,7 @@ class Runner:
                     try:
                         claim = claimed(jobs[-1])
                     except OSError as problem:  # such as a full disk
-                        self.problems |= {job.title: str(problem) for job in self._waiting.pop(key)}
+                        self.problems |= {job.title: _line_of(problem) for job in self._waiting.pop(key)}
                         break
                     if claim is not None:
                         self._active.add(key)
@@ -177,9 +178,9 @@ class Runner:
             try:
                 self.run(job)
             except (Failed, UserError, OSError) as problem:
-                problems[job.title] = str(problem)
+                problems[job.title] = _line_of(problem)
                 if not job.trained():
-                    return {job.title: str(problem) for job in jobs}
+                    return {job.title: _line_of(problem) for job in jobs}
         return problems
 
     def run(self, job: Job) -> None:
@@ -316,6 +317,10 @@ def claimed(job: Job) -> AbstractContextManager[Any] | None:
         return FileLock(job.runs / CLAIMS / f"{folder.path.parent.name}-{folder.path.name}.lock")
     except Locked:
         return None
+
+
+def _line_of(problem: Exception) -> str:
+    return refused_file(problem) or str(problem)
 
 
 def _without_result(verb: str, folder: RunFolder) -> str:

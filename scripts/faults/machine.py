@@ -1,5 +1,6 @@
 """Faults of what surrounds a run: little shared memory, few open files, changing data, a W&B that hangs."""
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -73,27 +74,35 @@ def data_unreadable(case: Case) -> str:
 
 @kind("data replaced", commands=("train", "reproduce"))
 def data_replaced(case: Case) -> str:
-    """Some images are other images from a random moment on."""
+    """Some images are other images from a random moment after the first step on.
+
+    These images have equal sizes, but in a study they do not: a run that begins later cannot notice an equal size.
+    """
+    more = b"\0" if case.command == "reproduce" else b""
 
     def replace(images: list[Path], away: Path) -> None:
         for path in case.draw.sample(images, 10):
-            shutil.copy(case.draw.choice(sorted(away.rglob("*.png"))), path)
+            path.write_bytes(case.draw.choice(sorted(away.rglob("*.png"))).read_bytes() + more)
 
-    return with_changed_images(case, replace)
+    return with_changed_images(case, replace, after_step=True)
 
 
-def with_changed_images(case: Case, change: Callable[[list[Path], Path], None]) -> str:
+def with_changed_images(case: Case, change: Callable[[list[Path], Path], None], *, after_step: bool = False) -> str:
     """Let `change` change some of the images at a random moment; it also gets a folder with copies of them."""
     away = case.folder / "away"
     shutil.copytree(case.data, away)
     case.start()
-    case.wait_for_moment()
+    case.wait_for_moment(with_checkpoint=after_step)
     change(sorted(case.data.rglob("*.png")), away)
     return with_data_back(case, away)
 
 
 def with_data_back(case: Case, away: Path) -> str:
-    """Wait for the end with changed data, restore them and go on."""
+    """Wait for the end with changed data, restore them and go on.
+
+    Raises:
+        Missed: the data had changed before a run was named after them. So it is the run of other data.
+    """
     end = case.end()
     if end.code:
         case.detail += f"; {check.one_line(end)[:160]}"
@@ -101,9 +110,17 @@ def with_data_back(case: Case, away: Path) -> str:
     away.rename(case.data)
     if end.code == 0:
         check.nothing_left(case)
+        assert case.reference is not None
+        if ids_of(case.here) - ids_of(case.reference / "here"):
+            raise Missed("the data had changed before they were listed")
         return BIT_EQUAL
     restart(case)
     return ONE_LINE
+
+
+def ids_of(folder: Path) -> set[str]:
+    """Return the fingerprints of the data in the names of the runs."""
+    return {str(json.loads(file.read_text())["data_id"]) for file in folder.glob("runs/*/*/provenance.json")}
 
 
 @kind("W&B's service dies", commands=("train",), logger="offline")
