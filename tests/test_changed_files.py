@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from exnorm import data
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
+from exnorm.data import index
 from exnorm.engine import launch
 from exnorm.engine import train as engine
 from exnorm.engine.learner import save
@@ -50,7 +52,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("change", "line"),
     [
         (longer, r"it had \d+ bytes and has \d+ now"),
-        (rewritten, "it was written after the list of files"),
+        (rewritten, "its modification time is not that in the list of files"),
         (Path.unlink, "it is gone"),
     ],
 )
@@ -69,8 +71,8 @@ def test_a_file_that_changes_after_the_scan_is_named(
     images: Any = data.load(config).train
 
     def open_all() -> None:
-        for index in range(len(images)):
-            images.open(index)
+        for place in range(len(images)):
+            images.open(place)
 
     open_all()
     before = data.fingerprint(config)
@@ -117,13 +119,33 @@ def test_files_that_were_copied_again_are_the_same_data(tmp_path: Path, own_cach
     for path in root.rglob("*.*"):
         os.utime(path, (2, 2))
     assert data.fingerprint(config) == before
-    for index in range(6):
-        data.load(config).train.open(index)
+    for place in range(6):
+        data.load(config).train.open(place)
+
+
+@pytest.mark.parametrize("seconds", [-5, 1 << 34])
+def test_strange_times_are_compared_by_sizes_and_the_scan_is_kept(
+    seconds: int, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 1970, and beyond what 64 bits of nanoseconds hold."""
+    root = make_image_folder(tmp_path / "in", train=2, val=1)
+    age(root)
+    for path in root.rglob("*.*"):
+        os.utime(path, (seconds, seconds))
+    config = config_of("imagefolder", root, "data.cache=false")
+    before = data.fingerprint(config)
+    scans = mock.Mock(side_effect=AssertionError("scanned again"))
+    monkeypatch.setattr(index, "_scan_folders", scans)
+    assert data.fingerprint(config) == before
+    data.load(config).train.open(1)
 
 
 def test_a_file_that_was_written_just_before_the_scan_is_compared_by_its_size(tmp_path: Path, own_cache: Path) -> None:
     """Its time may be that of a file system whose files always seem new, or whose clock is ahead."""
     root = make_image_folder(tmp_path / "in", train=2, val=1)
+    ahead = time.time() + 3600
+    for path in root.rglob("*.*"):
+        os.utime(path, (ahead, ahead))
     images: Any = data.load(config_of("imagefolder", root, "data.cache=false")).train
     victim = root / "train" / "cat" / "1.png"
     os.utime(victim)

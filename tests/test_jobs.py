@@ -141,7 +141,7 @@ def test_a_killed_process_ends_the_job_with_one_line_and_the_same_command_resume
     arguments = tiny(images, *LONG)
     for killed in (2, 0):
         before = last_step(tmp_path)
-        processes = srun(arguments, tmp_path / "job", nodes=[0, 0, 1])
+        processes = srun(arguments, tmp_path / "job", nodes=[0, 1, 1])
         wait_for_step(tmp_path, before + 2)
         processes[killed].send_signal(signal.SIGKILL)
         results = ended(processes)
@@ -157,7 +157,7 @@ def test_a_killed_process_ends_the_job_with_one_line_and_the_same_command_resume
             }
         assert not any("Traceback" in err for _, _, err in results)
     step = last_step(tmp_path)
-    processes = srun(arguments, tmp_path / "job", nodes=[0, 0, 1])
+    processes = srun(arguments, tmp_path / "job", nodes=[0, 1, 1])
     wait_for_step(tmp_path, step + 2)
     processes[2].send_signal(signal.SIGTERM)  # a node is preempted: all stop after the same step, with a checkpoint
     results = ended(processes)
@@ -264,12 +264,12 @@ def test_a_job_may_train_several_runs_one_after_the_other(images: Path, tmp_path
     folder = tmp_path / "job" / "runs" / ".submitted"
     words = [*tiny(images, "batch=2x4"), f"runs={tmp_path / 'job' / 'runs'}"]
     executor = submit._executor("several", folder, ["cluster=local", "tasks_per_node=2", "timeout_min=20"])
-    commands = [[*words, "seed=1"], [*words, "optim.lr=1e30"], [*words, "seed=2"]]
+    commands = [[*words, "seed=1"], [*words, "seed=2"], [*words, "optim.lr=1e30"], [*words, "seed=3"]]
     job = executor.submit(submit.Commands(commands, folder))
     with pytest.raises(Exception, match="returned non-zero exit status 2"):
         job.result()
     seeds = {path.parent.name.rpartition("-")[2] for path in tmp_path.glob("job/runs/*/*/record.json")}
-    assert seeds == {"s1"}
+    assert seeds == {"s1", "s2"}
     wait_for(lambda: job._process.poll() is not None, "the end of the other task")
     assert "the loss is not finite" in job.stderr()
 

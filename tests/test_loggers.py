@@ -1,6 +1,7 @@
 """The option `logger`: lists of sinks, names for usual lists, sinks from outside, and its mistakes."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 from conftest import ROOT, CliRunner
-from engine_cases import checkpoints, make_image_folder, metrics, tiny, train_here
+from engine_cases import WAIT_S, checkpoints, make_image_folder, metrics, start, tiny, train_here
 from omegaconf import OmegaConf
 
 from exnorm.config.compose import compose_train, default_values
@@ -233,6 +234,32 @@ def test_a_sink_hears_how_the_run_ends(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(Stopped), Sinks({"ending": lambda: Ending(RunFolder(tmp_path), {})}):
         raise Stopped(signal.SIGTERM)
     assert Ending.codes == [0, 1, 143]
+
+
+SLOW = """
+import time
+class Slow:
+    def __init__(self, folder, run_config):
+        self.file = folder.path / "closed.txt"
+    def log(self, row, step): pass
+    def table(self, name, columns, rows, step): pass
+    def close(self, exit_code=0):
+        time.sleep(1)
+        self.file.write_text(str(exit_code))
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_sink_is_closed_after_an_error_on_two_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers without sinks end at once; the first one still has time."""
+    (tmp_path / "slow_sink.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    arguments = tiny(make_image_folder(tmp_path / "data"), "batch=2x4", "trainer.devices=2", "optim.lr=1e30")
+    process = start([*arguments, "logger=[slow_sink.Slow]"], tmp_path)
+    _, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2 and "not finite" in err and err.count("\n") == 1, err
+    (closed,) = tmp_path.glob("runs/*/*/closed.txt")
+    assert closed.read_text() == "1"
 
 
 @pytest.mark.slow

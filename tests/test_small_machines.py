@@ -170,14 +170,13 @@ time.sleep(1000)
 def test_a_worker_that_is_lost_before_all_have_met_is_known_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the worker that failed says why, and the others keep quiet."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    first = start_code(MEETING)
-    assert first.stdout is not None
-    store = dist.TCPStore("localhost", int(first.stdout.readline()), is_master=False)
-    threading.Timer(0.5, first.kill).start()
-    with pytest.raises(RuntimeError) as lost:
-        store.wait(["address of the first"])
+    with start_code(MEETING) as first:
+        assert first.stdout is not None
+        store = dist.TCPStore("localhost", int(first.stdout.readline()), is_master=False)
+        threading.Timer(0.5, first.kill).start()
+        with pytest.raises(RuntimeError) as lost:
+            store.wait(["address of the first"])
     assert is_lost_worker(lost.value), lost.value
-    first.communicate()
 
 
 def test_a_killed_loader_is_one_line_on_two_devices(images: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def main() -> None:
             print(json.dumps(same_tensor_twice(norm)), flush=True)
         return
     if sys.argv[1] == "trainings":
-        for norm, deferred, frozen in (("bn", False, True), ("bn", True, False), ("en", True, False)):
+        for norm, deferred, frozen in (("bn", True, False), ("gn", False, True), ("en", True, False)):
             print(json.dumps(training(norm, deferred=deferred, frozen=frozen)), flush=True)
         return
     draw = random.Random(int(sys.argv[1]))

@@ -30,6 +30,7 @@ FOLLOWED = {  # users set the second key of a pair
     "data.lr_per_256": "optim.lr_per_256",
 }
 FREE = ("norm.", "model.options", "logger.sinks.")  # keys below these are checked elsewhere
+SHOWN = 60  # characters of a wrong value
 SIMILAR = 0.66  # from this similarity on, one word counts as a misspelling of the other
 NOUNS = {
     r"converted to Integer": "an integer",
@@ -105,9 +106,13 @@ def wrong_file(option: str, reason: str, config_name: str) -> str:
     key = re.search(r"full_key: (\S+)", reason)
     if key and reason.startswith("Key "):
         return f"{file}: {unknown_key(key[1], config_name)}"
-    value, noun = re.match(r"Value '(.*?)' (?:of type|is not)", reason), noun_of(reason)
     where = f"{file}: {key[1]}: " if key else f"{file}: "
-    return f"{where}{value[1]} is not {noun}" if value and noun else where + reason.splitlines()[0]
+    if "Incompatible value 'None'" in reason:
+        return f"{where}null is not allowed; give a value"
+    value, noun = re.match(r"Value '(.*)' (?:of type|is not)", reason, re.DOTALL), noun_of(reason)
+    if noun is None:
+        return where + reason.splitlines()[0]
+    return f"{where}{value[1][:SHOWN]!r} is not {noun}" if value else f"{where}write {noun}"
 
 
 def unreadable(override: str) -> str:

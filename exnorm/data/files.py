@@ -21,6 +21,7 @@ from exnorm.data.sample_index import SampleIndex
 from exnorm.data.splits import Images
 
 CHANGED = "Type the same command again, which reads the list of files anew"
+CONTINUES = "Type the same command again, which continues with the file as it is now, or add fresh=true to start over"
 # Errors that come from the file. Any other system error comes from the machine and may be temporary.
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 T = TypeVar("T")
@@ -72,23 +73,23 @@ def _file(entries: SampleIndex, index: int) -> BinaryIO:
     except FileNotFoundError:
         if size < 0:
             raise
-        raise _changed(entries, path, "is gone") from None
+        raise _changed(entries, path, "it is gone") from None
     now = os.fstat(stream.fileno())
     if size >= 0 and now.st_size != size:
         stream.close()
-        raise _changed(entries, path, f"had {size} bytes and has {now.st_size} now")
+        raise _changed(entries, path, f"it had {size} bytes and has {now.st_size} now")
     if changed_ns >= 0 and now.st_mtime_ns != changed_ns:
         stream.close()
-        raise _changed(entries, path, "was written after the list of files")
+        raise _changed(entries, path, "its modification time is not that in the list of files", CONTINUES)
     return stream
 
 
-def _changed(entries: SampleIndex, path: str, how: str) -> UserError:
+def _changed(entries: SampleIndex, path: str, how: str, advice: str = CHANGED) -> UserError:
     """Return the error, and remove the kept scan, which compares only a sample of its entries with the files."""
     if entries.kept_in:
         with contextlib.suppress(OSError):
             os.unlink(entries.kept_in)
-    return UserError(f"{path} has changed: it {how}. {CHANGED}")
+    return UserError(f"{path} has changed: {how}. {advice}")
 
 
 def opened(name: str, file: Callable[[], BinaryIO]) -> Image.Image:

@@ -144,12 +144,15 @@ def _same_stamps(entries: SampleIndex) -> bool:
 
 
 def stamp_of(path: bytes) -> tuple[int, int]:
-    """Return the bytes of a file and its time of change in ns; -1 for a dangling link."""
+    """Return the bytes of a file and its time of change in ns.
+
+    Both are -1 for a dangling link. A time that is before 1970 or does not fit into 63 bits is -1.
+    """
     try:
         found = os.stat(path)
     except OSError:
         return -1, -1
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns if 0 <= found.st_mtime_ns < 1 << 63 else -1
 
 
 def _write(file: Path, entries: SampleIndex, stamps: list[Stamp]) -> None:

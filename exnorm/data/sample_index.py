@@ -24,7 +24,8 @@ class SampleIndex:
         base: the folder that the names are relative to.
         numbered: the labels were given as numbers, and the classes have no other names yet.
         stamps: (files, 2) in int64, bytes and time of change in ns; None if the scan did not read them. Both are -1
-            for a dangling link. The time is -1 for a file that changed just before the scan.
+            for a dangling link. A time is -1 if it says nothing about later changes: it is just before the scan, after
+            it, or out of range.
         spans: (files, 3) in int64 for members of tar files: index into `tars`, offset, bytes.
         tars: the paths of those tar files.
         kept_in: the file of the cache that has the result of the scan; empty if there is none.

@@ -34,6 +34,7 @@ print(json.dumps([count, problem]))
 POLL_S = 0.1
 GRACE_S = 30  # after one worker stopped, until the others are killed
 CRASH_GRACE_S = 1.0  # after one crashed
+CLOSE_GRACE_S = 5.0  # after another one than the first, which closes the loggers, refused
 LOGS = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}  # else a lost worker prints C++ frames
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}  # torch requires it
 EXIT_STOPPED = (EXIT_TIME_UP, *(128 + signum for signum in STOP_SIGNALS))
@@ -136,7 +137,8 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
             failed = next((rank for rank, code in enumerate(codes) if code), None)
         refused = any(code in (EXIT_USER_ERROR, EXIT_LOCKED) for code in codes)
         crashed = any(code not in (None, 0, *EXIT_STOPPED) for code in codes)
-        if None not in codes or refused or failed_for > (CRASH_GRACE_S if crashed else GRACE_S):
+        grace_s = CLOSE_GRACE_S if refused else CRASH_GRACE_S if crashed else GRACE_S
+        if None not in codes or (refused and codes[0] is not None) or failed_for > grace_s:
             return failed
         waited.wait(POLL_S)
         failed_for += POLL_S if failed is not None else 0

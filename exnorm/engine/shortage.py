@@ -16,7 +16,8 @@ NO_SHARED_MEMORY = re.compile(r"shared memory\(shm\)|out of shared memory|killed
 NO_FILES = re.compile(r"Too many open files|items of ancdata")
 LOST_LOADER = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: \w+|exited unexpectedly)")
 LOST_WORKER = re.compile(
-    r"[Cc]onnection (was )?(likely )?(closed|reset)|Connection refused|Broken pipe|remote process exited"
+    r"[Cc]onnection (was )?(closed|reset) by|Connection was likely closed|Connection refused|Broken pipe|"
+    r"remote process exit"
 )
 
 

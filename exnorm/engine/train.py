@@ -87,6 +87,8 @@ def train(folder: RunFolder, config: Any, world: World, stop_requests: Callable[
     progress.say(facts.text)
     noise_facts = keep_noise(folder, config.data.noise, images.splits, progress) if world.is_first else {}
 
+    probe = probe_images(images.probe_set, config.logger.probe_images, world)
+
     # Metrics, up to the last checkpoint
     metrics: MetricsLog | None = None
     sinks = Sinks({})
@@ -94,10 +96,10 @@ def train(folder: RunFolder, config: Any, world: World, stop_requests: Callable[
         metrics = MetricsLog(folder.metrics_file)
         metrics.check_complete(learner.epoch)
         metrics.cut_back(learner.step, learner.epoch)
-        values: Any = OmegaConf.to_container(config)
-        sinks = make_sinks(folder, config.logger, run_config=values)
         if state is not None and learner.step == schedule.start(learner.epoch):
             keep_marked(folder, learner, checkpoint.step_file(folder, learner.step), config, schedule)
+        values: Any = OmegaConf.to_container(config)
+        sinks = make_sinks(folder, config.logger, run_config=values)
 
     def log(row: dict[str, Any]) -> None:
         if metrics is not None:
@@ -105,7 +107,6 @@ def train(folder: RunFolder, config: Any, world: World, stop_requests: Callable[
             sinks.log({"epoch": learner.epoch + 1, **row}, learner.step)
 
     # Steps
-    probe = probe_images(images.probe_set, config.logger.probe_images, world)
     ratios: list[LayerRatio] = []
     results: dict[str, float] = {}
     layers_progress = [*progress_buffers(learner.model), *(progress_buffers(learner.ema.module) if learner.ema else [])]

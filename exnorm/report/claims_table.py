@@ -22,7 +22,10 @@ from exnorm.runs.table import print_table
 
 HEADS = ("claim", "verdict", "comparison", "metric", "difference", "95 % interval", "n", "detectable", "p (Holm)")
 VERDICT = HEADS.index("verdict")
-WEAK = f"fewer than {ENOUGH_SEEDS} seeds; one seed decides nothing, and two seeds decide only clear differences"
+WEAK = (
+    f"fewer than {ENOUGH_SEEDS} seeds, or runs where these are counted; one seed decides nothing, and two seeds decide "
+    "only clear differences"
+)
 
 
 @dataclass(frozen=True)

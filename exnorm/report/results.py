@@ -264,7 +264,8 @@ the 95 % interval of the gain itself is above 0.
 - A comparison that does not do what the paper did is not comparable. A note of its study says why.
 - *n* is the number of seeds that both sides of a comparison have.
 - A claim that something always holds is judged by all runs of its cells, and *n* is their number. If none of them \
-failed, the limit in brackets says how large the share of failing runs can still be.
+failed, the limit in brackets says how large the share of failing runs can still be (95 % confidence, if runs fail \
+independently of each other).
 - *As claimed* counts the comparisons whose mean difference lies on the claimed side. This count alone decides nothing.
 - *Weak* means {WEAK}.
 - Accuracies are compared in points. `ratio/bn` and `ratio/ln` are mean shares over all layers, between 0 and 1. \

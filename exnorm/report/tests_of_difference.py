@@ -64,9 +64,9 @@ def detectable(differences: Sequence[float]) -> float | None:
 
 
 def highest_share(n: int) -> float:
-    """Return 1 - 0.05^(1/n), the 95 % limit of the share of events of which n runs had none.
+    """Return 1 - 0.05^(1/n), the largest share of failing runs that n runs without a failure leave possible.
 
-    It is the exact binomial limit: with a larger share, n runs without the event have a probability below 5 %.
+    With a larger share, n independent runs without a failure have a probability below 5 %.
     """
     return 1 - LEVEL ** (1 / n)
 

@@ -17,12 +17,13 @@ the second test is, there is no difference larger than 0.5 points. All others ar
 than 2 seeds, without any spread of the differences, or without a gain. A comparison that does not do what the paper did
 is not comparable. An "always" claim counts runs instead. It is supported if all runs of the left cells ended with a
 finite loss. It is contradicted if one diverged, and undecided while some are missing. n runs without a divergence leave
-room for a share of 1 - 0.05^(1/n) that diverges (95 % confidence).
+room for a share of 1 - 0.05^(1/n) that diverges (95 % confidence, for independent runs).
 
 A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted. It is supported
 in part if some are supported, and no difference was found in the others. Fewer than 5 seeds, or runs, are weak.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -250,7 +251,7 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells))
     counted = f"{finished + diverged} of {runs.wanted} runs have ended, {diverged} of them without a finite loss"
     if finished and not diverged:
-        counted += f" (95 %: below {100 * highest_share(finished):.0f} %)"
+        counted += f" (95 %: below {math.ceil(100 * highest_share(finished))} %)"
     return Comparison(str(wanted["id"]), "loss", f"{_written(study, wanted['left'])}: {counted}", None, (), runs=runs)
 
 

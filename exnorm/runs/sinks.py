@@ -23,6 +23,8 @@ from exnorm.runs.metrics import MetricsLog, append_text, plain
 from exnorm.runs.subprocesses import stop_signals_blocked
 from exnorm.runs.wandb_service import LIMIT_S, answers_within
 
+LEAVE_S = 10.0  # for W&B's service, after an error
+
 
 @runtime_checkable
 class Sink(Protocol):
@@ -141,7 +143,8 @@ class WandbSink:
         with answers_within(self.limit_s):
             if not exit_code:
                 self.run.finish()
-        with suppress(Exception), answers_within(self.limit_s):  # its service may be gone
+        limit_s = LEAVE_S if exit_code else self.limit_s  # the error that ends the run is printed afterwards
+        with suppress(Exception), answers_within(limit_s):  # its service may be gone
             import wandb
 
             wandb.teardown(exit_code)  # else its exit hook prints a traceback
@@ -210,7 +213,7 @@ class Sinks:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(0 if exc is None else getattr(exc, "exit_code", 1))
+        self.close(0 if exc is None else getattr(exc, "exit_code", None) or 1)
 
     def close(self, exit_code: int = 0) -> None:
         """Close all sinks, at last those that failed; see `Sink.close`."""
@@ -232,7 +235,8 @@ class Sinks:
         except (Exception, SystemExit) as problem:  # noqa: BLE001 - by contract: no sink stops a run
             if name in self._running:
                 self._failed.append(self._running.pop(name))
-            warn(f"{name} could not {what} ({reason_of(problem)}). The run continues without it")
+            then = "" if what == "finish" else ". The run continues without it"
+            warn(f"{name} could not {what} ({reason_of(problem)}){then}")
 
 
 def reason_of(problem: BaseException) -> str:
