@@ -244,7 +244,7 @@ class Slow:
     def log(self, row, step): pass
     def table(self, name, columns, rows, step): pass
     def close(self, exit_code=0):
-        time.sleep(1)
+        time.sleep(3)
         self.file.write_text(str(exit_code))
 """
 

@@ -108,11 +108,11 @@ def with_data_back(case: Case, away: Path, *, may_miss: bool = True) -> str:
         case.detail += f"; {check.one_line(end)[:160]}"
     shutil.rmtree(case.data, ignore_errors=True)
     away.rename(case.data)
+    assert case.reference is not None
+    if may_miss and ids_of(case.here) - ids_of(case.reference / "here"):
+        raise Missed("the data had changed before they were listed")
     if end.code == 0:
         check.nothing_left(case)
-        assert case.reference is not None
-        if may_miss and ids_of(case.here) - ids_of(case.reference / "here"):
-            raise Missed("the data had changed before they were listed")
         return BIT_EQUAL
     restart(case)
     return ONE_LINE
