@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from exnorm import data
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
-from exnorm.data import index
+from exnorm.data import files, index
 from exnorm.engine import launch
 from exnorm.engine import train as engine
 from exnorm.engine.learner import save
@@ -207,6 +207,36 @@ def stop_after_saving() -> Any:
         raise KeyboardInterrupt
 
     return saving
+
+
+def test_a_file_that_changes_while_it_is_read_has_changed_and_is_not_broken(tmp_path: Path, own_cache: Path) -> None:
+    root = make_image_folder(tmp_path / "in", train=2, val=1)
+    age(root)
+    victim = root / "train" / "cat" / "1.png"
+    images: Any = data.load(config_of("imagefolder", root, "data.cache=false")).train
+    opened = files._file
+
+    def cut_then_read(entries: Any, index: int) -> Any:
+        stream = opened(entries, index)
+        victim.write_bytes(victim.read_bytes()[:100])
+        return stream
+
+    with mock.patch.object(files, "_file", cut_then_read), pytest.raises(UserError, match=f"{victim} has changed"):
+        images.open(1)
+
+
+def test_an_image_that_is_good_again_does_not_end_an_evaluation(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation with batch averages reads training images, and lists those that are broken."""
+    run = train_here(tiny(make_image_folder(tmp_path / "in"), "trainer.epochs=1", "norm=bn"), tmp_path)
+    listed = run / "bad_images.csv"
+    listed.write_text("data,index,path,reason\nimagefolder,1,train/cat/1.png,image file is truncated\n")
+    monkeypatch.chdir(tmp_path)
+    with working_here():
+        launch.evaluate_run(run, ["data.workers=0", "inference=batch_average", "calibration_batches=2"])
+    assert (run / "evaluations.jsonl").read_text().count("\n") == 1
+    assert listed.read_text() == "data,index,path,reason\n"
 
 
 def test_images_that_change_before_an_evaluation_reads_them_end_it(

@@ -52,8 +52,18 @@ def name_of(entries: SampleIndex, root: Path, index: int) -> str:
 
 
 def read_file(entries: SampleIndex, root: Path, read: Callable[[BinaryIO], T], index: int) -> T:
-    """Return what `read` makes of file `index`; a broken file raises BadImage."""
-    return decoded(name_of(entries, root, index), partial(_file, entries, index), read)
+    """Return what `read` makes of file `index`; a broken file raises BadImage.
+
+    Raises:
+        UserError: the file has changed since the scan, also while it was read.
+    """
+    file = partial(_file, entries, index)
+    try:
+        return decoded(name_of(entries, root, index), file, read)
+    except BadImage:
+        with contextlib.suppress(OSError), file():  # it raises UserError for a file that is written now
+            pass
+        raise
 
 
 def _file(entries: SampleIndex, index: int) -> BinaryIO:

@@ -50,6 +50,8 @@ def evaluate_run(folder: RunFolder, config: Any, request: dict[str, Any], world:
     if averages:
         own = splits if same else matched(load(calibrated_on), state["classes"], name=calibrated_on.name)
         bad_images = bad_images_of(folder, calibrated_on, own)
+        if world.is_first and not folder.is_locked():  # a training that runs now adds to the list
+            bad_images.look_again(own.train)
         train_set = SeededImages(
             own.train, task.transform(calibrated_on, "centre"), seed=config.seed, bad_images=bad_images
         )
