@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import yaml
@@ -17,10 +16,9 @@ from omegaconf import OmegaConf
 
 from exnorm.config.compose import compose_train, default_values
 from exnorm.config.errors import UserError
-from exnorm.engine.stopping import Stopped
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.identity import config_hash
-from exnorm.runs.sinks import Sinks, check_classes, make_sinks
+from exnorm.runs.sinks import check_classes, make_sinks
 
 PLUGIN = ROOT / "examples" / "plugin"
 NAMES = "csv, off, offline, online, tensorboard, wandb"
@@ -204,36 +202,6 @@ class Faulty:
         raise RuntimeError("no")
 
     table = close = log
-
-
-class Ending:
-    """A sink that notes how its run has ended."""
-
-    codes: ClassVar[list[int]] = []
-
-    def __init__(self, folder: RunFolder, run_config: dict[str, Any]) -> None:
-        pass
-
-    def log(self, *values: Any) -> None:
-        pass
-
-    table = log
-
-    def close(self, exit_code: int = 0) -> None:
-        self.codes.append(exit_code)
-
-
-def test_a_sink_hears_how_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by an error: so a logger can write the rows that it holds back, or tell its server that the run failed."""
-    monkeypatch.setitem(sys.modules, "ending", type(sys)("ending"))
-    sys.modules["ending"].Ending = Ending  # type: ignore[attr-defined]
-    arguments = [*tiny(make_image_folder(tmp_path / "data"), "norm=bn"), "logger=[ending.Ending]"]
-    train_here(arguments, tmp_path)
-    with pytest.raises(UserError, match="not finite"):
-        train_here([*arguments, "optim.lr=1e30"], tmp_path)
-    with pytest.raises(Stopped), Sinks({"ending": lambda: Ending(RunFolder(tmp_path), {})}):
-        raise Stopped(signal.SIGTERM)
-    assert Ending.codes == [0, 1, 143]
 
 
 SLOW = """

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_cases import make_image_folder, tiny, train_here
 
+from exnorm.config.errors import UserError
+from exnorm.engine.stopping import Stopped
 from exnorm.runs import sinks
 from exnorm.runs.folder import RunFolder
 from exnorm.runs.metrics import MetricsLog
-from exnorm.runs.sinks import CsvSink, WandbSink, make_sinks
+from exnorm.runs.sinks import CsvSink, Sinks, WandbSink, make_sinks
 
 LOGGER = {"csv": True, "wandb": "off", "project": "p", "sinks": {}}
 SEEN: dict[str, list[Any]] = {}  # what each `Witness` was called with, by its name
@@ -45,7 +49,7 @@ class Witness:
         self._note("start", run_config)
 
     def log(self, row: dict[str, Any], step: int) -> None:
-        self._note("log", row["loss"], step)
+        self._note("log", row.get("loss"), step)
         row.clear()
 
     def table(self, name: str, columns: Any, rows: Any, step: int) -> None:
@@ -215,6 +219,20 @@ def test_a_failing_sink_is_one_warning_and_the_others_get_everything(
     calls = [call[0] for call in everything]
     after = [] if fails == "start" else ["close"]
     assert [call[0] for call in SEEN["bad"]] == [*calls[: calls.index(fails) + 1], *after]
+
+
+def test_a_sink_hears_how_the_run_ends(tmp_path: Path) -> None:
+    """Also by an error: so a logger can write the rows that it holds back, or tell its server that the run failed."""
+    logger = ("logger=[test_sinks.Witness]", "+logger.sinks.Witness.name=run")
+    arguments = tiny(make_image_folder(tmp_path / "data"), "norm=bn", *logger)
+    train_here(arguments, tmp_path)
+    assert SEEN["run"][-1] == ("close", 0)
+    with pytest.raises(UserError, match="not finite"):
+        train_here([*arguments, "optim.lr=1e30"], tmp_path)
+    assert SEEN["run"][-1] == ("close", 1)
+    with pytest.raises(Stopped), Sinks({"run": lambda: Witness(RunFolder(tmp_path), {}, name="run")}):
+        raise Stopped(signal.SIGTERM)
+    assert SEEN["run"][-1] == ("close", 143)
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])

@@ -100,10 +100,10 @@ def kept(kind: str, path: Path, scan: Callable[[], Found]) -> SampleIndex:
     if found.entries.stamps is not None:
         times_ns = found.entries.stamps[:, 1]
         times_ns[times_ns >= settled_ns] = -1
-    stamps = _stamps(found.watched)
-    if stamps is not None and max(changed for _, changed, _ in stamps) < settled_ns:
+    watched = _stamps(found.watched)
+    if watched is not None and max(changed for _, changed, _ in watched) < settled_ns:
         with contextlib.suppress(OSError):  # a full disk: the scan is repeated next time
-            _write(file, found.entries, stamps)
+            _write(file, found.entries, watched)
     return replace(found.entries, kept_in=str(file))
 
 
@@ -172,19 +172,22 @@ def _scan_folders(folder: Path) -> Found:
         raise UserError(f"{folder} has no class folders: expected {folder}/<class>/*.jpg")
     if len(classes) == 1:
         raise UserError(f"{folder} has one class folder, {os.fsdecode(classes[0])}: expected {folder}/<class>/*.jpg")
-    names, stamps, counts = [], array("q"), []
+    names, stamps, counts = [], [], []
     for name in classes:
         files = sorted(_images_below(base, name, watched))
         if not files:
             empty, endings = os.fsdecode(os.path.join(base, name)), b", ".join(SUFFIXES).decode()
             raise UserError(f"class folder {empty} has no images ({endings}). Remove it or add images")
         names.append(Packed.of(path for path, _ in files))
-        stamps.extend(number for _, stamp in files for number in stamp)
+        stamps.append(_stamps_of(files))
         counts.append(len(files))
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    table = np.array(stamps).reshape(-1, 2)
-    entries = SampleIndex(_joined(names), labels, list(map(os.fsdecode, classes)), str(folder), stamps=table)
-    return Found(entries, watched)
+    names_of_classes, together = list(map(os.fsdecode, classes)), np.concatenate(stamps)
+    return Found(SampleIndex(_joined(names), labels, names_of_classes, str(folder), stamps=together), watched)
+
+
+def _stamps_of(files: Sequence[tuple[bytes, tuple[int, int]]]) -> np.ndarray:
+    return np.array([stamp for _, stamp in files], np.int64)
 
 
 def _scan_tree(folder: Path) -> Found:
@@ -192,9 +195,8 @@ def _scan_tree(folder: Path) -> Found:
     files = sorted(_images_below(os.fsencode(folder), b"", watched, above=(b"",)))  # the folder itself is not above
     if not files:
         raise UserError(f"{folder} has no images ({b', '.join(SUFFIXES).decode()})")
-    stamps = np.array([stamp for _, stamp in files], np.int64)
-    names = Packed.of(name for name, _ in files)
-    return Found(SampleIndex(names, np.zeros(len(files), np.int32), [], str(folder), stamps=stamps), watched)
+    names, labels = Packed.of(name for name, _ in files), np.zeros(len(files), np.int32)
+    return Found(SampleIndex(names, labels, [], str(folder), stamps=_stamps_of(files)), watched)
 
 
 def _joined(parts: list[Packed]) -> Packed:

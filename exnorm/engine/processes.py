@@ -35,7 +35,6 @@ POLL_S = 0.1
 GRACE_S = 30  # after one worker stopped, until the others are killed
 CRASH_GRACE_S = 1.0  # after one crashed
 CLOSE_GRACE_S = 5.0  # after another one than the first, which closes the loggers, refused
-LOGS = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}  # else a lost worker prints C++ frames
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}  # torch requires it
 EXIT_STOPPED = (EXIT_TIME_UP, *(128 + signum for signum in STOP_SIGNALS))
 
@@ -118,7 +117,7 @@ def _start(
         "MASTER_PORT": str(port),
         CONTROLLED: "1",
         ERROR_FILE: str(scratch / f"{rank:04d}"),
-        **LOGS,
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # else a lost worker prints C++ frames
         **added,
     }
     command = [sys.executable, "-m", "exnorm.engine.worker", *arguments]

@@ -86,7 +86,6 @@ def train(folder: RunFolder, config: Any, world: World, stop_requests: Callable[
     progress = Progress(folder.log_file, task, schedule, active=world.is_first)
     progress.say(facts.text)
     noise_facts = keep_noise(folder, config.data.noise, images.splits, progress) if world.is_first else {}
-
     probe = probe_images(images.probe_set, config.logger.probe_images, world)
 
     # Metrics, up to the last checkpoint

@@ -245,12 +245,11 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     if not isinstance(wanted["left"], Mapping):
         raise UserError(f"study {study.id}: claim {wanted['id']} needs cells at left, such as {{norm: en}}")
     cells = study.cells_with(wanted["left"])
-    ended = [_seeds(study, rows, cell, (study.primary.name, DIVERGED_AT)) for cell in cells]
+    ended = sum(len(_seeds(study, rows, cell, (study.primary.name, DIVERGED_AT))) for cell in cells)
     finished = sum(len(_seeds(study, rows, cell, ("loss",))) for cell in cells)
-    diverged = sum(map(len, ended)) - finished
-    runs = Runs(finished, diverged, sum(len(cell.seeds) for cell in cells))
-    counted = f"{finished + diverged} of {runs.wanted} runs have ended, {diverged} of them without a finite loss"
-    if finished and not diverged:
+    runs = Runs(finished, ended - finished, sum(len(cell.seeds) for cell in cells))
+    counted = f"{ended} of {runs.wanted} runs have ended, {runs.diverged} of them without a finite loss"
+    if finished and not runs.diverged:
         counted += f" (95 %: below {math.ceil(100 * highest_share(finished))} %)"
     return Comparison(str(wanted["id"]), "loss", f"{_written(study, wanted['left'])}: {counted}", None, (), runs=runs)
 

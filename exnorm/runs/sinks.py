@@ -21,9 +21,7 @@ from exnorm.config.options import imported_class
 from exnorm.runs.folder import RunFolder, write_text_atomic
 from exnorm.runs.metrics import MetricsLog, append_text, plain
 from exnorm.runs.subprocesses import stop_signals_blocked
-from exnorm.runs.wandb_service import LIMIT_S, answers_within
-
-LEAVE_S = 10.0  # for W&B's service, after an error
+from exnorm.runs.wandb_service import LEAVE_S, LIMIT_S, answers_within
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ from pathlib import Path
 
 SERVICE = "wandb-core"
 LIMIT_S = {"offline": 120.0, "online": 600.0}  # online, the last call uploads what is left
+LEAVE_S = 10.0  # for the last call of a run that stops early or fails
 
 
 @contextmanager

@@ -161,7 +161,8 @@ class Runner:
                     try:
                         claim = claimed(jobs[-1])
                     except OSError as problem:  # such as a full disk
-                        self.problems |= {job.title: _line_of(problem) for job in self._waiting.pop(key)}
+                        line = _line_of(problem)
+                        self.problems |= {job.title: line for job in self._waiting.pop(key)}
                         break
                     if claim is not None:
                         self._active.add(key)
@@ -178,9 +179,9 @@ class Runner:
             try:
                 self.run(job)
             except (Failed, UserError, OSError) as problem:
-                problems[job.title] = _line_of(problem)
+                line = problems[job.title] = _line_of(problem)
                 if not job.trained():
-                    return {job.title: _line_of(problem) for job in jobs}
+                    return {job.title: line for job in jobs}
         return problems
 
     def run(self, job: Job) -> None:
