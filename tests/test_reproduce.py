@@ -34,7 +34,7 @@ set:
   - data.noise.rate=0.4
   - batch=1x8
   - ops.backend=eager
-  - trainer.epochs=2
+  - trainer.epochs={epochs}
   - trainer.checkpoint_every_steps=2
   - "trainer.snapshots=[0.5]"
 seeds: 1
@@ -46,11 +46,11 @@ labels_of: [{{norm: en, inference: moving}}]
 pytestmark = pytest.mark.slow
 
 
-def tiny_study(tmp_path: Path, more: str = "") -> str:
+def tiny_study(tmp_path: Path, more: str = "", *, epochs: int = 2) -> str:
     """The path of a study of seconds; `more` are further values of its first axis."""
     root = make_image_folder(tmp_path / "data")
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.format(root=root, more=more), encoding="utf-8")
+    path.write_text(TINY.format(root=root, more=more, epochs=epochs), encoding="utf-8")
     return str(path)
 
 
@@ -185,7 +185,7 @@ def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:
 
 def test_a_study_on_a_ray_cluster_survives_kills_and_stops(tmp_path: Path) -> None:
     """On a cluster of this machine. The death of the command ends the tasks; SIGTERM stops them with checkpoints."""
-    study, here = tiny_study(tmp_path), tmp_path / "here"
+    study, here = tiny_study(tmp_path, epochs=20), tmp_path / "here"  # Ray ends the tasks a moment after the command
     killed = begin(study, here, "--ray")
     wait_for(lambda: list(here.glob("runs/*/*/checkpoints/step-*.pt")), "a first checkpoint")
     killed.kill()
