@@ -110,6 +110,23 @@ def test_a_second_run_folder_and_a_silent_restart_are_found(ended: Case) -> None
     before.check_resumed()
 
 
+def test_an_evaluation_of_other_data_is_dropped_and_a_doubled_one_is_found(ended: Case) -> None:
+    """Evaluations of changed data have ids of their own."""
+    assert ended.reference is not None
+    (run,) = ended.runs()
+    wanted = ended.reference / "here" / run.relative_to(ended.here)
+    rows = [json.dumps({"id": name, "step": 18}) + "\n" for name in ("same", "same", "other")]
+    (wanted / "evaluations.jsonl").write_text(rows[0])
+    (run / "evaluations.jsonl").write_text(rows[0] + rows[2])
+    assert check.drop_other_data(ended)
+    check.same_as_reference(ended)
+    (run / "evaluations.jsonl").write_text(rows[0] + rows[1])
+    assert not check.drop_other_data(ended)
+    with pytest.raises(FellShort, match="has 2 rows and should have 1"):
+        check.same_as_reference(ended)
+    (wanted / "evaluations.jsonl").unlink()
+
+
 def test_a_left_over_process_is_found(tmp_path: Path) -> None:
     mark = str(tmp_path)
     with subprocess.Popen(["sleep", "600"], env=os.environ | {processes.MARK: mark}) as process:

@@ -152,6 +152,7 @@ def test_a_run_that_another_study_has_finished_meanwhile_is_no_failure(
     folder = RunFolder(tmp_path)
 
     def loses(*_: object) -> None:
+        folder.create("seed: 0")
         write_json_atomic(folder.record_file, {"val/top1": 1.0})
         raise Failed("is in use by process 1")
 
@@ -163,6 +164,26 @@ def test_a_run_that_another_study_has_finished_meanwhile_is_no_failure(
     monkeypatch.setattr(Runner, "_exnorm", lambda *_: (_ for _ in ()).throw(Failed("broken")))
     with pytest.raises(Failed, match="broken"):
         runner._try_to_train(folder, [], job)
+
+
+def test_a_finished_run_that_lost_its_configuration_gets_it_again(tmp_path: Path) -> None:
+    """The numbers are those of the same training, which is not repeated."""
+    study = tiny_study(tmp_path)
+    first = begin(study, tmp_path / "here", "--only", "norm=sn")
+    _, err = first.communicate(timeout=600)
+    assert first.returncode == 0, err
+    before = records(tmp_path / "here" / "results")
+    shutil.rmtree(tmp_path / "here" / "results")
+    (file,) = tmp_path.glob("here/runs/*/*/config.yaml")
+    config = file.read_text(encoding="utf-8")
+    file.unlink()
+    again = begin(study, tmp_path / "here", "--only", "norm=sn")
+    _, err = again.communicate(timeout=600)
+    assert again.returncode == 0, err
+    assert file.read_text(encoding="utf-8") == config
+    assert records(tmp_path / "here" / "results") == before != []
+    start = json.loads(file.with_name("provenance.json").read_text(encoding="utf-8"))
+    assert start["resumed"] == []
 
 
 def test_submitted_jobs_write_the_record(tmp_path: Path) -> None:

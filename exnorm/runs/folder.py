@@ -109,6 +109,10 @@ class RunFolder:
         """Return the final numbers, or None while the run has not finished."""
         return read_json(self.record_file)
 
+    def is_complete(self) -> bool:
+        """Return whether the run has finished and has its configuration, which evaluations and records need."""
+        return self.config_file.is_file() and self.read_record() is not None
+
     def diverged_at(self) -> int | None:
         """Return the step at which the loss of the last attempt was not finite; None if it ended otherwise."""
         try:

@@ -104,9 +104,9 @@ class Job:
         return RunFolder(run_dir({**values, "seed": self.seed, "runs": str(self.runs)}, hash8=hash8))
 
     def trained(self) -> bool:
-        """Return whether the run has finished."""
+        """Return whether the run has finished and has its configuration."""
         folder = self.folder()
-        return folder is not None and folder.read_record() is not None
+        return folder is not None and folder.is_complete()
 
     def diverged(self) -> bool:
         """Return whether the run ended with a loss that is not finite. Such a run is not started again."""

@@ -236,8 +236,11 @@ class Runner:
                 signal.signal(signum, handler)
 
     def _train(self, folder: RunFolder, arguments: list[str], job: Job) -> None:
-        """Train until the run has finished. A run that diverges is recorded as a result and not tried again."""
-        while folder.read_record() is None:
+        """Train until the run has finished. A run that diverges is recorded as a result and not tried again.
+
+        For a finished run without its configuration, `exnorm train` writes only that.
+        """
+        while not folder.is_complete():
             while folder.is_locked() and not self.signum:  # another study trains it, or a killed run is ending
                 time.sleep(LOCK_PAUSE_S)
             step = folder.diverged_at()
@@ -245,7 +248,7 @@ class Runner:
                 if job.cell is not None:
                     add_to_record(self.study, job, self.results)
                 raise Failed(f"{NOT_FINITE} {step}; remove {folder.path} to try it again")
-            if folder.read_record() is None:
+            if not folder.is_complete():
                 self._try_to_train(folder, arguments, job)
 
     def _try_to_train(self, folder: RunFolder, arguments: list[str], job: Job) -> None:
@@ -253,10 +256,10 @@ class Runner:
         try:
             self._exnorm(["train", *arguments], job)
         except Failed:
-            if self.signum or not (folder.is_locked() or folder.diverged_at() or folder.read_record()):
+            if self.signum or not (folder.is_locked() or folder.diverged_at() or folder.is_complete()):
                 raise
         else:
-            if folder.read_record() is None:
+            if not folder.is_complete():
                 raise Failed(_without_result("train", folder))
 
     def _exnorm(self, arguments: list[str], job: Job) -> None:

@@ -111,6 +111,20 @@ def once(file: Path) -> None:
         file.write_text(lines[0], encoding="utf-8")
 
 
+def drop_other_data(case: Case) -> bool:
+    """Drop the evaluations of changed data, which have ids of their own. Return whether there were any."""
+    assert case.reference is not None
+    any_dropped = False
+    for file in case.here.glob("runs/*/*/evaluations.jsonl"):
+        known = {row["id"] for row in _rows(case.reference / "here" / file.relative_to(case.here))}
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["id"] in known]
+        if kept != lines:
+            file.write_text("".join(kept), encoding="utf-8")
+            any_dropped = True
+    return any_dropped
+
+
 def same_state(left: Any, right: Any, where: str) -> None:
     """Check that two nested states are equal to the last bit, but for times."""
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):

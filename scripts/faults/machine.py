@@ -101,7 +101,8 @@ def with_data_back(case: Case, away: Path, *, may_miss: bool = True) -> str:
     """Wait for the end with changed data, restore them and go on.
 
     Raises:
-        Missed: if `may_miss`, the data had changed before a run was named after them. So it is the run of other data.
+        Missed: the data had changed before a run (if `may_miss`) or the evaluation was named after them. So it is that
+            of other data.
     """
     end = case.end()
     if end.code:
@@ -109,8 +110,11 @@ def with_data_back(case: Case, away: Path, *, may_miss: bool = True) -> str:
     shutil.rmtree(case.data, ignore_errors=True)
     away.rename(case.data)
     assert case.reference is not None
+    late = Missed("the data had changed before they were listed")
     if may_miss and ids_of(case.here) - ids_of(case.reference / "here"):
-        raise Missed("the data had changed before they were listed")
+        raise late
+    if check.drop_other_data(case) and case.command == "eval":  # a study goes on with the data of before
+        raise late
     if end.code == 0:
         check.nothing_left(case)
         return BIT_EQUAL
