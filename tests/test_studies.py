@@ -240,7 +240,7 @@ def test_a_claim_of_ones_own_is_judged_and_told(tmp_path: Path, cli_here: CliRun
 
 
 def test_the_first_screen_has_the_effects_of_decided_claims_alone(tmp_path: Path) -> None:
-    """Real images come first; a claim with many comparisons has its lowest and its highest effect."""
+    """Real images come first, and they alone have effects; many comparisons have their lowest and highest one."""
     claims = (
         "{id: up, claim: SN is better, expect: left > right, left: {norm: sn}, right: {norm: bn}}",
         "{id: down, claim: BN is better, expect: left > right, left: {norm: bn}, right: {norm: sn}}",
@@ -268,6 +268,8 @@ def test_the_first_screen_has_the_effects_of_decided_claims_alone(tmp_path: Path
     )
     assert "- BN is better. `mine`: top1 norm=bn > norm=sn: -10.02 [" in fails and "`open` (mine)" in fails
     assert "GN is better" not in page
+    assert "SN is better" not in mini and "These claims hold: `up` (mine), `many` (mine).\n" in mini
+    assert "The effects at scale mini are in the tables below." in mini
 
 
 @pytest.mark.parametrize(

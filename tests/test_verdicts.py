@@ -14,6 +14,7 @@ from study_cases import own_study, put, row
 from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
+from exnorm.config.study_file import SCALES, has_scale
 from exnorm.report.claims_table import grid_of, judged_studies, labelled, readings
 from exnorm.report.results import write_results
 from exnorm.report.study_table import FORMATS, table_of
@@ -31,6 +32,7 @@ from exnorm.report.verdicts import (
     judge,
     overall,
 )
+from exnorm.report.wording import written_comparison
 from exnorm.runs.records import DIVERGED_AT, Row
 
 FIRST = 10  # of the seeds that decide claims at scale mini where a study gives them
@@ -336,5 +338,36 @@ def test_a_claim_with_several_comparisons_is_read_out(tmp_path: Path) -> None:
     assert line.startswith(
         "`sn-regular-batch`: of 2 comparisons, 1 supported, 1 contradicted. In top1, the effect is from -0.9"
     )
-    assert "(norm=sn batch=8x32 > norm=gn batch=8x32) to +2.0" in line
-    assert line.endswith("(norm=sn batch=8x32 > norm=bn batch=8x32).")
+    assert "(norm=sn > norm=gn at batch=8x32) to +2.0" in line
+    assert line.endswith("(norm=sn > norm=bn at batch=8x32).")
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "text"),
+    [
+        ({"norm": "sn", "batch": "8x2"}, {"norm": "bn", "batch": "8x2"}, "norm=sn > norm=bn at batch=8x2"),
+        ({"norm": "sn", "batch": "8x32"}, {"norm": "bn", "batch": "8x2"}, "norm=sn batch=8x32 > norm=bn batch=8x2"),
+        ({"norm": "sn"}, {"norm": "sn", "batch": "8x2"}, "norm=sn > norm=sn batch=8x2"),
+        (0.3, {"norm": "sn", "batch": "8x2"}, "0.3 > norm=sn batch=8x2"),
+        (
+            [[1, {"norm": "bn", "batch": "8x32"}], [-1, {"norm": "bn", "batch": "8x2"}]],
+            [[1, {"norm": "sn", "batch": "8x32"}], [-1, {"norm": "sn", "batch": "8x2"}]],
+            "(batch=8x32 - batch=8x2 at norm=bn) > (batch=8x32 - batch=8x2 at norm=sn)",
+        ),
+        (
+            [[0.5, {"norm": "gn", "batch": "8x2"}], [0.5, {"norm": "bn", "batch": "8x2"}]],
+            {"norm": "sn", "batch": "8x2"},
+            "(0.5 * norm=gn + 0.5 * norm=bn) > norm=sn at batch=8x2",
+        ),
+    ],
+)
+def test_a_comparison_says_once_what_its_cells_share(left: Any, right: Any, text: str) -> None:
+    assert written_comparison(load_study("sn-table2", "mini"), left, ">", right) == text
+
+
+def test_the_comparisons_of_a_claim_have_different_names() -> None:
+    for name in group_options("study"):
+        for scale in SCALES:
+            if has_scale(name, scale):
+                named = [(item.claim, item.metric, item.text) for item in judge(load_study(name, scale), [])]
+                assert len(set(named)) == len(named)

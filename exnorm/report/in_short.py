@@ -1,6 +1,7 @@
 """The first screen of `results/README.md`: which claims hold, which do not, and by how much, scale by scale."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from exnorm.config.study_file import SCALES
 from exnorm.report.claims_table import Judged, counted
@@ -37,30 +38,51 @@ OTHERS = {  # by whether the seeds that were run leave it open
 FEW = 2  # comparisons of a claim that are all shown
 
 
+class Found(NamedTuple):
+    """A claim at one scale, and the verdict on it."""
+
+    verdict: str
+    item: Judged
+    claim: str
+    comparisons: Sequence[Comparison]
+
+
 def in_short(judged: Sequence[Judged]) -> str:
-    """Return Markdown with the decided claims and their effects; the scale with the most real images comes first."""
+    """Return Markdown with the decided claims; the scale with the most real images comes first, with the effects."""
     at = {scale: [item for item in judged if item.study.scale == scale] for scale in reversed(SCALES)}
-    return "\n\n".join(["## In short", *(_of_scale(scale, items) for scale, items in at.items() if items)])
+    scales = [scale for scale, items in at.items() if items]
+    parts = [part for scale in scales[:1] for part in _of_scale(scale, at[scale], _lines)]
+    parts += [part for scale in scales[1:] for part in _of_scale(scale, at[scale], _names)]
+    parts += [f"The effects at scale {' and '.join(scales[1:])} are in the tables below."] if scales[1:] else []
+    return "\n\n".join(["## In short", *parts])
 
 
-def _of_scale(scale: str, judged: Sequence[Judged]) -> str:
+def _of_scale(scale: str, judged: Sequence[Judged], written: Callable[[str, Sequence[Found]], str]) -> list[str]:
+    """Return the paragraphs of a scale; `written` returns claims with the same verdict under a heading."""
     found = [
-        (overall(comparisons), item, claim, comparisons)
+        Found(overall(comparisons), item, claim, comparisons)
         for item in judged
         for claim, comparisons in item.comparisons.items()
         if any(comparison.n for comparison in comparisons)
     ]
-    decided = sum(verdict in HEADINGS for verdict, *_ in found)
+    decided = sum(row.verdict in HEADINGS for row in found)
     count = f"{decided} of {len(found)} claims are decided" if decided else f"none of {len(found)} claims is decided"
     parts = [f"**Scale {scale}, {IMAGES[scale]}:** {count}."]
     for wanted, heading in HEADINGS.items():
-        lines = [_line(item, claim, of) for verdict, item, claim, of in found if verdict == wanted]
-        parts += ["\n".join([f"{heading}:", "", *lines])] if lines else []
+        rows = [row for row in found if row.verdict == wanted]
+        parts += [written(heading, rows)] if rows else []
     for is_open, text in OTHERS.items():
-        left = [row for row in found if row[0] not in HEADINGS and (row[0] == UNDECIDED) is is_open]
-        names = ", ".join(f"`{claim}` ({item.study.id})" for _, item, claim, _ in left)
-        parts += [f"{text}: {names}."] if left else []
-    return "\n\n".join(parts)
+        left = [row for row in found if row.verdict not in HEADINGS and (row.verdict == UNDECIDED) is is_open]
+        parts += [_names(text, left)] if left else []
+    return parts
+
+
+def _names(heading: str, rows: Sequence[Found]) -> str:
+    return f"{heading}: " + ", ".join(f"`{row.claim}` ({row.item.study.id})" for row in rows) + "."
+
+
+def _lines(heading: str, rows: Sequence[Found]) -> str:
+    return "\n".join([f"{heading}:", "", *(_line(row.item, row.claim, row.comparisons) for row in rows)])
 
 
 def _line(item: Judged, claim: str, comparisons: Sequence[Comparison]) -> str:

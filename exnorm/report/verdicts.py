@@ -31,7 +31,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from exnorm.config.errors import UserError, suggest
-from exnorm.config.study import Cell, Study, cell_name, compared_cells, fresh_seeds
+from exnorm.config.study import Cell, Study, compared_cells, fresh_seeds
 from exnorm.report.measured import measured
 from exnorm.report.published import claims_of
 from exnorm.report.tests_of_difference import (
@@ -43,6 +43,7 @@ from exnorm.report.tests_of_difference import (
     p_equivalent,
     p_value,
 )
+from exnorm.report.wording import written_cells, written_comparison
 from exnorm.runs.records import DIVERGED_AT, METRICS, Row
 
 MARGIN = 0.5  # points: "no worse than" allows as many, and smaller differences are called none
@@ -229,7 +230,7 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
     return Comparison(
         str(wanted["id"]),
         metric,
-        text=f"{_written(study, wanted['left'])} {_sign(expect)} {_written(study, wanted['right'])}",
+        text=written_comparison(study, wanted["left"], _sign(expect), wanted["right"]),
         threshold=threshold,
         differences=differences,
         p=p_value(differences, threshold or 0.0),
@@ -251,7 +252,9 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     counted = f"{ended} of {runs.wanted} runs have ended, {runs.diverged} of them without a finite loss"
     if finished and not runs.diverged:
         counted += f" (95 %: below {math.ceil(100 * highest_share(finished))} %)"
-    return Comparison(str(wanted["id"]), "loss", f"{_written(study, wanted['left'])}: {counted}", None, (), runs=runs)
+    return Comparison(
+        str(wanted["id"]), "loss", f"{written_cells(study, wanted['left'])}: {counted}", None, (), runs=runs
+    )
 
 
 def _seeds(study: Study, rows: Sequence[Row], cell: Cell, metrics: Sequence[str]) -> set[int]:
@@ -301,13 +304,3 @@ def _sign(expect: str) -> str:
     if expect == "unknown":
         return "against"
     return expect.removeprefix("left ").removesuffix("right").strip()
-
-
-def _written(study: Study, side: Any) -> str:
-    """Return a side of a comparison in words, with the stand-ins of this scale."""
-    if isinstance(side, int | float):
-        return f"{side:g}"
-    if isinstance(side, Mapping):
-        return cell_name((axis, study.label(str(value))) for axis, value in side.items())
-    parts = [f"{'-' if weight < 0 else '+'} ({_written(study, cell)})" for weight, cell in side]
-    return "(" + " ".join(parts).removeprefix("+ ") + ")"
