@@ -91,7 +91,10 @@ def test_a_hint_is_given_where_others_keep_the_cores_busy() -> None:
 def test_the_same_command_again_prints_the_result_and_trains_nothing(
     finished: Path, images: Path, run_cli: CliRunner
 ) -> None:
+    """And an error of a process that failed after the end of the run is forgotten."""
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert RunFolder(finished).continues().startswith("prints the result")
+    RunFolder(finished).error_file.write_text("worker 0 was killed by SIGKILL\n", encoding="utf-8")
     again = run_cli(*tiny(images, "logger.csv=true"), cwd=finished.parents[2])
     assert again.returncode == 0, again.stderr
     assert "has finished" in again.stdout

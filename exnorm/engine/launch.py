@@ -84,6 +84,8 @@ def run(config: DictConfig) -> None:
         _set_aside(folder, earlier)
     if folder.read_record() is not None:
         _keep_config(folder, values, hash8)
+        with suppress(OSError):  # of a failure after the end of the run; the folder may be read-only
+            folder.error_file.unlink(missing_ok=True)
         print(f"{folder.path} has finished. To start it over, type fresh=true")
         print_result(folder)
         return

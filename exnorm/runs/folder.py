@@ -55,7 +55,9 @@ class RunFolder:
         return max((int(name.removeprefix("step-")) for name in names), default=None)
 
     def continues(self) -> str:
-        """Return what the same command does after a failure: resume from the last checkpoint, or start again."""
+        """Return what the same command does after a failure, such as "resumes the run from the checkpoint ..."."""
+        if self.read_record() is not None:
+            return "prints the result of the run, which had finished"
         step = self.last_step()
         return "starts the run again" if step is None else f"resumes the run from the checkpoint after step {step}"
 
