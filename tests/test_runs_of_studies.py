@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from conftest import CliRunner
 from data_cases import SMALL, WNIDS, make_imagenet
+from study_cases import row
 
 from exnorm.config.study import load_study
 from exnorm.runs.records import COLUMNS, change_records
 from exnorm.studies import submit
-from exnorm.studies.collect import collect, stale_rows
+from exnorm.studies.collect import collect, in_order, stale_rows
 from exnorm.studies.plan import Job, jobs_of
 from exnorm.studies.reproduce import Failed, Runner, reproduce
 
@@ -100,6 +101,17 @@ def test_no_job_of_a_cluster_waits_for_another_ones_checkpoint(
     assert len(queue.commands) == 2 and lines[-1].startswith("2 jobs queued")
     later = [line for line in lines if line.startswith("not queued")]
     assert len(later) == 10 and later[0].endswith("needs what job 1 trains. Submit again after it")
+
+
+def test_a_record_keeps_its_order_at_other_scales() -> None:
+    """Those may leave out cells of this one; the file must not change without a measurement."""
+    mini, small = (load_study("en-imagenet", scale) for scale in ("mini", "small"))
+    rows = [row(cell.name, seed, 1.0) for cell in mini.cells for seed in (2, 10, 0)]
+    rows += [row(cell.name, seed, 1.0, scale="small") for cell in small.cells for seed in (1, 0)]
+    ordered = in_order(small, in_order(mini, rows[::-1]))
+    assert [line["scale"] for line in ordered] == ["mini"] * (3 * len(mini.cells)) + ["small"] * (2 * len(small.cells))
+    assert [line["cell"] for line in ordered[::3]][: len(mini.cells)] == [cell.name for cell in mini.cells]
+    assert [line["seed"] for line in ordered[:3]] == ["0", "2", "10"] and ordered[-1]["seed"] == "1"
 
 
 def test_numbers_of_evaluations_that_changed_are_found(tmp_path: Path) -> None:

@@ -358,9 +358,18 @@ def _other_runs(study: Study, jobs: Sequence[Job]) -> list[str]:
 
 
 def in_order(study: Study, rows: list[Row]) -> list[Row]:
-    """Sort rows by scale, by cell in the study's order, and by seed. Rows of one run keep their order."""
+    """Sort rows by scale, and those of the study's scale by cell in its order and by seed.
+
+    The rows of one run and those of other scales, which have other cells, keep their order.
+    """
     order = {cell.name: position for position, cell in enumerate(study.cells)}
-    return sorted(rows, key=lambda row: (row["scale"], order.get(row["cell"], len(order)), int(row["seed"])))
+
+    def place(row: Row) -> tuple[str, int, int]:
+        if row["scale"] != study.scale:
+            return row["scale"], 0, 0
+        return row["scale"], order.get(row["cell"], len(order)), int(row["seed"])
+
+    return sorted(rows, key=place)
 
 
 def _key(row: Row) -> tuple[str, str, str]:
