@@ -173,14 +173,16 @@ def append_row(log: Path, row: Row) -> None:
 def write_summary(rows: list[Row], file: Path) -> None:
     """Write how often each kind was injected, and how that ended. What a fault missed is left out."""
     counts: dict[tuple[str, str, int], Counter[str]] = defaultdict(Counter)
+    commits: dict[tuple[str, str, int], dict[str, None]] = defaultdict(dict)
     for row in rows:
         if row["outcome"] != MISSED:
-            counts[row["kind"], row["command"], int(row["processes"])][row["outcome"]] += 1
+            key = row["kind"], row["command"], int(row["processes"])
+            counts[key][row["outcome"]] += 1
+            commits[key][row["commit"]] = None
     order = list(KINDS)
     about = {"device": cpu_model(), "python": platform.python_version()} | {
         name: versions()[name] for name in ("torch", "exnorm")
     }
-    commits = " ".join(dict.fromkeys(row["commit"] for row in rows))
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, SUMMARY, lineterminator="\n")
         writer.writeheader()
@@ -190,7 +192,9 @@ def write_summary(rows: list[Row], file: Path) -> None:
                 *(counts[key][outcome] for outcome in (BIT_EQUAL, ONE_LINE, FELL_SHORT)),
             ]
             injected = dict(zip(("injected", *OUTCOMES), values, strict=True))
-            writer.writerow({**dict(zip(SUMMARY, key, strict=False)), **injected, **about, "commit": commits})
+            writer.writerow(
+                {**dict(zip(SUMMARY, key, strict=False)), **injected, **about, "commit": " ".join(commits[key])}
+            )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def section(results: Path) -> str | None:
         f"`scripts/fault_campaign.py` injected {injected} faults into tiny runs, on {_each(rows, 'device')}, with "
         f"torch {_each(rows, 'torch')}. {short} of them fell short of what "
         "[reproducibility](../docs/reproducibility.md) promises."
+        + (" `CHANGELOG.md` says what was mended after them." if short else "")
     )
     return "\n\n".join(["## What a fault leaves behind", about, to_markdown(table(rows)), READING])
 
