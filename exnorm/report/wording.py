@@ -40,7 +40,7 @@ def _side(study: Study, side: Any, said: Selector) -> str:
 
 def _shared(cells: Sequence[Selector]) -> Selector:
     """Return what all cells have, if each has something of its own besides."""
-    first, *others = cells
+    first, *others = cells or [{}]
     shared = {axis: value for axis, value in first.items() if all(cell.get(axis) == value for cell in others)}
     return shared if all(len(cell) > len(shared) for cell in cells) else {}
 
