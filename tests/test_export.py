@@ -459,8 +459,11 @@ def test_mistakes_are_one_line(run_of_en: Path, cli_here: CliRunner, tmp_path: P
         ((begun, "--format", "hf"), "has no checkpoint that can be read. Train first"),
         ((run_of_en, "--format", "tflite"), "'tflite' is not one of 'onnx', 'torch_export', 'safetensors', 'hf'"),
         ((run_of_en,), "Missing option '--format'"),
-        ((run_of_en, "--format", "hf", "--checkpoint", "first.pt"), "there is no checkpoint first.pt"),
-        ((run_of_en, "--format", "hf", "--checkpoint", "weights.pt"), "weights.pt is not a checkpoint of a run"),
+        ((run_of_en, "--format", "hf", "--out", "new", "--checkpoint", "first.pt"), "there is no checkpoint first.pt"),
+        (
+            (run_of_en, "--format", "hf", "--out", "new", "--checkpoint", "weights.pt"),
+            "weights.pt is not a checkpoint of a run",
+        ),
         ((run_of_en, "--format", "torch_export", "--out", "a.onnx"), "give the name of a file that ends with .pt2"),
         ((run_of_en, "--format", "safetensors", "--out", "no/a.safetensors"), "there is no folder no"),
         ((run_of_en, "--format", "hf", "--out", "no/a"), "no/a: there is no folder no"),
