@@ -270,6 +270,10 @@ def test_the_first_screen_has_the_effects_of_decided_claims_alone(tmp_path: Path
     assert "GN is better" not in page
     assert "SN is better" not in mini and "These claims hold: `up` (mine), `many` (mine).\n" in mini
     assert "The effects at scale mini are in the tables below." in mini
+    put(tmp_path, "mine", [line for line in read_records(tmp_path, "mine") if line["seed"] != "2"])
+    page = in_short(judged_studies([file], "small", tmp_path))
+    assert "none of 4 claims is decided" in page and "SN is better" not in page
+    assert "some of the planned seeds are missing: `up` (mine), `down` (mine), `open` (mine), `many` (mine)." in page
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,28 @@ def test_fewer_than_five_seeds_are_weak_and_the_claimed_side_is_counted(tmp_path
         rows = at_8x32({norm: of[:seeds] for norm, of in scores.items()})
         found = verdict(tmp_path, "sn-table2", "sn-regular-batch", rows)
         assert as_claimed(found) == "2 of 2" and is_weak(found) == (seeds < 5)
-        assert labelled([replace(item, p_holm=0.001) for item in found]) == said
-    assert labelled(verdict(tmp_path, "sn-table2", "sn-regular-batch", [])) == "undecided (weak)"
+        assert labelled([replace(item, p_holm=0.001, missing=0) for item in found]) == said
+
+
+def test_a_verdict_before_the_planned_seeds_are_measured_says_so(tmp_path: Path) -> None:
+    """A run that diverged has ended; seeds beyond those of the study replace none."""
+    scores = {"sn": [80.0 + seed / 100 for seed in range(20)], "bn": [70.0] * 20, "gn": [60.0] * 20}
+    rows = at_8x32(scores)
+    last = ("norm=bn batch=8x32", str(FIRST + 19))
+    others = [item for item in rows if (item["cell"], item["seed"]) != last]
+    diverged = row(last[0], int(last[1]), 17, metric=DIVERGED_AT)
+    beyond = row(last[0], 99, 70.0)
+    for given, missing, said in (
+        (rows, 0, "supported"),
+        (others, 1, "supported (so far)"),
+        ([*others, beyond], 1, "supported (so far)"),
+        ([*others, diverged], 0, "supported"),
+        ([], 20, "undecided (so far)"),
+    ):
+        found = verdict(tmp_path, "sn-table2", "sn-regular-batch", given)
+        assert labelled(found) == said and found[0].missing == missing
+    (alone,) = verdict(tmp_path, "sn-table2", "sn-small-batch", [])[:1]
+    assert alone.missing == 5
 
 
 def test_a_claim_with_several_comparisons_needs_all_of_them(tmp_path: Path) -> None:
@@ -157,7 +177,7 @@ def test_what_always_holds_is_counted_over_all_runs(tmp_path: Path) -> None:
     ):
         (found,) = verdict(tmp_path, "sn-table2", "en-stable", given)
         assert found.verdict == expected and found.runs.wanted == len(runs) == 33 and found.n == count
-        assert labelled([found]) == expected + (" (weak)" if count < 5 else "")
+        assert labelled([found]) == expected + (" (so far)" if count < 33 else "")
         limit = {33: "9", 32: "9", 28: "11"}.get(count)  # rounded up: 0.91^33 and 0.89^28 are below 5 %, 0.90^28 is not
         assert (f"(95 %: below {limit} %)" in found.text) == (expected != CONTRADICTED and count > 0)
     put(tmp_path, "sn-table2", [diverged, row("norm=en batch=8x32", 1, 90.0), row("norm=en batch=8x2", 0, 80.0)])

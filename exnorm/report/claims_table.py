@@ -15,7 +15,16 @@ from exnorm.config.study import Study, load_study
 from exnorm.config.study_file import has_scale
 from exnorm.report.grids import Entry, Grid
 from exnorm.report.published import Claim, claims, claims_of
-from exnorm.report.verdicts import ENOUGH_SEEDS, NOT_COMPARABLE, Comparison, compared, corrected, is_weak, overall
+from exnorm.report.verdicts import (
+    ENOUGH_SEEDS,
+    NOT_COMPARABLE,
+    Comparison,
+    compared,
+    corrected,
+    is_so_far,
+    is_weak,
+    overall,
+)
 from exnorm.runs.records import read_records
 from exnorm.runs.sinks import csv_text
 from exnorm.runs.table import print_table
@@ -26,6 +35,7 @@ WEAK = (
     f"fewer than {ENOUGH_SEEDS} seeds, or runs where these are counted; one seed decides nothing, and two seeds decide "
     "only clear differences"
 )
+SO_FAR = "some of the seeds, or runs, that the study plans are missing, so the verdict may change"
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,11 @@ def grid_of(judged: Judged) -> Grid:
 
 
 def labelled(comparisons: Sequence[Comparison]) -> str:
-    """Return the verdict on a claim, marked as weak if a comparison has fewer than 5 seeds, or runs."""
+    """Return the verdict on a claim, and whether planned seeds are missing, or a comparison has fewer than 5."""
     verdict = overall(comparisons)
-    return verdict + (" (weak)" if verdict != NOT_COMPARABLE and is_weak(comparisons) else "")
+    if verdict == NOT_COMPARABLE:
+        return verdict
+    return verdict + (" (so far)" if is_so_far(comparisons) else " (weak)" if is_weak(comparisons) else "")
 
 
 def readings(judged: Judged) -> list[str]:
@@ -182,8 +194,11 @@ def print_verdicts(judged: Sequence[Judged]) -> None:
             table.add_row(*(f"[bold]{text}[/bold]" if bold else escape(text) for text, bold in row))
         print(f"{item.study.id}, scale {item.study.scale}: {item.study.title}")
         print_table(table)
-    if any(is_weak(comparisons) for item in judged for comparisons in item.comparisons.values()):
+    every = [comparisons for item in judged for comparisons in item.comparisons.values()]
+    if any(map(is_weak, every)):
         print(f"weak: {WEAK}")
+    if any(map(is_so_far, every)):
+        print(f"so far: {SO_FAR}")
     print("The claims:")
     for name, claim in known.items():
         print(f"  {name} ({claim.paper}): {claim.claim}")

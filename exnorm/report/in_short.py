@@ -14,6 +14,7 @@ from exnorm.report.verdicts import (
     SUPPORTED,
     UNDECIDED,
     Comparison,
+    is_so_far,
     is_weak,
     overall,
 )
@@ -46,6 +47,11 @@ class Found(NamedTuple):
     claim: str
     comparisons: Sequence[Comparison]
 
+    @property
+    def is_so_far(self) -> bool:
+        """Whether planned seeds are missing."""
+        return is_so_far(self.comparisons)
+
 
 def in_short(judged: Sequence[Judged]) -> str:
     """Return Markdown with the decided claims; the scale with the most real images comes first, with the effects."""
@@ -65,15 +71,17 @@ def _of_scale(scale: str, judged: Sequence[Judged], written: Callable[[str, Sequ
         for claim, comparisons in item.comparisons.items()
         if any(comparison.n for comparison in comparisons)
     ]
-    decided = sum(row.verdict in HEADINGS for row in found)
+    complete, begun = [row for row in found if not row.is_so_far], [row for row in found if row.is_so_far]
+    decided = sum(row.verdict in HEADINGS for row in complete)
     count = f"{decided} of {len(found)} claims are decided" if decided else f"none of {len(found)} claims is decided"
     parts = [f"**Scale {scale}, {IMAGES[scale]}:** {count}."]
     for wanted, heading in HEADINGS.items():
-        rows = [row for row in found if row.verdict == wanted]
+        rows = [row for row in complete if row.verdict == wanted]
         parts += [written(heading, rows)] if rows else []
     for is_open, text in OTHERS.items():
-        left = [row for row in found if row.verdict not in HEADINGS and (row.verdict == UNDECIDED) is is_open]
+        left = [row for row in complete if row.verdict not in HEADINGS and (row.verdict == UNDECIDED) is is_open]
         parts += [_names(text, left)] if left else []
+    parts += [_names("Not judged yet, because some of the planned seeds are missing", begun)] if begun else []
     return parts
 
 

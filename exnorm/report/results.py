@@ -10,7 +10,17 @@ from exnorm.config.errors import UserError
 from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
 from exnorm.config.study_file import SCALES
-from exnorm.report.claims_table import WEAK, Judged, as_csv, grid_of, judged_studies, labelled, not_covered, readings
+from exnorm.report.claims_table import (
+    SO_FAR,
+    WEAK,
+    Judged,
+    as_csv,
+    grid_of,
+    judged_studies,
+    labelled,
+    not_covered,
+    readings,
+)
 from exnorm.report.faults import section as section_on_faults
 from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.in_short import in_short
@@ -268,6 +278,7 @@ failed, the limit in brackets says how large the share of failing runs can still
 independently of each other).
 - *As claimed* counts the comparisons whose mean difference lies on the claimed side. This count alone decides nothing.
 - *Weak* means {WEAK}.
+- *So far* means that {SO_FAR}.
 - Accuracies are compared in points. `ratio/bn` and `ratio/ln` are mean shares over all layers, between 0 and 1. \
 `ratio_kl/large` is a share of SN's layers in %. It counts the layers whose ratios of the mean and of the variance \
 have a symmetric Kullback-Leibler divergence above {LARGE_KL} nats.

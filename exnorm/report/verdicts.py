@@ -20,7 +20,8 @@ finite loss. It is contradicted if one diverged, and undecided while some are mi
 room for a share of 1 - 0.05^(1/n) that diverges (95 % confidence, for independent runs).
 
 A claim is supported if all of its comparisons are supported, and contradicted if one is contradicted. It is supported
-in part if some are supported, and no difference was found in the others. Fewer than 5 seeds, or runs, are weak.
+in part if some are supported, and no difference was found in the others. Fewer than 5 seeds, or runs, are weak. While
+seeds that the study plans are missing, a verdict is one "so far": whoever stops when it suits has no p-value.
 """
 
 import math
@@ -78,6 +79,7 @@ class Comparison:
         p, p_holm: None for fewer than 2 seeds, and for equal differences, which have no spread.
         p_same, p_same_holm: of "the difference is larger than 0.5 points". None, too, for metrics that are not in %.
         runs: numbers of runs, for an "always" claim.
+        missing: number of seeds that the study plans and that some cell has not run.
         fresh: the seeds that alone decide it, such as "10-29"; empty for all seeds.
         not_comparable: why the comparison is not the paper's.
     """
@@ -93,6 +95,7 @@ class Comparison:
     p_same_holm: float | None = None
     gains: tuple[float, ...] = ()
     runs: Runs | None = None
+    missing: int = 0
     fresh: str = ""
     not_comparable: str = ""
 
@@ -207,6 +210,11 @@ def is_weak(comparisons: Sequence[Comparison]) -> bool:
     return any(comparison.n < ENOUGH_SEEDS for comparison in comparisons)
 
 
+def is_so_far(comparisons: Sequence[Comparison]) -> bool:
+    """Return whether a comparison lacks seeds, or runs, that the study plans."""
+    return any(comparison.missing for comparison in comparisons)
+
+
 def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expect: str) -> Comparison:
     if expect == "always":
         return _count(study, rows, wanted)
@@ -236,9 +244,18 @@ def _compare(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any], expec
         p=p_value(differences, threshold or 0.0),
         p_same=p_equivalent(differences, MARGIN) if points and not threshold and factor == 1 else None,
         gains=tuple(_differences(right, values)) if factor != 1 else (),
+        missing=_missing(study, rows, [*compared_cells(wanted["left"]), *compared_cells(wanted["right"])], fresh),
         fresh=str(wanted.get("seeds", {}).get(study.scale, "")),
         not_comparable=str(wanted.get("not_comparable", "")),
     )
+
+
+def _missing(study: Study, rows: Sequence[Row], selectors: Sequence[Mapping[Any, Any]], fresh: Sequence[int]) -> int:
+    """Count the planned seeds that some of the cells have not run; a run that diverged has ended."""
+    cells = [cell for selector in selectors for cell in study.cells_with(selector)]
+    planned = set.intersection(*(set(cell.seeds) for cell in cells))
+    ended = [_seeds(study, rows, cell, (study.primary.name, DIVERGED_AT)) for cell in cells]
+    return len((planned & set(fresh) if fresh else planned) - set.intersection(*ended))
 
 
 def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comparison:
@@ -253,7 +270,13 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     if finished and not runs.diverged:
         counted += f" (95 %: below {math.ceil(100 * highest_share(finished))} %)"
     return Comparison(
-        str(wanted["id"]), "loss", f"{written_cells(study, wanted['left'])}: {counted}", None, (), runs=runs
+        str(wanted["id"]),
+        "loss",
+        f"{written_cells(study, wanted['left'])}: {counted}",
+        None,
+        (),
+        runs=runs,
+        missing=0 if runs.diverged else runs.wanted - ended,  # one that diverged decides it
     )
 
 
