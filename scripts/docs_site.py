@@ -23,6 +23,7 @@ OUTSIDE_OF_DOCS = (
     "examples/*.py",
     "examples/*.ipynb",
     "results/README.md",
+    "results/faults.csv",
     "results/bench/*",
     "results/figures/*.png",
     "results/sheets/*",
