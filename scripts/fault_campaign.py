@@ -172,13 +172,10 @@ def append_row(log: Path, row: Row) -> None:
 
 def write_summary(rows: list[Row], file: Path) -> None:
     """Write how often each kind was injected, and how that ended. What a fault missed is left out."""
-    counts: dict[tuple[str, str, int], Counter[str]] = defaultdict(Counter)
-    commits: dict[tuple[str, str, int], dict[str, None]] = defaultdict(dict)
+    groups: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
     for row in rows:
         if row["outcome"] != MISSED:
-            key = row["kind"], row["command"], int(row["processes"])
-            counts[key][row["outcome"]] += 1
-            commits[key][row["commit"]] = None
+            groups[row["kind"], row["command"], int(row["processes"])].append(row)
     order = list(KINDS)
     about = {"device": cpu_model(), "python": platform.python_version()} | {
         name: versions()[name] for name in ("torch", "exnorm")
@@ -186,15 +183,12 @@ def write_summary(rows: list[Row], file: Path) -> None:
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, SUMMARY, lineterminator="\n")
         writer.writeheader()
-        for key in sorted(counts, key=lambda key: (order.index(key[0]), COMMANDS.index(key[1]), key[2])):
-            values = [
-                sum(counts[key].values()),
-                *(counts[key][outcome] for outcome in (BIT_EQUAL, ONE_LINE, FELL_SHORT)),
-            ]
+        for key in sorted(groups, key=lambda key: (order.index(key[0]), COMMANDS.index(key[1]), key[2])):
+            counts = Counter(row["outcome"] for row in groups[key])
+            values = [len(groups[key]), *(counts[outcome] for outcome in (BIT_EQUAL, ONE_LINE, FELL_SHORT))]
             injected = dict(zip(("injected", *OUTCOMES), values, strict=True))
-            writer.writerow(
-                {**dict(zip(SUMMARY, key, strict=False)), **injected, **about, "commit": " ".join(commits[key])}
-            )
+            commits = " ".join(dict.fromkeys(row["commit"] for row in groups[key]))
+            writer.writerow({**dict(zip(SUMMARY, key, strict=False)), **injected, **about, "commit": commits})
 
 
 if __name__ == "__main__":

@@ -47,18 +47,14 @@ class Found(NamedTuple):
     claim: str
     comparisons: Sequence[Comparison]
 
-    @property
-    def is_so_far(self) -> bool:
-        """Whether planned seeds are missing."""
-        return is_so_far(self.comparisons)
-
 
 def in_short(judged: Sequence[Judged]) -> str:
     """Return Markdown with the decided claims; the scale with the most real images comes first, with the effects."""
     at = {scale: [item for item in judged if item.study.scale == scale] for scale in reversed(SCALES)}
     scales = [scale for scale, items in at.items() if items]
-    parts = [part for scale in scales[:1] for part in _of_scale(scale, at[scale], _lines)]
-    parts += [part for scale in scales[1:] for part in _of_scale(scale, at[scale], _names)]
+    parts = []
+    for number, scale in enumerate(scales):
+        parts += _of_scale(scale, at[scale], _names if number else _lines)
     parts += [f"The effects at scale {' and '.join(scales[1:])} are in the tables below."] if scales[1:] else []
     return "\n\n".join(["## In short", *parts])
 
@@ -71,7 +67,8 @@ def _of_scale(scale: str, judged: Sequence[Judged], written: Callable[[str, Sequ
         for claim, comparisons in item.comparisons.items()
         if any(comparison.n for comparison in comparisons)
     ]
-    complete, begun = [row for row in found if not row.is_so_far], [row for row in found if row.is_so_far]
+    begun = [row for row in found if is_so_far(row.comparisons)]
+    complete = [row for row in found if not is_so_far(row.comparisons)]
     decided = sum(row.verdict in HEADINGS for row in complete)
     count = f"{decided} of {len(found)} claims are decided" if decided else f"none of {len(found)} claims is decided"
     parts = [f"**Scale {scale}, {IMAGES[scale]}:** {count}."]

@@ -254,7 +254,7 @@ def _missing(study: Study, rows: Sequence[Row], selectors: Sequence[Mapping[Any,
     """Count the planned seeds that some of the cells have not run; a run that diverged has ended."""
     cells = [cell for selector in selectors for cell in study.cells_with(selector)]
     planned = set.intersection(*(set(cell.seeds) for cell in cells))
-    ended = [_seeds(study, rows, cell, (study.primary.name, DIVERGED_AT)) for cell in cells]
+    ended = _seeds(study, rows, cells, (study.primary.name, DIVERGED_AT))
     return len((planned & set(fresh) if fresh else planned) - set.intersection(*ended))
 
 
@@ -263,8 +263,8 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     if not isinstance(wanted["left"], Mapping):
         raise UserError(f"study {study.id}: claim {wanted['id']} needs cells at left, such as {{norm: en}}")
     cells = study.cells_with(wanted["left"])
-    ended = sum(len(_seeds(study, rows, cell, (study.primary.name, DIVERGED_AT))) for cell in cells)
-    finished = sum(len(_seeds(study, rows, cell, ("loss",))) for cell in cells)
+    ended = sum(map(len, _seeds(study, rows, cells, (study.primary.name, DIVERGED_AT))))
+    finished = sum(map(len, _seeds(study, rows, cells, ("loss",))))
     runs = Runs(finished, ended - finished, sum(len(cell.seeds) for cell in cells))
     counted = f"{ended} of {runs.wanted} runs have ended, {runs.diverged} of them without a finite loss"
     if finished and not runs.diverged:
@@ -280,10 +280,13 @@ def _count(study: Study, rows: Sequence[Row], wanted: Mapping[str, Any]) -> Comp
     )
 
 
-def _seeds(study: Study, rows: Sequence[Row], cell: Cell, metrics: Sequence[str]) -> set[int]:
-    """Return the seeds of a cell for which one of the metrics was recorded."""
-    found = [measured(study, rows, metric).get(cell.name) for metric in metrics]
-    return {seed for value in found if value is not None for seed in value.by_seed if seed in cell.seeds}
+def _seeds(study: Study, rows: Sequence[Row], cells: Sequence[Cell], metrics: Sequence[str]) -> list[set[int]]:
+    """Return the seeds of each cell for which one of the metrics was recorded."""
+    found = [measured(study, rows, metric) for metric in metrics]
+    return [
+        {seed for values in found if cell.name in values for seed in values[cell.name].by_seed if seed in cell.seeds}
+        for cell in cells
+    ]
 
 
 Term = tuple[float, list[str] | None]  # a weight, and the cells whose mean it multiplies; None: the number 1
