@@ -284,7 +284,7 @@ def reproduce(
     ] = False,
     skip_recorded: Annotated[
         bool,
-        typer.Option("--skip-recorded", help="Leave out results that the record has, also if their runs are not here."),
+        typer.Option("--skip-recorded", help="Leave out results that the records have, even without their runs."),
     ] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, show_default="one per core or GPU", help="Number of runs at the same time.")
@@ -303,8 +303,8 @@ def reproduce(
     """Run the missing cells of a study and write its record. The same command again resumes."""
     from exnorm.config.study import chosen_cells, load_study
     from exnorm.report.verdicts import check
-    from exnorm.studies.collect import lacking
     from exnorm.studies.plan import jobs_of
+    from exnorm.studies.recorded import left_of_all
     from exnorm.studies.reproduce import print_plan, reproduce
 
     if ray and submit:
@@ -315,7 +315,7 @@ def reproduce(
     check(wanted)
     found = jobs_of(wanted, chosen_cells(wanted, only or []), runs)
     if skip_recorded:
-        found = lacking(wanted, found, results)
+        found = left_of_all(wanted, found, results, copy=not plan)
     if plan:
         print_plan(wanted, found, results, images_per_s=images_per_s)
     elif submit:

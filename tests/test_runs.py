@@ -124,6 +124,39 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert path.read_text() == "old"
 
 
+STUCK = """
+import os, sys, time
+from pathlib import Path
+from exnorm.runs.folder import write_text_atomic
+def stuck(part, path):
+    print("written", flush=True)
+    time.sleep(600)
+os.replace = stuck
+write_text_atomic(Path(sys.argv[1]), "new")
+"""
+
+
+def test_the_next_write_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].json"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", STUCK, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == "written\n"
+        killed, alive = writers
+        killed.kill()
+        killed.wait()
+        (tmp_path / f".b.json.{killed.pid}.part").touch()  # it belongs to another file
+        write_text_atomic(path, "newer")
+        left = {file.name for file in tmp_path.iterdir()}
+        assert left == {"a[1].json", f".a[1].json.{alive.pid}.part", f".b.json.{killed.pid}.part"}
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+
+
 HOLDS = """
 import sys, os, json
 from exnorm.runs.folder import RunFolder

@@ -25,7 +25,7 @@ from exnorm.report.study_table import FORMATS, table_of
 from exnorm.report.verdicts import judge, known_metrics
 from exnorm.runs.records import change_records, read_records
 from exnorm.studies import submit
-from exnorm.studies.collect import collect, lacking
+from exnorm.studies.collect import collect
 from exnorm.studies.plan import CLASSES, jobs_of, trainings_of
 from exnorm.studies.reproduce import print_plan, reproduce
 
@@ -302,34 +302,6 @@ def test_a_plan_says_what_the_record_has_from_elsewhere(tmp_path: Path, capsys: 
     put(tmp_path, "en-pi", [row(jobs[0].name, 0, 80.0) | {"config_hash": str(jobs[0].config_hash)}])
     print_plan(study, jobs, tmp_path, images_per_s=None)
     assert "; 1 more are in the record, but their run folders are not here" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["en-pi", "en-transfer", "sn-hard"])
-def test_what_the_record_has_can_be_left_out(name: str, tmp_path: Path) -> None:
-    """With its configuration of now, evaluation included. A source is left out if all that begin with it are."""
-    study = load_study(name, "mini", seeds=1)
-    jobs = jobs_of(study, study.cells, tmp_path / "runs")
-    cells = [job for job in jobs if job.cell is not None]
-    rows = [row(job.name, 0, 80.0) | {"config_hash": str(job.result_hash)} for job in cells]
-    put(tmp_path, name, rows)
-    without_looks = [job for job in cells if job.looks]  # their ratios by class are not in this record
-    assert lacking(study, jobs, tmp_path) == without_looks
-    put(tmp_path, name, [rows[0] | {"config_hash": "other"}, *rows[1:]])
-    again = lacking(study, jobs, tmp_path)
-    assert cells[0] in again and len([job for job in again if job.cell]) == len({cells[0], *without_looks})
-    assert [job for job in again if job.cell is None] == [job for job in [cells[0].needs] if job is not None]
-
-
-def test_a_plan_without_what_the_record_has(tmp_path: Path, cli_here: CliRunner) -> None:
-    """Nothing may be left."""
-    study = load_study("en-pi", "mini", seeds=1)
-    jobs = jobs_of(study, study.cells, tmp_path)
-    rows = [row(job.name, 0, 80.0) | {"config_hash": str(job.config_hash)} for job in jobs]
-    for count in (1, len(rows)):
-        put(tmp_path, "en-pi", rows[:count])
-        done = cli_here("reproduce", "en-pi", "--seeds", "1", "--plan", "--skip-recorded", "--results", str(tmp_path))
-        assert f"at scale mini: {len(jobs) - count} runs;" in done.stdout, done.stdout + done.stderr
-        assert "in the record" not in done.stdout
 
 
 def test_a_speed_has_a_deviation_and_the_size_of_a_model_has_none(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ noisy_labels.csv  bad_images.csv  evaluations.jsonl  class_ratios-*.csv  tensorb
 """
 
 import errno
+import glob
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from exnorm.config.errors import UserError
-from exnorm.runs.lock import FileLock, Locked, is_locked
+from exnorm.runs.lock import FileLock, Locked, is_locked, is_running
 
 NOT_FINITE = "the loss is not finite at step"  # the beginning of the error of a diverged training
 NAMED = ("model", "norm", "data")
@@ -186,8 +187,12 @@ def write_json_atomic(path: Path, obj: Any) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write text to a temporary file in the same folder, sync it, rename it to `path` and sync the folder.
 
-    File names that are not valid UTF-8 are written as their original bytes.
+    File names that are not valid UTF-8 are written as their original bytes. Temporary files of processes that were
+    killed while they wrote the same file are removed.
     """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not is_running(leftover.name.split(".")[-2]):
+            leftover.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with names_file(path), removes_on_failure(part):
         with open(part, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:

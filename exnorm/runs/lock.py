@@ -183,15 +183,16 @@ def _is_held_elsewhere(path: Path, *, has_flock: bool, clock: Callable[[Path], f
     """
     who = _read(path)
     here = who.get("host") == socket.gethostname()
-    if not who or (here and (has_flock or not _exists(who.get("pid")))):
+    if not who or (here and (has_flock or not is_running(who.get("pid")))):
         return False
     return clock(path) - _touched(path) < STALE_S
 
 
-def _exists(pid: Any) -> bool:
+def is_running(pid: Any) -> bool:
+    """Return whether a process of this machine has this number; False if it is no number."""
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError):
+    except (ProcessLookupError, TypeError, ValueError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -62,6 +62,7 @@ NUMBERS = ("value", "hours", "epoch", TRAIN, PRIMARY, "loss", "images", "mean", 
 MEND = "repair it, or move it away and type exnorm reproduce, which collects it again from the run folders"
 
 Row = dict[str, str]
+Key = tuple[str, ...]  # the scale, cell and seed of a result
 Rows = Mapping[str, list[Row]]  # of a study, by the kind of its files: runs, epochs, layers, classes, labels
 
 
@@ -99,6 +100,11 @@ def read_records(results: Path, study: str, kind: str = "runs") -> list[Row]:
         if not _is_whole(row):
             raise UserError(f"{path}, line {number} is damaged: {MEND}")
     return rows
+
+
+def key_of(row: Row) -> Key:
+    """Return the scale, cell and seed of a row."""
+    return tuple(row[name] for name in KEY)
 
 
 def columns_of(kind: str, primary: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Write the records of a study from its run folders. They can be made again at any time from existing folders."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from exnorm.runs.records import (
     DIVERGED_AT,
     PRIMARY,
     TRAIN,
+    Key,
     Row,
     Rows,
     change_records,
+    key_of,
     read_records,
     record_file,
     recorded,
@@ -35,6 +37,17 @@ from exnorm.studies.plan import CLASSES, Job, jobs_of
 
 DIGITS = 6  # significant digits of a value
 RATIO_DIGITS = 4
+
+
+def key_of_job(study: Study, job: Job) -> Key:
+    """Return the key of a job's rows in the record."""
+    return study.scale, job.name, str(job.seed)
+
+
+def kinds_of(study: Study, job: Job) -> tuple[str, ...]:
+    """Return the kinds of rows that the study records of a job."""
+    followed = job.cell in study.followed and job.seed == 0
+    return ("runs", "epochs", *(["layers"] if followed else []), *job.looks)
 
 
 def rows_of(study: Study, job: Job) -> Rows:
@@ -75,7 +88,7 @@ def rows_of(study: Study, job: Job) -> Rows:
         **nothing,
         "runs": [{**key, **origin, "metric": name, "value": _number(value)} for name, value in measured.items()],
         "epochs": [{**key, **row} for row in curves_of(log, metrics[0].name)] if own else [],
-        "layers": [{**key, **row} for row in layers_of(log)] if job.cell in study.followed and job.seed == 0 else [],
+        "layers": [{**key, **row} for row in layers_of(log)] if "layers" in kinds_of(study, job) else [],
         **{look: [{**key, **row} for row in _looked(job, look, own)] for look in job.looks},
     }
 
@@ -221,17 +234,22 @@ def excluded_images(record: dict[str, Any], result: dict[str, Any]) -> dict[str,
 
 def add_to_record(study: Study, job: Job, results: Path) -> None:
     """Write the rows of a run into the study's record. They replace earlier rows of this cell and seed."""
-    rows = rows_of(study, job)
-    same = (study.scale, job.name, str(job.seed))
-    change_records(
-        results,
-        study.id,
-        lambda before: {
-            kind: in_order(study, [*(row for row in before[kind] if _key(row) != same), *rows[kind]])
-            for kind in COLUMNS
-        },
-        primary=study.primary.name,
-    )
+    found = {key_of_job(study, job): rows_of(study, job)}
+    change_records(results, study.id, lambda before: with_results(study, before, found), primary=study.primary.name)
+
+
+def with_results(study: Study, before: Rows, found: Mapping[Key, Rows], dropped: Collection[Key] = ()) -> Rows:
+    """Return the rows of a record with those of the results that were found, in place of their earlier ones."""
+    return {
+        kind: in_order(
+            study,
+            [
+                *(row for row in before[kind] if key_of(row) not in found and key_of(row) not in dropped),
+                *(row for rows in found.values() for row in rows[kind]),
+            ],
+        )
+        for kind in COLUMNS
+    }
 
 
 def collect(study: Study, jobs: Sequence[Job], results: Path) -> tuple[list[str], dict[str, str]]:
@@ -245,21 +263,21 @@ def collect(study: Study, jobs: Sequence[Job], results: Path) -> tuple[list[str]
     """
     found, damaged = _rows_of_runs(study, [job for job in jobs if job.cell is not None])
     hashes = {job.name: job.result_hash for job in jobs if job.cell is not None}
-    outdated: dict[tuple[str, ...], str] = {}
+    outdated: dict[Key, str] = {}
 
     def change(before: Rows) -> Rows:
-        problems = ((_key(row), _outdated(study, row, hashes)) for row in before["runs"])
+        problems = ((key_of(row), _outdated(study, row, hashes)) for row in before["runs"])
         outdated.update({key: problem for key, problem in problems if problem is not None})
-        return {kind: in_order(study, _changed(before[kind], found, outdated, kind)) for kind in COLUMNS}
+        return with_results(study, before, found, outdated)
 
     change_records(results, study.id, change, primary=study.primary.name)
     left_out = [problem for key, problem in outdated.items() if key not in found]
     return [*left_out, *_other_runs(study, jobs), *_without_snapshots(jobs)], damaged
 
 
-def _rows_of_runs(study: Study, jobs: Iterable[Job]) -> tuple[dict[tuple[str, ...], Rows], dict[str, str]]:
+def _rows_of_runs(study: Study, jobs: Iterable[Job]) -> tuple[dict[Key, Rows], dict[str, str]]:
     """The rows of each finished run by its key, and what is damaged by the title of its job."""
-    found: dict[tuple[str, ...], Rows] = {}
+    found: dict[Key, Rows] = {}
     damaged: dict[str, str] = {}
     for job in jobs:
         try:
@@ -268,14 +286,8 @@ def _rows_of_runs(study: Study, jobs: Iterable[Job]) -> tuple[dict[tuple[str, ..
             damaged[job.title] = str(problem)
         else:
             if rows["runs"]:
-                found[study.scale, job.name, str(job.seed)] = rows
+                found[key_of_job(study, job)] = rows
     return found, damaged
-
-
-def _changed(before: list[Row], found: dict[tuple[str, ...], Rows], outdated: Iterable[Any], kind: str) -> list[Row]:
-    """A record's rows of one kind: those to keep, then those of the runs that were found."""
-    kept = [row for row in before if _key(row) not in found and _key(row) not in outdated]
-    return [*kept, *(row for rows in found.values() for row in rows[kind])]
 
 
 def stale_rows(results: Path) -> list[str]:
@@ -321,25 +333,6 @@ def _outdated(study: Study, row: Row, hashes: dict[str, str | None]) -> str | No
     return None
 
 
-def lacking(study: Study, jobs: Sequence[Job], results: Path) -> list[Job]:
-    """Return the jobs whose results are not in the record, and the sources that these jobs begin with.
-
-    A result counts only with the configuration that the study asks for now, and with the ratios that it asks for.
-    """
-    kinds = {look for job in jobs for look in job.looks}
-    looked = {kind: {_key(row) for row in read_records(results, study.id, kind)} for kind in kinds}
-    hashes = {_key(row): row["config_hash"] for row in read_records(results, study.id)}
-
-    def is_recorded(job: Job) -> bool:
-        key = study.scale, job.name, str(job.seed)
-        known = job.result_hash is not None and hashes.get(key) == job.result_hash
-        return known and all(key in looked[look] for look in job.looks)
-
-    left = [job for job in jobs if job.cell is not None and not is_recorded(job)]
-    needed = {job.needs.title for job in left if job.needs is not None}
-    return [*(job for job in jobs if job.cell is None and job.title in needed), *left]
-
-
 def _other_runs(study: Study, jobs: Sequence[Job]) -> list[str]:
     """Return a line for each finished run of these cells and seeds that the study no longer asks for."""
     if not jobs:
@@ -370,7 +363,3 @@ def in_order(study: Study, rows: list[Row]) -> list[Row]:
         return row["scale"], order.get(row["cell"], len(order)), int(row["seed"])
 
     return sorted(rows, key=place)
-
-
-def _key(row: Row) -> tuple[str, str, str]:
-    return row["scale"], row["cell"], row["seed"]

@@ -35,9 +35,10 @@ from exnorm.runs.subprocesses import (
     importing_environment,
     say_in_handler,
 )
-from exnorm.studies.collect import add_to_record, collect, lacking
+from exnorm.studies.collect import add_to_record, collect
 from exnorm.studies.estimate import estimate_of
 from exnorm.studies.plan import LABELS, Job, RunKey, by_run, trainings_of
+from exnorm.studies.recorded import lacking
 
 LOCK_PAUSE_S = 0.5
 CLAIM_PAUSE_S = 2.0
