@@ -1,5 +1,6 @@
 """Data: what is read, what is refused, and that a sample depends on (seed, epoch, index) alone."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torchvision
 from engine_cases import CLASSES, make_image_folder
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
@@ -39,6 +41,19 @@ def test_digits_are_1797_scans_with_a_fixed_disjoint_fifth_held_out() -> None:
     both = [images.open_image(i).tobytes() for images in (splits.train, splits.val) for i in range(len(images))]
     assert len(both) == 1797
     assert set(splits.val.labels) == set(range(10))
+    pixels, labels = load_digits(return_X_y=True)
+    wanted = Counter((int(label), *scan) for label, scan in zip(labels, pixels.astype(int).tolist(), strict=True))
+    parts = [
+        (int(images.labels[i]), *round_to_16(images.open_image(i)))
+        for images in (splits.train, splits.val)
+        for i in range(len(images))
+    ]
+    assert Counter(parts) == wanted
+
+
+def round_to_16(image: Image.Image) -> list[int]:
+    """The pixels of a scan, 0 to 16 as they were published."""
+    return (np.asarray(image.convert("L"), dtype=float) * 16 / 255).round().astype(int).ravel().tolist()
 
 
 def test_an_image_folder_reads_every_kind_of_image_as_rgb(tmp_path: Path) -> None:
