@@ -53,8 +53,6 @@ docs: setup ## Build the documentation into site/, without network: open site/in
 notebooks: setup ## Run the notebooks of examples/ and store their outputs, figures included (about 2 minutes)
 	$(BIN)/python scripts/notebooks.py
 
-test slow: export OMP_NUM_THREADS = 1 # the workers already fill the cores
-
 test: setup ## The tests, without the slow ones
 	$(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
