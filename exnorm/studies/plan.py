@@ -17,10 +17,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from exnorm.config.compose import compose_train
 from exnorm.config.errors import UserError
 from exnorm.config.metrics import Metric, metrics_of
 from exnorm.config.study import Cell, Study
+from exnorm.config.variants import compose_variant
 from exnorm.data import noise
 from exnorm.engine.batch import parse_batch
 from exnorm.engine.launch import check, evaluation_id, identity, resolve_eval_config
@@ -245,10 +245,11 @@ def _facts(study: Study, settings: tuple[str, ...]) -> Facts:
 
 @functools.cache
 def _config(settings: tuple[str, ...]) -> Any:
-    return compose_train(list(settings))
+    return compose_variant(settings)
 
 
-def _values(settings: tuple[str, ...]) -> Any:
+@functools.cache
+def _values(settings: tuple[str, ...]) -> Any:  # nobody may change them
     return OmegaConf.to_container(_config(settings), resolve=True)
 
 
