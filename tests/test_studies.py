@@ -19,7 +19,7 @@ from exnorm.report.html_report import study_page
 from exnorm.report.in_short import in_short
 from exnorm.report.palette import colour
 from exnorm.report.published import claims, published
-from exnorm.report.results import differences, write_results
+from exnorm.report.results import BEGIN, END, differences, everything, write_results
 from exnorm.report.study_figures import look
 from exnorm.report.study_table import FORMATS, table_of
 from exnorm.report.verdicts import judge, known_metrics
@@ -148,7 +148,7 @@ def test_a_wrong_word_is_one_line(arguments: list[str], said: str, cli_here: Cli
 def test_studies_are_listed_with_what_they_are_about(cli_here: CliRunner) -> None:
     lines = cli_here("list", "studies").stdout.splitlines()
     assert [line.split()[0] for line in lines] == STUDIES
-    assert "nine batch settings" in next(line for line in lines if line.startswith("sn-table2 "))
+    assert "several batch settings" in next(line for line in lines if line.startswith("sn-table2 "))
 
 
 def test_a_study_is_no_part_of_a_run(run_cli: CliRunner) -> None:
@@ -237,6 +237,32 @@ def test_a_claim_of_ones_own_is_judged_and_told(tmp_path: Path, cli_here: CliRun
     done = cli_here("claims", file, "--results", str(tmp_path))
     assert "mine-small (mine): SN is better" in done.stdout and "supported (weak)" in done.stdout, done.stderr
     assert "SN is better" in study_page(load_study(file, "mini"), tmp_path, tmp_path)
+
+
+def test_the_readme_shows_real_images_once_no_cell_is_empty(tmp_path: Path) -> None:
+    """A study that has just begun at scale small does not replace a complete figure, nor does it fill the page."""
+    (tmp_path / "README.md").write_text(f"# A\n{BEGIN}\n{END}\nB\n", encoding="utf-8")
+    mini, small = load_study("sn-table2", "mini"), load_study("en-imagenet", "small")
+    results = tmp_path / "results"
+
+    def shown() -> str:
+        texts, _ = everything(results)
+        assert texts[tmp_path / "README.md"].startswith(f"# A\n{BEGIN}")
+        return texts[tmp_path / "README.md"]
+
+    begun = row("norm=bn batch=8x32", 0, 80.0, scale="small", run="a")
+    put(results, "sn-table2", [*(row(cell.name, 0, 70.0, run=cell.name) for cell in mini.cells), begun])
+    assert "sn-table2-mini" in shown() and "36 of 36 cells were measured, in 36 runs" in shown()
+    rows = [row(cell.name, 0, 80.0, scale="small", run=cell.name) for cell in small.cells]
+    put(results, "en-imagenet", rows[:-1])
+    assert "sn-table2-mini" in shown()
+    put(results, "en-imagenet", rows)
+    assert "en-imagenet-small" in shown() and "on CIFAR-10" in shown()
+    texts, _ = everything(results)
+    page = texts[results / "README.md"]
+    assert "1 of 16 cells were measured, in 1 run. " in page
+    judged = [line for line in page.splitlines() if "| sn-table2 | small |" in line]
+    assert judged == []  # each claim compares a cell that is empty
 
 
 def test_the_first_screen_has_the_effects_of_decided_claims_alone(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ from exnorm.runs.records import read_records, recorded
 
 SUFFIXES = ("md", "csv")
 SHEETS = "sheets"  # pictures that need the data or run folders; a study shows those that begin with its name and scale
-FRONT = "sn-table2"  # its figure is in the project's README, between the two marks
+# Of one of these the figure is in the project's README, between the two marks: of the first without an empty cell
+FRONTS = (("sn-table2", "full"), ("sn-table2", "small"), ("en-imagenet", "small"), ("sn-table2", "mini"))
 BEGIN, END = "<!-- made by exnorm results -->", "<!-- end -->"
 
 
@@ -85,8 +86,8 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
     names, faults = [path.name for path in figures], section_on_faults(results)
     texts[results / "README.md"] = page(tables, judged, names, sheets, said, faults=faults)
     front = _read(results.parent / "README.md")
-    fronts = {table.study.scale: table for table in tables if table.study.id == FRONT}
-    shown = fronts.get("small") or next(iter(fronts.values()), None)
+    complete = {(table.study.id, table.study.scale): table for table in tables if not empty_cells(table)}
+    shown = next((complete[name] for name in FRONTS if name in complete), None)
     if front is not None and shown is not None and BEGIN in front and END in front.partition(BEGIN)[2]:
         before, rest = front.partition(BEGIN)[::2]
         after = rest.partition(END)[2]
@@ -182,22 +183,27 @@ def first_screen(table: StudyTable, folder: str) -> str:
     )
 
 
+def empty_cells(table: StudyTable) -> set[str]:
+    """Return the cells of which nothing was measured."""
+    return {cell.name for cell in table.study.cells} - {row["cell"] for row in table.rows_of(table.study.primary.name)}
+
+
 def duration(table: StudyTable) -> str:
     """Return a text with the number of cells and runs, the time and the devices."""
-    rows, runs = table.rows_of(table.study.primary.name), table.hours()
+    rows, runs, count = table.rows_of(table.study.primary.name), table.hours(), len(table.study.cells)
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
-    cells = {row["cell"] for row in rows}
     if not runs:
-        return f"0 of {len(table.study.cells)} cells were measured."
+        return f"0 of {count} cells were measured."
     return (
-        f"{len(cells)} of {len(table.study.cells)} cells were measured, in {len(runs)} runs. Training took "
+        f"{count - len(empty_cells(table))} of {count} cells were measured, in {len(runs)} "
+        f"run{'s' if len(runs) > 1 else ''}. Training took "
         f"{sum(runs.values()):.1f} hours in all, {60 * sum(runs.values()) / len(runs):.1f} minutes per run, without "
         f"validation, on {devices}."
     )
 
 
 def summary(judged: Sequence[Judged]) -> Grid:
-    """Return a row for each claim and study."""
+    """Return a row for each claim and study, if something was measured of it."""
     rows = [
         [
             Entry(f"{known[claim].claim} ({known[claim].paper})"),
@@ -209,6 +215,7 @@ def summary(judged: Sequence[Judged]) -> Grid:
         ]
         for item, known in ((item, claims_of(item.study)) for item in judged)
         for claim, found in item.comparisons.items()
+        if any(comparison.n for comparison in found)
     ]
     return Grid(("claim", "study", "scale", "n", "as claimed", "verdict"), rows)
 
@@ -248,8 +255,9 @@ of CIFAR-10N. **Scale gpu** is the same with a ResNet-18 on a GPU.
 
 **Scale full** is the papers' protocol, from the same files in `conf/study/`.
 
-**The tables** show the mean ± standard deviation over seeds, with the number of seeds in brackets. Three seeds are \
-planned for each cell, and five for the cells of the main claims. Accuracies are in %. Among \
+**The tables** show the mean ± standard deviation over seeds, with the number of seeds in brackets. At scale \
+mini, three seeds are planned for each cell, and five for the cells of the main claims; at scale small, five and ten. \
+Accuracies are in %. Among \
 cells that differ in one axis only, bold marks the best one, if the 95 % interval of its difference to the next one \
 excludes 0. *Published* is the paper's number, on the paper's data; at scale mini it is the number of another task. Do \
 not compare means over different numbers of seeds. The comparisons below a table use only the seeds that both cells \
