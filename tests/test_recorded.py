@@ -8,8 +8,8 @@ from conftest import ROOT, CliRunner
 from study_cases import own_study, put, row
 
 from exnorm.config.study import load_study
-from exnorm.runs.records import change_records, record_file
-from exnorm.studies.plan import jobs_of
+from exnorm.runs.records import COLUMNS, Row, change_records, read_records, record_file
+from exnorm.studies.plan import Job, jobs_of
 from exnorm.studies.recorded import lacking, left_of_all
 
 RESULTS = ROOT / "results"
@@ -66,9 +66,10 @@ def drop(results: Path, study: str, *cells: str) -> None:
 
 
 def test_results_that_another_study_has_are_copied(tmp_path: Path) -> None:
-    """The record is then byte for byte what the runs themselves give. A plan copies nothing."""
+    """All rows, the cell aside, stay as they are. A plan copies nothing."""
+    norms = ("bn", "gn", "sn", "en")
     copy_records(("sn-norms", "sn-table2"), tmp_path)
-    drop(tmp_path, "sn-norms", "norm=bn", "norm=gn", "norm=sn", "norm=en")
+    drop(tmp_path, "sn-norms", *(f"norm={norm}" for norm in norms))
     study = load_study("sn-norms", "mini")
     jobs = jobs_of(study, study.cells, tmp_path / "runs")
     assert len(lacking(study, jobs, tmp_path)) == 20
@@ -76,10 +77,13 @@ def test_results_that_another_study_has_are_copied(tmp_path: Path) -> None:
     assert left_of_all(study, jobs, tmp_path, copy=False) == []
     assert record_file(tmp_path, "sn-norms").read_bytes() == before
     assert left_of_all(study, jobs, tmp_path, copy=True) == []
-    for kind in ("runs", "epochs"):
-        copied, measured = (record_file(folder, "sn-norms", kind).read_bytes() for folder in (tmp_path, RESULTS))
-        assert copied == measured
     assert lacking(study, jobs, tmp_path) == []
+    for kind in ("runs", "epochs"):
+        theirs, ours = (read_records(tmp_path, name, kind) for name in ("sn-table2", "sn-norms"))
+        for norm in norms:
+            cell = f"norm={norm}"
+            wanted = [row for row in theirs if row["cell"] == f"{cell} batch=8x32" and int(row["seed"]) < 5]
+            assert [row for row in ours if row["cell"] == cell] == [row | {"cell": cell} for row in wanted] != []
 
 
 def test_a_result_without_the_ratios_by_layer_that_a_study_asks_for_is_measured(tmp_path: Path) -> None:
@@ -92,25 +96,58 @@ def test_a_result_without_the_ratios_by_layer_that_a_study_asks_for_is_measured(
     assert left == ["norm=sn batch=8x32, seed 0", "norm=en batch=8x32, seed 0"]
 
 
+FOUR = (
+    'axes: {words: {a: [norm=bn], b: [norm=bn], c: [norm=bn, "eval:calibration_batches=2"], '
+    "w: [norm=bn, model.init_from=w.pt]}}\nseeds: 1\nlayers_of: [{words: b}]"
+)
+
+
+def result(job: Job, value: float = 80.0, **more: str) -> Row:
+    return row(job.name, job.seed, value, config_hash=str(job.result_hash), **more)
+
+
+def record(results: Path, study: str, rows: list[Row]) -> None:
+    """Write results with a learning curve of one epoch each."""
+    curve = dict.fromkeys(COLUMNS["epochs"], "1")
+    epochs = [curve | {name: row[name] for name in ("scale", "cell", "seed")} for row in rows]
+    change_records(results, study, lambda before: {kind: [] for kind in COLUMNS} | {"runs": rows, "epochs": epochs})
+
+
 def test_cells_that_are_one_run_share_a_result(tmp_path: Path) -> None:
-    study = load_study(
-        own_study(tmp_path, "axes: {words: {a: [], b: [seed=0], c: [trainer.epochs=9]}}\nseeds: 2"), "mini"
-    )
+    """Neither an evaluation of the run, nor one of another seed or scale, nor what begins with a file is the same."""
+    study = load_study(own_study(tmp_path, FOUR), "mini")
     jobs = jobs_of(study, study.cells, tmp_path / "runs")
-    known = [job for job in jobs if job.name == "words=a"]
-    put(tmp_path, study.id, [row(job.name, job.seed, 80.0) | {"config_hash": str(job.config_hash)} for job in known])
-    left = left_of_all(study, jobs, tmp_path, copy=True)
-    assert left == [job for job in jobs if job.name == "words=c"]
-    assert lacking(study, jobs, tmp_path) == left
+    same, followed, evaluated, from_file = jobs
+    record(tmp_path, "other", [result(same) | {"cell": "x"}, result(from_file) | {"cell": "y"}])
+    assert left_of_all(study, jobs, tmp_path, copy=True) == [evaluated, from_file]
+    assert lacking(study, jobs, tmp_path) == [evaluated, from_file]
+    for other in ({"scale": "small"}, {"seed": "7"}):
+        record(tmp_path, study.id, [])
+        record(tmp_path, "other", [result(same) | {"cell": "x"} | other])
+        assert left_of_all(study, jobs, tmp_path, copy=True) == jobs
+    record(tmp_path, "other", [result(same, metric="ratio/bn") | {"cell": "x"}])
+    assert followed in left_of_all(study, jobs, tmp_path, copy=False)  # its ratios by layer are not there
 
 
-def test_a_result_of_another_scale_is_not_one_of_this(tmp_path: Path) -> None:
-    copy_records(("sn-norms",), tmp_path)
-    change_records(
-        tmp_path,
-        "sn-norms",
-        lambda before: {kind: [row | {"scale": "small"} for row in rows] for kind, rows in before.items()},
-    )
-    study = load_study("sn-norms", "mini")
+def test_a_run_that_ended_wins_over_one_that_diverged(tmp_path: Path) -> None:
+    """And one that diverged has no curve, and is not trained again."""
+    study = load_study(own_study(tmp_path, FOUR), "mini")
     jobs = jobs_of(study, study.cells, tmp_path / "runs")
-    assert left_of_all(study, jobs, tmp_path, copy=True) == jobs
+    same = jobs[0]
+    put(tmp_path, "z", [result(same, 7, metric="diverged_at") | {"cell": "x"}])
+    assert [job.name for job in left_of_all(study, jobs, tmp_path, copy=False)] == ["words=c", "words=w"]
+    record(tmp_path, "b", [result(same, 81.0) | {"cell": "x"}])
+    record(tmp_path, "c", [result(same, 82.0) | {"cell": "x"}])
+    left_of_all(study, jobs, tmp_path, copy=True)
+    rows = read_records(tmp_path, study.id)
+    assert [(line["cell"], line["metric"], line["value"]) for line in rows] == [
+        ("words=a", "top1", "81.0"),
+        ("words=b", "top1", "81.0"),
+    ]
+
+
+def test_a_result_whose_curve_is_lost_is_measured(tmp_path: Path) -> None:
+    study = load_study(own_study(tmp_path, FOUR), "mini")
+    jobs = jobs_of(study, study.cells, tmp_path / "runs")
+    put(tmp_path, "other", [result(jobs[0]) | {"cell": "x"}])
+    assert left_of_all(study, jobs, tmp_path, copy=False) == jobs

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -147,10 +148,12 @@ def test_the_next_write_removes_what_a_killed_process_left_and_nothing_else(tmp_
         killed, alive = writers
         killed.kill()
         killed.wait()
-        (tmp_path / f".b.json.{killed.pid}.part").touch()  # it belongs to another file
+        parts = {writer: next(tmp_path.glob(f".*.{writer.pid}.part")) for writer in writers}
+        others = [parts[killed].name.replace(*names) for names in (("a[1]", "b"), (socket.gethostname(), "elsewhere"))]
+        for name in others:  # of another file, and of a machine whose processes are not known here
+            (tmp_path / name).touch()
         write_text_atomic(path, "newer")
-        left = {file.name for file in tmp_path.iterdir()}
-        assert left == {"a[1].json", f".a[1].json.{alive.pid}.part", f".b.json.{killed.pid}.part"}
+        assert {file.name for file in tmp_path.iterdir()} == {path.name, parts[alive].name, *others}
     finally:
         for writer in writers:
             writer.kill()

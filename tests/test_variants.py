@@ -14,9 +14,10 @@ from exnorm.config.groups import group_options
 from exnorm.config.study import load_study
 from exnorm.config.study_file import SCALES, has_scale
 from exnorm.config.variants import compose_variant
+from exnorm.studies.plan import SOURCE
 
 CELLS = [
-    cell.train
+    [SOURCE.sub("a", word) for word in cell.train]
     for name in group_options("study")
     for scale in SCALES
     if has_scale(name, scale)
@@ -44,7 +45,23 @@ def outcome(compose: Any, words: list[str]) -> Any:
 
 def test_cells_of_studies_are_what_hydra_composes() -> None:
     for words in random.Random(0).sample(CELLS, 16):
-        assert outcome(compose_variant, list(words)) == outcome(compose_train, list(words))
+        assert outcome(compose_variant, words) == outcome(compose_train, words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.epochs=7", "++trainer.epochs=3"],
+        ["trainer.epochs=7", "trainer.epochs=3"],
+        ["data.noise={kind: symmetric, rate: 0.4}", "++data.noise.rate=0.1"],
+        ["model.options={width: 4}", "+model.options.width=2"],
+        ["model.options={width: 4}", "model.options.width=2", "model.options={depth: 3}"],
+        ["norm.eps=1", "norm=sn", "norm=bn"],
+        ["norm.eps=1", "~norm"],
+    ],
+)
+def test_the_order_of_words_matters_as_to_hydra(words: list[str]) -> None:
+    assert outcome(compose_variant, words) == outcome(compose_train, words)
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from exnorm.config.compose import check_train, compose_train, composed
 from exnorm.config.errors import UserError
 from exnorm.config.words import with_home
 
-VALUE = re.compile(r"([a-z]\w*(\.\w+)+|batch|seed|runs|fresh)=")  # neither the choice of a file nor +KEY, ~KEY
+VALUE = re.compile(r"([a-z]\w*(\.\w+)+|batch|seed|runs|fresh)=")  # not the choice of a file
+CHANGE = ("+", "~")  # the beginning of a word whose place among the values matters
 
 
 def compose_variant(overrides: Sequence[str]) -> DictConfig:
@@ -31,6 +32,8 @@ def compose_variant(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: a word is wrong.
     """
+    if any(word.startswith(CHANGE) for word in overrides):
+        return compose_train(list(overrides))
     register_requested(overrides)
     values = [word for word in overrides if VALUE.match(word)]
     try:

@@ -10,9 +10,10 @@ import glob
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +188,15 @@ def write_json_atomic(path: Path, obj: Any) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write text to a temporary file in the same folder, sync it, rename it to `path` and sync the folder.
 
-    File names that are not valid UTF-8 are written as their original bytes. Temporary files of processes that were
-    killed while they wrote the same file are removed.
+    File names that are not valid UTF-8 are written as their original bytes. Temporary files of processes of this
+    machine that were killed while they wrote the same file are removed.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    here = f".{path.name}.{socket.gethostname()}"
+    for leftover in path.parent.glob(f"{glob.escape(here)}.*.part"):
         if not is_running(leftover.name.split(".")[-2]):
-            leftover.unlink(missing_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+            with suppress(OSError):  # it may be another user's
+                leftover.unlink()
+    part = path.with_name(f"{here}.{os.getpid()}.part")
     with names_file(path), removes_on_failure(part):
         with open(part, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             stream.write(text)

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exnorm.config.study import Study
-from exnorm.runs.records import COLUMNS, Key, Row, Rows, change_records, key_of, read_records, recorded
+from exnorm.engine.launch import INITIAL_WEIGHTS
+from exnorm.runs.records import COLUMNS, DIVERGED_AT, Key, Row, Rows, change_records, key_of, read_records, recorded
 from exnorm.studies.collect import key_of_job, kinds_of, with_results
-from exnorm.studies.plan import Job
+from exnorm.studies.plan import SOURCE, Job
 
 
 def lacking(study: Study, jobs: Sequence[Job], results: Path) -> list[Job]:
@@ -29,8 +30,9 @@ def lacking(study: Study, jobs: Sequence[Job], results: Path) -> list[Job]:
 def left_of_all(study: Study, jobs: Sequence[Job], results: Path, *, copy: bool) -> list[Job]:
     """Return the jobs whose results are in no record, and the sources that these jobs begin with.
 
-    Studies share runs. A result of another study counts if it has the same configuration, seed and scale, and if all
-    that this study records of it is there. With `copy`, its rows are copied into this study's record.
+    Studies share runs. A result of another cell counts if it has the same configuration, seed and scale, and if all
+    that this study records of it is there. With `copy`, its rows are copied into this study's record. Results with
+    ratios by class or by label are always measured.
     """
     left = lacking(study, jobs, results)
     shared = _shared(study, left, results)
@@ -47,24 +49,53 @@ def _with_sources(jobs: Sequence[Job], left: list[Job]) -> list[Job]:
 
 
 def _shared(study: Study, jobs: Sequence[Job], results: Path) -> dict[Key, Rows]:
-    """Return the rows of these jobs' results that the records have of other cells, as rows of the jobs' cells."""
+    """Return the rows of these jobs' results that the records have of other cells, as rows of the jobs' cells.
+
+    Of several records with the same result the first is taken; a run that ended wins over one that diverged.
+    """
     wanted: dict[tuple[str, str], list[Job]] = defaultdict(list)
-    for job in jobs:
-        if job.cell is not None and job.result_hash is not None:
-            wanted[job.result_hash, str(job.seed)].append(job)
+    for job in filter(_is_known_by_hash, jobs):
+        wanted[job.result_hash or "", str(job.seed)].append(job)
     found: dict[Key, Rows] = {}
+    diverged: dict[Key, Rows] = {}
     for other in recorded(results):
-        rows = [row for row in read_records(results, other) if row["scale"] == study.scale]
-        same = {key_of(row): wanted.get((row["config_hash"], row["seed"]), []) for row in rows}
-        kinds = {kind: _by_key(results, other, kind) for kind in COLUMNS} if any(same.values()) else {}
-        for key, job in ((key, job) for key, jobs in same.items() for job in jobs):
-            asked = kinds_of(study, job)
-            if all(key in kinds[kind] for kind in asked if kind != "epochs"):  # a diverged run has none
-                found[key_of_job(study, job)] = {
-                    kind: [{**row, "cell": job.name} for row in kinds[kind][key]] if kind in asked else []
-                    for kind in COLUMNS
-                }
-    return found
+        runs = {key: rows for key, rows in _by_key(results, other, "runs").items() if key[0] == study.scale}
+        same = {key: wanted.get((rows[0]["config_hash"], rows[0]["seed"]), []) for key, rows in runs.items()}
+        if not any(same.values()):
+            continue
+        kinds = {kind: _by_key(results, other, kind) for kind in COLUMNS if kind != "runs"} | {"runs": runs}
+        for key, job in ((key, job) for key, sharing in same.items() for job in sharing):
+            if all(key in kinds[kind] for kind in _needed(study, job, runs[key])):
+                recorded_kinds = kinds_of(study, job)
+                rows = {kind: kinds[kind].get(key, []) if kind in recorded_kinds else [] for kind in COLUMNS}
+                own = {kind: [{**row, "cell": job.name} for row in rows[kind]] for kind in COLUMNS}
+                (diverged if _has_diverged(runs[key]) else found).setdefault(key_of_job(study, job), own)
+    return diverged | found
+
+
+def _is_known_by_hash(job: Job) -> bool:
+    """Return whether a result with the job's hash and seed is the job's.
+
+    Snapshots and the content of a file with weights are not in the hash of a plan.
+    """
+    from_file = any(
+        text.startswith(f"model.{key}=") and not SOURCE.search(text) for text in job.settings for key in INITIAL_WEIGHTS
+    )
+    return job.cell is not None and job.result_hash is not None and not job.looks and not from_file
+
+
+def _needed(study: Study, job: Job, runs: list[Row]) -> set[str]:
+    """Return the kinds of rows that a result must have, besides the numbers of the run."""
+    if _has_diverged(runs):
+        return set()
+    with_ratios = any(row["metric"].startswith("ratio/") for row in runs)
+    own_curves = job.cell is not None and not job.cell.evaluate
+    needed = {"epochs": own_curves, "layers": with_ratios}
+    return {kind for kind in kinds_of(study, job) if needed.get(kind)}
+
+
+def _has_diverged(runs: list[Row]) -> bool:
+    return any(row["metric"] == DIVERGED_AT for row in runs)
 
 
 def _by_key(results: Path, study: str, kind: str) -> dict[Key, list[Row]]:
