@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from exnorm.report.in_short import in_short
 from exnorm.report.palette import colour
 from exnorm.report.published import claims, published
 from exnorm.report.results import BEGIN, END, differences, everything, write_results
-from exnorm.report.study_figures import look
+from exnorm.report.study_figures import file_of, look
 from exnorm.report.study_table import FORMATS, table_of
 from exnorm.report.verdicts import judge, known_metrics
 from exnorm.runs.records import change_records, read_records
@@ -263,6 +264,17 @@ def test_the_readme_shows_real_images_once_no_cell_is_empty(tmp_path: Path) -> N
     assert "1 of 16 cells were measured, in 1 run. " in page
     judged = [line for line in page.splitlines() if "| sn-table2 | small |" in line]
     assert judged == []  # each claim compares a cell that is empty
+
+
+def test_every_link_of_the_page_is_a_file() -> None:
+    """Also that of a figure of a cell such as rate=0.2, whose name has a dot."""
+    results = ROOT / "results"
+    texts, figures = everything(results)
+    files = {*texts, *(file_of(path, ".png") for path in figures)}
+    links = re.findall(r"\]\(([\w./-]+)\)", texts[results / "README.md"])
+    assert any("-0.0.png" in link for link in links)
+    missing = {link for link in links if results / link not in files and not (results / link).exists()}
+    assert not missing
 
 
 def test_the_first_screen_has_the_effects_of_decided_claims_alone(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from exnorm.report.faults import section as section_on_faults
 from exnorm.report.grids import Entry, Grid, to_markdown
 from exnorm.report.in_short import in_short
 from exnorm.report.published import claims_of
-from exnorm.report.study_figures import StudyFigure, class_remarks, figures_of, save
+from exnorm.report.study_figures import StudyFigure, class_remarks, figures_of, file_of, save
 from exnorm.report.study_table import FORMATS, StudyTable, table_of
 from exnorm.report.tests_of_difference import LEVEL, POWER
 from exnorm.report.verdicts import MARGIN, as_claimed
@@ -48,13 +48,13 @@ def write_results(results: Path) -> list[Path]:
         write_text_atomic(path, text)
     for path, figure in figures.items():
         save(figure, path)
-    return [*texts, *(path.with_suffix(suffix) for path in figures for suffix in (".svg", ".png"))]
+    return [*texts, *(file_of(path, suffix) for path in figures for suffix in (".svg", ".png"))]
 
 
 def differences(results: Path) -> list[str]:
     """Return a line for each file that differs from the records."""
     texts, figures = everything(results)
-    pictures = [path.with_suffix(suffix) for path in figures for suffix in (".svg", ".png")]
+    pictures = [file_of(path, suffix) for path in figures for suffix in (".svg", ".png")]
     lines = [f"{path} differs from the records" for path, text in texts.items() if _read(path) != text]
     lines += [f"{path} is missing" for path in pictures if not path.is_file()]
     known = {*texts, *pictures}
@@ -78,7 +78,7 @@ def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]
         for figure in figures_of(table.study, results):
             path = results / "figures" / f"{name}-{figure.name}"
             figures[path] = figure
-            texts[path.with_suffix(".csv")] = figure.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+            texts[file_of(path, ".csv")] = figure.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     judged = [item for scale in SCALES for item in judged_studies([], scale, results)]
     texts[results / "claims.csv"] = as_csv(judged)
     sheets = sorted(path.stem for path in (results / SHEETS).glob("*.png"))

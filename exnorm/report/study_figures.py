@@ -128,12 +128,17 @@ def difference_data(study: Study, frames: Mapping[Cell, pd.DataFrame]) -> pd.Dat
     return pd.concat(parts[1:] or parts)
 
 
+def file_of(path: Path, suffix: str) -> Path:
+    """Return the file of a figure. Its name may have dots, as that of a cell with rate=0.2."""
+    return path.with_name(f"{path.name}{suffix}")
+
+
 def save(figure: StudyFigure, path: Path) -> None:
     """Write a figure as SVG and as PNG."""
     with rc_context(STYLE):
         drawn = figure.draw(figure.data)
-        drawn.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-        drawn.savefig(path.with_suffix(".png"), dpi=120)
+        drawn.savefig(file_of(path, ".svg"), metadata={"Date": None})
+        drawn.savefig(file_of(path, ".png"), dpi=120)
 
 
 def accuracy_data(study: Study, rows: Sequence[Row]) -> pd.DataFrame:
