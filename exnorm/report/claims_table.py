@@ -21,6 +21,7 @@ from exnorm.report.verdicts import (
     Comparison,
     compared,
     corrected,
+    is_begun,
     is_so_far,
     is_weak,
     overall,
@@ -119,7 +120,7 @@ def labelled(comparisons: Sequence[Comparison]) -> str:
 def readings(judged: Judged) -> list[str]:
     """Return a line for each claim with several comparisons: how many have which verdict, and the range of effects."""
     several = {claim: found for claim, found in judged.comparisons.items() if len(found) > 1}
-    return [_reading(claim, found) for claim, found in several.items() if any(comparison.n for comparison in found)]
+    return [_reading(claim, found) for claim, found in several.items() if is_begun(found)]
 
 
 def counted(comparisons: Sequence[Comparison]) -> str:

@@ -14,6 +14,7 @@ from exnorm.report.verdicts import (
     SUPPORTED,
     UNDECIDED,
     Comparison,
+    is_begun,
     is_so_far,
     is_weak,
     overall,
@@ -65,7 +66,7 @@ def _of_scale(scale: str, judged: Sequence[Judged], written: Callable[[str, Sequ
         Found(overall(comparisons), item, claim, comparisons)
         for item in judged
         for claim, comparisons in item.comparisons.items()
-        if any(comparison.n for comparison in comparisons)
+        if is_begun(comparisons)
     ]
     begun = [row for row in found if is_so_far(row.comparisons)]
     complete = [row for row in found if not is_so_far(row.comparisons)]

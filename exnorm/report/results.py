@@ -3,7 +3,7 @@
 `--check` writes nothing and prints the files that differ from the records. It compares figures by the numbers in them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from exnorm.config.errors import UserError
@@ -28,7 +28,7 @@ from exnorm.report.published import claims_of
 from exnorm.report.study_figures import StudyFigure, class_remarks, figures_of, file_of, save
 from exnorm.report.study_table import FORMATS, StudyTable, table_of
 from exnorm.report.tests_of_difference import LEVEL, POWER
-from exnorm.report.verdicts import MARGIN, as_claimed
+from exnorm.report.verdicts import MARGIN, as_claimed, is_begun
 from exnorm.runs.folder import write_text_atomic
 from exnorm.runs.layer_ratios import LARGE_KL
 from exnorm.runs.records import read_records, recorded
@@ -48,20 +48,25 @@ def write_results(results: Path) -> list[Path]:
         write_text_atomic(path, text)
     for path, figure in figures.items():
         save(figure, path)
-    return [*texts, *(file_of(path, suffix) for path in figures for suffix in (".svg", ".png"))]
+    return [*texts, *pictures(figures)]
 
 
 def differences(results: Path) -> list[str]:
     """Return a line for each file that differs from the records."""
     texts, figures = everything(results)
-    pictures = [file_of(path, suffix) for path in figures for suffix in (".svg", ".png")]
+    drawn = pictures(figures)
     lines = [f"{path} differs from the records" for path, text in texts.items() if _read(path) != text]
-    lines += [f"{path} is missing" for path in pictures if not path.is_file()]
-    known = {*texts, *pictures}
+    lines += [f"{path} is missing" for path in drawn if not path.is_file()]
+    known = {*texts, *drawn}
     folders = (results / "tables", results / "figures")
     return lines + [
         f"{path} belongs to no record" for folder in folders for path in sorted(folder.glob("*")) if path not in known
     ]
+
+
+def pictures(figures: Iterable[Path]) -> list[Path]:
+    """Return the pictures of figures, given by their paths without suffix."""
+    return [file_of(path, suffix) for path in figures for suffix in (".svg", ".png")]
 
 
 def everything(results: Path) -> tuple[dict[Path, str], dict[Path, StudyFigure]]:
@@ -215,7 +220,7 @@ def summary(judged: Sequence[Judged]) -> Grid:
         ]
         for item, known in ((item, claims_of(item.study)) for item in judged)
         for claim, found in item.comparisons.items()
-        if any(comparison.n for comparison in found)
+        if is_begun(found)
     ]
     return Grid(("claim", "study", "scale", "n", "as claimed", "verdict"), rows)
 

@@ -210,6 +210,11 @@ def is_weak(comparisons: Sequence[Comparison]) -> bool:
     return any(comparison.n < ENOUGH_SEEDS for comparison in comparisons)
 
 
+def is_begun(comparisons: Sequence[Comparison]) -> bool:
+    """Return whether something was measured of a claim."""
+    return any(comparison.n for comparison in comparisons)
+
+
 def is_so_far(comparisons: Sequence[Comparison]) -> bool:
     """Return whether a comparison lacks seeds, or runs, that the study plans."""
     return any(comparison.missing for comparison in comparisons)

@@ -22,6 +22,7 @@ from exnorm.runs.metrics import MetricsLog, validated
 from exnorm.runs.records import (
     COLUMNS,
     DIVERGED_AT,
+    KEY,
     PRIMARY,
     TRAIN,
     Key,
@@ -60,7 +61,7 @@ def rows_of(study: Study, job: Job) -> Rows:
     folder = job.folder()
     if folder is None or job.cell is None:
         return nothing
-    key = {"scale": study.scale, "cell": job.cell.name, "seed": str(job.seed)}
+    key = dict(zip(KEY, key_of_job(study, job), strict=True))
     if not job.finished():
         step = folder.diverged_at()
         row = {

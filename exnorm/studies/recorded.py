@@ -66,9 +66,8 @@ def _shared(study: Study, jobs: Sequence[Job], results: Path) -> dict[Key, Rows]
         kinds = {kind: _by_key(results, other, kind) for kind in COLUMNS if kind != "runs"} | {"runs": runs}
         for key, job in ((key, job) for key, sharing in same.items() for job in sharing):
             if all(key in kinds[kind] for kind in _needed(study, job, runs[key])):
-                recorded_kinds = kinds_of(study, job)
-                rows = {kind: kinds[kind].get(key, []) if kind in recorded_kinds else [] for kind in COLUMNS}
-                own = {kind: [{**row, "cell": job.name} for row in rows[kind]] for kind in COLUMNS}
+                rows = {kind: kinds[kind].get(key, []) for kind in kinds_of(study, job)}
+                own = {kind: [{**row, "cell": job.name} for row in rows.get(kind, [])] for kind in COLUMNS}
                 (diverged if _has_diverged(runs[key]) else found).setdefault(key_of_job(study, job), own)
     return diverged | found
 
