@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test docs notebooks browser slow results reproduce-all
+.PHONY: help setup quickstart check test docs notebooks browser slow exhaustive results reproduce-all
 
 VENV ?= .venv
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
@@ -62,7 +62,10 @@ browser: ## Install Chromium with apt-get where it is missing and that is possib
 		echo "no Chromium here: the tests of pages are skipped"
 
 slow: setup browser ## The slow tests: whole trainings, kills, several processes, the wheel
-	$(BIN)/pytest -m slow -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -m "slow and not exhaustive" -n $(WORKERS) --dist worksteal
+
+exhaustive: setup ## The slow tests with all values of what they vary, such as every normalizer; before a release
+	$(BIN)/pytest -m exhaustive -n $(WORKERS) --dist worksteal
 
 # Rebuilt only when one of the two files changed; torch on Linux brings the CUDA libraries, hence the size.
 $(VENV)/.installed: pyproject.toml constraints.txt

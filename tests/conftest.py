@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,30 @@ if not any(Path("/dev").glob("nvidia*")):  # a test that needs compiled layers s
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT_S = 600  # a hang, not a slow machine: the longest training of the tests takes a small part of it
 CliRunner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def varied(always: Sequence[Any], exhaustively: Sequence[Any]) -> list[Any]:
+    """Values of a parameter of a slow test: some for `make slow`, and others for `make exhaustive` alone."""
+    others = [value if isinstance(value, tuple) else (value,) for value in exhaustively]
+    return [*always, *(pytest.param(*value, marks=pytest.mark.exhaustive) for value in others)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Show each failure at once, too: of a suite that is stopped later, nothing else tells what failed."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ShowFailures(config))
+
+
+class ShowFailures:
+    """Writes the text of a failed test when it fails."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.write_line(f"\n{report.nodeid} failed\n{report.longreprtext}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

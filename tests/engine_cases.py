@@ -16,11 +16,12 @@ from unittest import mock
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from process_cases import free_port, run_forked
 
 from exnorm import ops
 from exnorm.config.compose import compose_train
 from exnorm.config.groups import option_values
-from exnorm.engine import checkpoint, distributed, launch
+from exnorm.engine import checkpoint, distributed, launch, worker
 from exnorm.engine import train as engine
 from exnorm.engine.evaluate_run import evaluate_run
 from exnorm.runs.folder import RunFolder
@@ -30,7 +31,7 @@ from exnorm.tasks import Task, make_task
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("cat", "dog", "elk")
 TIMES = ("images_per_s",)  # the metrics that two equal runs may differ in
-WAIT_S = 300  # a hang, not a slow machine
+WAIT_S = 600  # a hang, not a slow machine
 
 
 def make_image_folder(root: Path, *, train: int = 16, val: int = 7) -> Path:
@@ -112,13 +113,16 @@ def train(arguments: list[str], cwd: Path) -> Path:
     """Run a training to its end and return its run folder."""
     cwd.mkdir(exist_ok=True)
     process = start(arguments, cwd)
-    out, err = process.communicate(timeout=5 * WAIT_S)
+    out, err = process.communicate(timeout=2 * WAIT_S)
     assert process.returncode == 0, err
     return cwd / next(line.split(": ")[1] for line in out.splitlines() if line.startswith("run folder: "))
 
 
 def train_here(arguments: list[str], cwd: Path) -> Path:
-    """`train` on one device in this process, for tests of what a training does: torch takes long to import."""
+    """`train` without starting Python and importing torch, which takes longer than what most tests train.
+
+    One worker works in this process, several in processes that fork from one that has imported everything.
+    """
     cwd.mkdir(exist_ok=True)
     config = compose_train(arguments[1:])
     values: Any = OmegaConf.to_container(config, resolve=True)
@@ -127,15 +131,9 @@ def train_here(arguments: list[str], cwd: Path) -> Path:
         return cwd / run_dir(values, hash8=launch.identity(config, values))
 
 
-def train_fast(arguments: list[str], cwd: Path) -> Path:
-    """`train_here` if there is one device, else `train`."""
-    several = any(word.startswith("trainer.devices=") and word != "trainer.devices=1" for word in arguments)
-    return (train if several else train_here)(arguments, cwd)
-
-
 @contextlib.contextmanager
 def working_here() -> Iterator[None]:
-    """One worker works in this process, with one thread."""
+    """Workers are no commands; they have one thread each."""
     backend, threads = ops.get_backend(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -147,14 +145,23 @@ def working_here() -> Iterator[None]:
 
 
 def _work(arguments: list[str], *, count: int, **_: Any) -> None:
-    """What the worker of a training or an evaluation does."""
-    assert count == 1
+    """What the workers of a training or an evaluation do."""
+    if count > 1:
+        run_forked(_work_as, count, count, free_port(), arguments)
+        return
     folder = RunFolder(arguments[0])
     config, world = checkpoint.read_config(folder), distributed.join("cpu")
     if len(arguments) == 1:
         engine.train(folder, config, world, lambda: 0)
     else:
         evaluate_run(folder, config, json.loads(arguments[1]), world)
+
+
+def _work_as(rank: int, count: int, port: int, arguments: list[str]) -> None:
+    """What the command of a worker does."""
+    size = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in size.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    assert worker.main(arguments) == 0
 
 
 def only_run(cwd: Path) -> Path:

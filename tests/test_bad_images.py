@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import CliRunner
 from data_cases import SMALL, WNIDS, class_of, config_of, make_imagenet, odd_exif, save
-from engine_cases import assert_same_run, only_run, start, train, train_here, wait_for, workers
+from engine_cases import assert_same_run, only_run, start, train_here, wait_for, workers
 from PIL import Image
 
 from exnorm import data
@@ -330,7 +330,7 @@ def test_a_run_lists_its_broken_images_and_is_equal_after_a_kill(tmp_path: Path)
     process.kill()
     process.communicate()
     wait_for(lambda: not workers(str(tmp_path / "killed")), "the workers to end")
-    again = train(arguments, tmp_path / "killed")
+    again = train_here(arguments, tmp_path / "killed")
     assert_same_run(whole, again)
     assert listed(again) == listed(whole)
 

@@ -152,4 +152,4 @@ def test_a_file_with_code_in_it_is_refused(tmp_path: Path) -> None:
 def script(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
     """Run `scripts/cifar10n.py`."""
     command = [sys.executable, str(ROOT / "scripts" / "cifar10n.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

@@ -206,7 +206,7 @@ def test_processes_that_begin_at_once_make_one_file(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True, cwd=tmp_path) for _ in range(3)
     ]
-    hashes = {process.communicate(timeout=300)[0] for process in processes}
+    hashes = {process.communicate(timeout=600)[0] for process in processes}
     assert all(process.returncode == 0 for process in processes)
     assert len(hashes) == 1 and len(kept()) == 2
     assert not list(cache_folder().glob("*.part"))

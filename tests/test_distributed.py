@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import WAIT_S, last_state, make_image_folder, tiny, train_fast
+from engine_cases import WAIT_S, last_state, make_image_folder, tiny, train_here
 from process_cases import free_port
 
 from exnorm.engine.distributed import join, leave
@@ -28,7 +28,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def state_after_a_step(images: Path, cwd: Path, *more: str) -> dict[str, Any]:
     """Weights and buffers after one optimizer step."""
-    state = last_state(train_fast(tiny(images, *ONE_STEP, *more), cwd))
+    state = last_state(train_here(tiny(images, *ONE_STEP, *more), cwd))
     assert state["step"] == 1
     return state["model"]
 

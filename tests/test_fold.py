@@ -14,7 +14,7 @@ import pytest
 import timm
 import timm.layers
 import torch
-from conftest import CliRunner
+from conftest import CliRunner, varied
 from engine_cases import make_image_folder, tiny, train_here
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -377,7 +377,9 @@ def test_weights_keep_their_dtype_format_and_gradients() -> None:
 
 
 @slow
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "tf_efficientnet_b0", "res2net50_14w_8s", "densenet121"])
+@pytest.mark.parametrize(
+    "name", varied(["mobilenetv3_small_050", "densenet121"], ["tf_efficientnet_b0", "res2net50_14w_8s"])
+)
 def test_networks_of_timm(name: str) -> None:
     """Depthwise convolutions, TF's padding, splits; in a DenseNet many layers come before their convolution."""
     torch.manual_seed(0)

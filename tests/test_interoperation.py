@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
+from conftest import varied
 from process_cases import in_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -95,7 +96,7 @@ def test_torchs_average_of_weights_has_the_running_statistics(norm: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", varied(["en"], ["bn", "gn", "sn"]))
 def test_a_detector_of_torchvision_trains(norm: str) -> None:
     """Boxes in, losses and gradients out; in evaluation boxes, also for an image without any."""
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from engine_cases import (
     start_code,
     start_module,
     tiny,
-    train,
+    train_here,
     wait_for,
 )
 from hypothesis import given
@@ -114,7 +114,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_nodes_train_the_run_of_one_node(images: Path, tmp_path: Path) -> None:
     """Bit-equal to as many processes on one node, with launchers of torch. One replica spans both nodes."""
     arguments = tiny(images, "batch=1x16")
-    alone = train([*arguments, "trainer.devices=4"], tmp_path / "alone")
+    alone = train_here([*arguments, "trainer.devices=4"], tmp_path / "alone")
     results = ended(torchrun(arguments, tmp_path / "job", nodes=2, each=2))
     assert [code for code, _, _ in results] == [0, 0], results
     divided = "4 processes on 2 nodes; 1 of 1 replicas is divided between nodes, which exchange BN's statistics"
@@ -126,7 +126,7 @@ def test_two_nodes_train_the_run_of_one_node(images: Path, tmp_path: Path) -> No
 def test_srun_trains_the_run_of_one_node(images: Path, tmp_path: Path) -> None:
     """Bit-equal, also where tasks are dealt out to the nodes in turn. Started again, it prints the result."""
     arguments = tiny(images, "batch=2x8")
-    alone = train([*arguments, "trainer.devices=4"], tmp_path / "alone")
+    alone = train_here([*arguments, "trainer.devices=4"], tmp_path / "alone")
     for _ in range(2):
         results = ended(srun(arguments, tmp_path / "job", nodes=[0, 1, 0, 1]))
         assert [code for code, _, _ in results] == [0] * 4, results
@@ -171,7 +171,7 @@ def test_a_killed_process_ends_the_job_with_one_line_and_the_same_command_resume
 def test_processes_that_torchrun_starts_again_resume_the_run(images: Path, tmp_path: Path) -> None:
     """In the same store, where the first processes have left their addresses."""
     arguments = tiny(images, "batch=4x2", "trainer.checkpoint_every_steps=2", "trainer.epochs=6")
-    alone = train([*arguments, "trainer.devices=2"], tmp_path / "alone")
+    alone = train_here([*arguments, "trainer.devices=2"], tmp_path / "alone")
     command = ["torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "-m", "exnorm", *arguments]
     launcher = begin(command, tmp_path / "job")
     wait_for_step(tmp_path, 2)
@@ -242,7 +242,7 @@ def test_a_run_stops_before_its_hours_are_over(images: Path, tmp_path: Path) -> 
 def test_a_submitted_training_has_a_task_for_each_process(images: Path, tmp_path: Path) -> None:
     """On submitit's local cluster. It is the run of as many devices."""
     arguments = tiny(images, "batch=2x4")
-    alone = train([*arguments, "trainer.devices=2"], tmp_path / "alone")
+    alone = train_here([*arguments, "trainer.devices=2"], tmp_path / "alone")
     local = ["--submit", "cluster=local", "--submit", "tasks_per_node=2", "--submit", "timeout_min=20"]
     ((code, out, err),) = ended([begin(["exnorm", *arguments, *local], tmp_path / "job")])
     assert code == 0 and out.startswith("job ") and "Its output is in" in out, err

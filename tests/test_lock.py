@@ -111,7 +111,7 @@ def test_a_machine_that_slept_ends_when_another_one_took_over(
     wait_for(lambda: not is_locked(path), "the time after which the sleeper counts as dead")
     with alone(path):  # its clock is that of the file, some milliseconds behind
         sleeper.send_signal(signal.SIGCONT)
-        _, err = sleeper.communicate(timeout=60)
+        _, err = sleeper.communicate(timeout=600)
     assert sleeper.returncode == 4 and err.count("\n") == 1
     assert f"was taken over by process {lock.os.getpid()} on {socket.gethostname()}" in err
 

@@ -1,12 +1,14 @@
 """The contract of every normalizer in `conf/norm`, and what each of them promises beyond it."""
 
 import copy
+import itertools
 import json
 from typing import Any
 
 import pytest
 import timm
 import torch
+from conftest import varied
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from norm_cases import BATCH_NORMS, NORMS, REFUSES_ONE_POSITION, SHAPES, build, expected, layer_of, yaml_options
@@ -114,8 +116,13 @@ def test_one_position_is_finite_or_refused_with_advice(name: str, shape: tuple[i
 
 
 @pytest.mark.slow
-@every_norm
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    varied(
+        [("en", True), ("sn", False)],
+        [case for case in itertools.product(NORMS, (True, False)) if case not in (("en", True), ("sn", False))],
+    ),
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_with_inductor(name: str, training: bool) -> None:
     """The same with generated code."""

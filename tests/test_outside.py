@@ -205,7 +205,7 @@ def test_an_installed_package_brings_a_normalizer_and_a_logger(
     site = tmp_path / "site"
     source = shutil.copytree(PLUGIN, tmp_path / "plugin")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--target", str(site), str(source)], check=True, timeout=300)
+    subprocess.run([*command, "--target", str(site), str(source)], check=True, timeout=600)
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)
     tested = subprocess.run([sys.executable, "-m", "pytest", "-q", str(source)], capture_output=True, text=True)
@@ -214,5 +214,5 @@ def test_an_installed_package_brings_a_normalizer_and_a_logger(
     assert "rms  RMS normalization" in listed.stdout, listed.stderr
     run = train(tiny(make_image_folder(tmp_path / "data"), "norm=rms", "logger=[csv,latest]"), tmp_path)
     assert json.loads((run / "latest.json").read_text())["epoch"] == 2
-    done = subprocess.run([sys.executable, "-c", LOAD, str(run)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(run)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

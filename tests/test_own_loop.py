@@ -28,7 +28,7 @@ FORKED = """
     import multiprocessing
     for method in ("fork", "spawn"):  # one thread, as in torch's loaders: of torch, several hang after a fork, too
         with multiprocessing.get_context(method).Pool(1, torch.set_num_threads, (1,)) as pool:
-            (there,) = pool.map_async(step, [0]).get(timeout=120)
+            (there,) = pool.map_async(step, [0]).get(timeout=600)
         torch.testing.assert_close(there, step(), rtol=1e-4, atol=1e-4, msg=method)
     print("equal")
 """
@@ -51,7 +51,7 @@ def start(file: Path, text: str, **more: str) -> "subprocess.Popen[str]":
 
 def ended(process: "subprocess.Popen[str]") -> tuple[str, str]:
     """The output and the errors of a script that has to succeed."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out, err
 
@@ -78,7 +78,7 @@ def test_a_variable_chooses_the_back_end_of_ones_own_loop(tmp_path: Path) -> Non
     out, err = ended(start(tmp_path / "eager.py", SCRIPT, EXNORM_BACKEND="eager"))
     assert out.startswith("eager [") and err == "" and not (tmp_path / "cache").exists()
     wrong = start(tmp_path / "wrong.py", SCRIPT, EXNORM_BACKEND="fast")
-    _, err = wrong.communicate(timeout=300)
+    _, err = wrong.communicate(timeout=600)
     assert wrong.returncode == 1 and "unknown back end 'fast'; allowed: auto, eager," in err.splitlines()[-1]
     assert err.splitlines()[-1].endswith("(EXNORM_BACKEND=auto)")
 

@@ -18,7 +18,6 @@ from engine_cases import (
     make_image_folder,
     metrics,
     tiny,
-    train_fast,
     train_here,
 )
 from omegaconf import OmegaConf
@@ -108,9 +107,9 @@ def test_clipped_gradients_bound_each_step(images: Path, tmp_path: Path) -> None
 def test_mixing_does_not_depend_on_passes_and_devices(devices: int, images: Path, tmp_path: Path) -> None:
     """Images are mixed within their replica, with random numbers of the replica."""
     arguments = tiny(images, "batch=2x4", "task.mixup=0.5", "task.cutmix=1", "trainer.epochs=1", "norm=bn")
-    one = train_fast(arguments, tmp_path / "one")
+    one = train_here(arguments, tmp_path / "one")
     cut = [f"trainer.devices={devices}", f"trainer.passes={2 // devices}"]
-    other = train_fast([*arguments, *cut], tmp_path / "other")
+    other = train_here([*arguments, *cut], tmp_path / "other")
     left, right = (last_state(run)["model"] for run in (one, other))
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-5, msg=name)

@@ -16,7 +16,7 @@ from engine_cases import (
     start,
     tiny,
     train,
-    train_fast,
+    train_here,
     wait_for,
     workers,
 )
@@ -30,6 +30,12 @@ EVERY = "trainer.checkpoint_every_steps=2"
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of small images."""
     return make_image_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    return train_here(tiny(images, EPOCHS), tmp_path_factory.mktemp("whole"))
 
 
 def kill_all(pids: list[int]) -> None:
@@ -59,7 +65,7 @@ def run_until_step(arguments: list[str], cwd: Path, step: int) -> tuple[int, obj
 def test_a_run_killed_inside_an_epoch_ends_bit_equal(devices: int, backend: str, images: Path, tmp_path: Path) -> None:
     """SIGKILL to controller and workers at a random step, twice; then on with two data workers."""
     batch = ["batch=2x4", f"trainer.devices={devices}", EPOCHS, f"ops.backend={backend}"]
-    whole = train_fast(tiny(images, *batch), tmp_path / "whole")
+    whole = train_here(tiny(images, *batch), tmp_path / "whole")
     killed = tmp_path / "killed"
     draw = random.Random(devices)
     for step in (draw.randrange(2, 6), draw.randrange(8, 16)):
@@ -87,10 +93,9 @@ def test_killing_the_controller_leaves_no_worker_alive(images: Path, tmp_path: P
     [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)],
 )
 def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
-    signum: int, code: int, everyone: bool, images: Path, tmp_path: Path
+    signum: int, code: int, everyone: bool, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     """To the controller alone, or to every process of the job, its loaders too."""
-    whole = train(tiny(images, EPOCHS), tmp_path / "whole")
     cwd = tmp_path / "stopped"
     pid, process = run_until_step(tiny(images, EPOCHS, EVERY, "data.workers=2"), cwd, 2)
     for target in [*(workers(str(cwd)) if everyone else []), pid]:
@@ -100,7 +105,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
     assert "Traceback" not in err
     assert not (only_run(cwd) / "record.json").exists()
     assert checkpoints(only_run(cwd))
-    assert_same_run(whole, train(tiny(images, EPOCHS, EVERY), cwd))
+    assert_same_run(whole, train_here(tiny(images, EPOCHS, EVERY), cwd))
 
 
 def test_a_worker_that_was_killed_is_named_and_the_run_can_go_on(images: Path, tmp_path: Path) -> None:
@@ -115,7 +120,7 @@ def test_a_worker_that_was_killed_is_named_and_the_run_can_go_on(images: Path, t
     assert "worker 1 was killed by SIGKILL" in err.splitlines()[-1]
     assert "the same command resumes the run" in (only_run(cwd) / "error.txt").read_text()
     assert not workers(str(cwd))
-    assert (train(arguments, cwd) / "record.json").exists()
+    assert (train_here(arguments, cwd) / "record.json").exists()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_said_to_resume(images: Path, tmp_path: Path) -> None:
@@ -141,8 +146,7 @@ def test_the_second_of_two_starts_says_who_has_the_run_and_leaves(images: Path, 
     process.communicate(timeout=WAIT_S)  # type: ignore[attr-defined]
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(images: Path, tmp_path: Path) -> None:
-    whole = train(tiny(images, EPOCHS), tmp_path / "whole")
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(images: Path, whole: Path, tmp_path: Path) -> None:
     cwd = tmp_path / "damaged"
     pid, process = run_until_step(tiny(images, EPOCHS, EVERY), cwd, 4)
     kill_all([*workers(str(cwd)), pid])
@@ -150,4 +154,4 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(images: Path, tm
     wait_for(lambda: not workers(str(cwd)), "the workers' end")
     last = checkpoints(only_run(cwd))[-1]
     last.write_bytes(last.read_bytes()[:-2000])
-    assert_same_run(whole, train(tiny(images, EPOCHS, EVERY), cwd))
+    assert_same_run(whole, train_here(tiny(images, EPOCHS, EVERY), cwd))

@@ -15,7 +15,6 @@ from engine_cases import (
     only_run,
     start,
     tiny,
-    train,
     train_here,
     wait_for,
 )
@@ -88,7 +87,7 @@ def test_a_run_in_steps_resumes_across_the_end_of_an_epoch(images: Path, tmp_pat
     process.communicate()
     run = only_run(tmp_path / "cut")
     assert not (run / "record.json").exists() and checkpoints(run)
-    assert_same_run(whole, train(settings, tmp_path / "cut"))
+    assert_same_run(whole, train_here(settings, tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("setting", ["trainer.steps=0", "trainer.validate_every=0"])

@@ -17,7 +17,6 @@ from engine_cases import (
     metrics,
     only_run,
     start,
-    train,
     train_here,
     wait_for,
 )
@@ -64,7 +63,7 @@ def test_the_loss_over_replicas_is_one_experiment_in_passes_and_on_devices(norm:
     settings = scenes(f"norm={norm}", *ONE_STEP, "trainer.steps=1")
     once = train_here(settings, tmp_path / "once")
     others = [train_here([*settings, "trainer.passes=2"], tmp_path / "passes")]
-    others += [train([*settings, f"trainer.devices={devices}"], tmp_path / f"on {devices}") for devices in (2, 4)]
+    others += [train_here([*settings, f"trainer.devices={devices}"], tmp_path / f"on {devices}") for devices in (2, 4)]
     for other in others:
         assert_close(last_state(once)["model"], last_state(other)["model"])
 
@@ -89,7 +88,7 @@ def test_a_killed_run_goes_on_bit_equal(tmp_path: Path) -> None:
     process.communicate(timeout=WAIT_S)
     run = only_run(tmp_path / "cut")
     assert not (run / "record.json").exists() and checkpoints(run)
-    assert_same_run(whole, train(settings, tmp_path / "cut"))
+    assert_same_run(whole, train_here(settings, tmp_path / "cut"))
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
@@ -122,11 +121,10 @@ def test_scales_flip_and_window_are_part_of_an_evaluation(finished: Path, cli_he
     assert evaluated("test.window=96")["val/loss"] == pytest.approx(plain["val/loss"], rel=1e-4)
 
 
-def test_two_processes_evaluate_as_one_does(finished: Path) -> None:
+def test_two_processes_evaluate_as_one_does(finished: Path, cli_here: CliRunner) -> None:
     for devices in (1, 2):
-        process = start(["eval", str(finished), f"devices={devices}"], finished.parents[3])
-        _, err = process.communicate(timeout=WAIT_S)
-        assert process.returncode == 0, err
+        done = cli_here("eval", finished, f"devices={devices}")
+        assert done.returncode == 0, done.stderr
     one, two = evaluations(finished)[-2:]
     assert {key: two[key] for key in one if key.startswith("val/iou")} == {
         key: one[key] for key in one if key.startswith("val/iou")
@@ -215,8 +213,8 @@ def test_runs_that_cannot_be_compared_are_named(finished: Path, cli_here: CliRun
         ("data=digits", "task=segmentation needs masks, and data=digits has labels"),
     ],
 )
-def test_a_mistake_in_an_evaluation_is_one_line(setting: str, line: str, finished: Path, run_cli: CliRunner) -> None:
-    result = run_cli("eval", finished, setting)
+def test_a_mistake_in_an_evaluation_is_one_line(setting: str, line: str, finished: Path, cli_here: CliRunner) -> None:
+    result = cli_here("eval", finished, setting)
     assert result.returncode == 2 and line in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 

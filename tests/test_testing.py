@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import varied
 from norm_cases import NORMS, layer_of
 from torch import Tensor, nn
 
@@ -38,9 +39,7 @@ def test_a_wide_layer_with_its_usual_options_keeps_one_activation(name: str) -> 
     keeps_one_activation(Layer(norm_class(name), 64))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name != "en" else name for name in NORMS]
-)
+@pytest.mark.parametrize("name", varied(["en"], [name for name in NORMS if name != "en"]))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.11's compiler uses what torch 2.11 deprecates
 def test_every_normalizer_compiles_as_one_graph(name: str) -> None:
     compiles_as_one_graph(layer_of(name))

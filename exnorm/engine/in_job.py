@@ -23,6 +23,7 @@ from exnorm.engine.processes import CUBLAS, say_stopped, then
 from exnorm.engine.stopping import Stopped, StopRequests
 from exnorm.engine.worker import in_one_line, shortages_explained, train_run
 from exnorm.runs.folder import RunFolder, wait_for_shared, write_text_atomic
+from exnorm.runs.imports import uncollected
 
 JOIN_S = 1800  # until all processes of a job have come
 ADDRESS = "exnorm/leader"  # where the leader writes its port and token
@@ -97,7 +98,8 @@ def train_as_leader(job: Job, folder: RunFolder, device: str, *, span: int) -> N
         UserError: a setting cannot work, or another process failed.
         SystemExit: the run stopped early, with a checkpoint.
     """
-    from exnorm.engine import checkpoint, distributed
+    with uncollected():
+        from exnorm.engine import checkpoint, distributed
 
     config = checkpoint.read_config(folder)
     ordered = in_replica_order([job.place, *job.leader.followers(0)], span=span)
@@ -189,7 +191,8 @@ def _find_leader(place: Place, store: Any) -> Follower:
 
 
 def _follow_in_training(message: dict[str, Any], join: Callable[[str], Any]) -> None:
-    from exnorm.engine import checkpoint
+    with uncollected():
+        from exnorm.engine import checkpoint
 
     folder = RunFolder(message["folder"])
     _set_environment(message)

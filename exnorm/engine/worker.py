@@ -21,6 +21,7 @@ from exnorm.config.errors import BUG, UserError, first_line
 from exnorm.engine.shortage import is_lost_worker, shortage
 from exnorm.engine.stopping import Stopped, StopRequests
 from exnorm.runs.folder import RunFolder, RunLocked
+from exnorm.runs.imports import uncollected
 from exnorm.runs.output import outlive_output, print_anything
 from exnorm.runs.subprocesses import available_cores, end_with_parent, workers_here
 
@@ -44,7 +45,8 @@ def main(arguments: list[str]) -> int:
     if stop_requests is not None:
         stop_requests.listen()
 
-    from exnorm.engine import checkpoint, distributed
+    with uncollected():
+        from exnorm.engine import checkpoint, distributed
 
     folder = RunFolder(folder_name)
     try:
