@@ -22,6 +22,7 @@ from pathlib import Path
 from gpu_visit import ROOT, environment_with
 
 END_S = 20  # of the time are for the runs to stop and for the record
+ENDED_BY_SIGTERM = (128 + signal.SIGTERM, -signal.SIGTERM)  # by itself, or while it was still starting
 
 
 def main() -> int:
@@ -54,7 +55,7 @@ def main() -> int:
             return process.wait(timeout=max(0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
-            return 0 if process.wait() == 128 + signal.SIGTERM else 1
+            return 0 if process.wait() in ENDED_BY_SIGTERM else 1
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def test_a_residual_of_another_shape_or_dtype_is_added_as_torch_adds(backend: st
         norm = BatchNorm(6, act="relu").requires_grad_(False)
         x = torch.randn(2, 6, 3, 3, dtype=torch.bfloat16)
         for residual in (torch.randn(2, 6, 1, 1, dtype=torch.bfloat16), torch.randn(2, 6, 3, 3)):
-            plain = BatchNorm(6)(x)
+            plain = nn.BatchNorm2d(6)(x)
             torch.testing.assert_close(norm(x, residual), (plain + residual).relu(), rtol=1e-2, atol=1e-2)
             assert norm(x, residual).dtype == residual.dtype
     finally:

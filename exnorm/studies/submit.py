@@ -113,8 +113,8 @@ def submit(study: Study, jobs: Sequence[Job], runs: Path, results: Path, options
         print(f"job {job_id}: {titles}")
         if source is not None and not source.trained():
             sources[source.run_key] = job_id
-    jobs = "1 job" if queued == 1 else f"{queued} jobs"
-    print(f"{jobs} queued. exnorm reproduce {study.named} --scale {study.scale} --plan shows what is done")
+    count = "1 job" if queued == 1 else f"{queued} jobs"
+    print(f"{count} queued. exnorm reproduce {study.named} --scale {study.scale} --plan shows what is done")
 
 
 def submit_training(words: Sequence[str], options: Sequence[str]) -> None:
