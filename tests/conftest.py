@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -109,6 +110,27 @@ def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
                 raise
             code = 2
         return subprocess.CompletedProcess([*map(str, arguments)], code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def reproduce_here(cli_here: CliRunner, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return `reproduce_here(study, folder, *options)`: a study with its commands in this process, as in `cli_here`."""
+    from exnorm.runs.provenance import STUDY
+    from exnorm.studies.reproduce import Runner
+
+    def run(study: str | Path, folder: Path, *more: str) -> None:
+        def execute(_: Runner, arguments: list[str], variables: Mapping[str, str]) -> tuple[int, list[str]]:
+            with mock.patch.dict(os.environ, {STUDY: variables[STUDY]}):
+                done = cli_here(*arguments, cwd=folder)
+            return done.returncode, [*done.stdout.splitlines(), *done.stderr.splitlines()]
+
+        folder.mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(Runner, "execute", execute)
+            done = cli_here("reproduce", study, "--jobs", "1", *more, cwd=folder)
+        assert done.returncode == 0, done.stderr
 
     return run
 

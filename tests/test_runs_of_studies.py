@@ -1,6 +1,7 @@
 """How `exnorm reproduce` spreads a study: over the cores here, over the jobs of a cluster, and what it may not miss."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ def test_results_of_settings_that_changed_are_found(tmp_path: Path, cli_here: Cl
 
 
 @pytest.mark.slow
-def test_excluded_images_reach_the_footnotes_of_a_study(tmp_path: Path, run_cli: CliRunner) -> None:
+def test_excluded_images_reach_the_footnotes_of_a_study(
+    tmp_path: Path, run_cli: CliRunner, reproduce_here: Callable[..., None]
+) -> None:
     """An accuracy on fewer images is another number, whether the run measured it or an evaluation of the run."""
     root = make_imagenet(tmp_path / "in")
     first = {split: sorted((root / split / WNIDS[0]).iterdir())[:count] for split, count in (("train", 2), ("val", 1))}
@@ -163,8 +166,7 @@ def test_excluded_images_reach_the_footnotes_of_a_study(tmp_path: Path, run_cli:
     axes = "axes: {rule: {own: [], average: ['eval:inference=batch_average', 'eval:calibration_batches=2']}}"
     study = tmp_path / "mine.yaml"
     study.write_text(f"# A study of mine\nset: {settings}\n{axes}\nseeds: 1\nmetrics: [top1]\n", encoding="utf-8")
-    done = run_cli("reproduce", study)
-    assert done.returncode == 0, done.stderr
+    reproduce_here(study, tmp_path)
     lines = [line for line in run_cli("table", study).stdout.splitlines() if "Settings" in line]
     assert len(lines) == 2
     assert all("excluded_train_images=2 excluded_val_images=1" in line for line in lines), lines
