@@ -21,9 +21,10 @@ CliRunner = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def varied(always: Sequence[Any], exhaustively: Sequence[Any]) -> list[Any]:
-    """Values of a parameter of a slow test: some for `make slow`, and others for `make exhaustive` alone."""
+    """Values of a parameter of a test: some that always run, and slow ones that `make exhaustive` alone runs."""
+    marks = [pytest.mark.slow, pytest.mark.exhaustive]
     others = [value if isinstance(value, tuple) else (value,) for value in exhaustively]
-    return [*always, *(pytest.param(*value, marks=pytest.mark.exhaustive) for value in others)]
+    return [*always, *(pytest.param(*value, marks=marks) for value in others)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
