@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,11 +20,14 @@ TIMEOUT_S = 600  # a hang, not a slow machine: the longest training of the tests
 CliRunner = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def varied(always: Sequence[Any], exhaustively: Sequence[Any]) -> list[Any]:
-    """Values of a parameter of a test: some that always run, and slow ones that `make exhaustive` alone runs."""
+def varied(values: Iterable[Any], *, always: Sequence[Any] = ()) -> list[Any]:
+    """Values of a parameter of a test. Those that are not in `always` are slow: `make exhaustive` alone runs them."""
     marks = [pytest.mark.slow, pytest.mark.exhaustive]
-    others = [value if isinstance(value, tuple) else (value,) for value in exhaustively]
-    return [*always, *(pytest.param(*value, marks=marks) for value in others)]
+
+    def one(value: Any) -> Any:
+        return value if value in always else pytest.param(*value if isinstance(value, tuple) else [value], marks=marks)
+
+    return [one(value) for value in values]
 
 
 def pytest_configure(config: pytest.Config) -> None:

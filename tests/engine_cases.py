@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from conftest import ROOT, TIMEOUT_S
 from omegaconf import OmegaConf
 from PIL import Image
 from process_cases import free_port, run_forked
@@ -28,10 +29,9 @@ from exnorm.runs.folder import RunFolder
 from exnorm.runs.identity import run_dir
 from exnorm.tasks import Task, make_task
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("cat", "dog", "elk")
 TIMES = ("images_per_s",)  # the metrics that two equal runs may differ in
-WAIT_S = 600  # a hang, not a slow machine
+WAIT_S = TIMEOUT_S
 
 
 def make_image_folder(root: Path, *, train: int = 16, val: int = 7) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import WAIT_S, last_state, make_image_folder, tiny, train_here
-from process_cases import free_port
+from engine_cases import last_state, make_image_folder, tiny, train_here
+from process_cases import in_processes
 
 from exnorm.engine.distributed import join, leave
 from exnorm.engine.step import average_gradients
@@ -70,8 +70,8 @@ def test_sync_is_one_scope_over_all_devices(images: Path, tmp_path: Path) -> Non
 KINDS = ("plain", "ddp", "compiled ddp")
 
 
-def _gradients(rank: int, port: int, queue: Any) -> None:
-    """Put the gradients of two passes in this process, for each way to average them."""
+def gradients_in_process(rank: int, port: int, folder: str) -> None:
+    """One of two processes: the gradients of two passes, for each way to average them, written to a file."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     world = join("cpu")
     gradients = []
@@ -90,20 +90,12 @@ def _gradients(rank: int, port: int, queue: Any) -> None:
         if ddp is None:
             average_gradients(model, world)
         gradients.append([parameter.grad.tolist() for parameter in model.parameters() if parameter.grad is not None])
-    queue.put(gradients)
+    torch.save(gradients, Path(folder) / f"{rank}.pt")
     leave()
 
 
-def test_gradients_are_averaged_alike_behind_a_graph_by_ddp_and_by_compiled_ddp() -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    port = free_port()
-    workers = [context.Process(target=_gradients, args=(rank, port, queue)) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    found = [queue.get(timeout=WAIT_S) for _ in workers]
-    for worker in workers:
-        worker.join()
+def test_gradients_are_averaged_alike_behind_a_graph_by_ddp_and_by_compiled_ddp(tmp_path: Path) -> None:
+    found = in_processes(gradients_in_process, 2, tmp_path)
     for left, right in itertools.combinations([kind for gradients in found for kind in gradients], 2):
         for one, other in zip(left, right, strict=True):
             torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-5, atol=1e-7)

@@ -378,7 +378,11 @@ def test_weights_keep_their_dtype_format_and_gradients() -> None:
 
 @slow
 @pytest.mark.parametrize(
-    "name", varied(["mobilenetv3_small_050", "densenet121"], ["tf_efficientnet_b0", "res2net50_14w_8s"])
+    "name",
+    varied(
+        ["mobilenetv3_small_050", "tf_efficientnet_b0", "res2net50_14w_8s", "densenet121"],
+        always=["mobilenetv3_small_050", "densenet121"],
+    ),
 )
 def test_networks_of_timm(name: str) -> None:
     """Depthwise convolutions, TF's padding, splits; in a DenseNet many layers come before their convolution."""

@@ -52,7 +52,6 @@ def losses(model: nn.Module, rank: int = 0) -> list[float]:
 
 def in_process(rank: int, port: int, folder: str) -> None:
     """One of two processes: the losses with FSDP2 and with DDP."""
-    torch.set_num_threads(1)
     exnorm.ops.set_backend("eager")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     mesh, results = init_device_mesh("cpu", (WORLD,)), {}
@@ -96,7 +95,7 @@ def test_torchs_average_of_weights_has_the_running_statistics(norm: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", varied(["en"], ["bn", "gn", "sn"]))
+@pytest.mark.parametrize("norm", varied(NORMS, always=["en"]))
 def test_a_detector_of_torchvision_trains(norm: str) -> None:
     """Boxes in, losses and gradients out; in evaluation boxes, also for an image without any."""
     torch.manual_seed(0)

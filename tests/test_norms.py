@@ -118,10 +118,7 @@ def test_one_position_is_finite_or_refused_with_advice(name: str, shape: tuple[i
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "training"),
-    varied(
-        [("en", True), ("sn", False)],
-        [case for case in itertools.product(NORMS, (True, False)) if case not in (("en", True), ("sn", False))],
-    ),
+    varied(itertools.product(NORMS, (True, False)), always=[("en", True), ("sn", False)]),
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_with_inductor(name: str, training: bool) -> None:

@@ -176,7 +176,6 @@ WORLD = 2
 
 def in_process(rank: int, port: int, folder: str) -> None:
     """One of two processes: every case of every norm, written to a file."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     results = {}
     for name in BATCH_NORMS:

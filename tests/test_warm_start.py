@@ -14,11 +14,11 @@ import exnorm
 pytestmark = pytest.mark.slow
 torch.set_num_threads(1)
 MODELS = varied(
-    ["resnet50d", "densenet121", "mobilenetv3_small_050", "shufflenet_v2_x0_5"],
     [
-        *("resnext50_32x4d", "seresnet18", "vgg11_bn", "regnety_002"),
-        *("efficientnet_b0", "repvgg_a0", "dla34", "hrnet_w18_small"),
+        *("resnet50d", "resnext50_32x4d", "seresnet18", "densenet121", "vgg11_bn", "regnety_002"),
+        *("mobilenetv3_small_050", "efficientnet_b0", "repvgg_a0", "dla34", "hrnet_w18_small", "shufflenet_v2_x0_5"),
     ],
+    always=["resnet50d", "densenet121", "mobilenetv3_small_050", "shufflenet_v2_x0_5"],
 )
 
 DEPTHWISE = ("mobilenetv3_small_050", "efficientnet_b0", "shufflenet_v2_x0_5")
